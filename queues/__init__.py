@@ -1,0 +1,1 @@
+"""The protocol that all processes share: jobs, tensors, keys, transitions, the server. Imports no torch."""

@@ -1,0 +1,229 @@
+"""What a job looks like in Redis: its record, its payload, refs, terminal records, each with `encode` and `decode`.
+
+A payload is a table: column name -> the column's bytes (made by `codec.encode`), or a Ref to them. Columns that a stage
+neither reads nor returns ride along as they came, undecoded. Layouts are shared with `lua/lib.lua`. No I/O here.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+
+from torchrelay.errors import DecodeError
+
+HEAD = struct.Struct("<ddIIIIHBBBBBBH")
+FORK = struct.Struct("<BBBBII")
+TERMINAL = struct.Struct("<BBBBBIIIH")
+SUBMIT_HEAD = struct.Struct("<dddIIIBH")
+REPLY_HEAD = struct.Struct("<BI")
+
+FLAG_KEYED, FLAG_HISTORY, FLAG_SUBSCRIBED, FLAG_CHECKPOINT, FLAG_UNTIL_ACK, FLAG_HIGH = 1, 2, 4, 8, 16, 32
+INLINE_MAX_BYTES = 4096
+CHUNK_BYTES = 1 << 20
+MAX_ROWS = 2**31 - 1
+
+_REF_CODE = 2
+_ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Where a column's bytes lie in Redis: a blob of `chunks` chunks and `nbytes` bytes, encoded as `codec` made them."""
+
+    name: str
+    chunks: int
+    nbytes: int
+
+    def text(self, consumers: int) -> str:
+        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result."""
+        return f"{self.name}:{self.chunks}:{self.nbytes}:{consumers},"
+
+
+Packed = bytes | Ref
+
+
+def _default(value: object) -> msgpack.ExtType:
+    if isinstance(value, Ref):
+        return msgpack.ExtType(_REF_CODE, msgpack.packb((value.name, value.chunks, value.nbytes)))
+    raise TypeError(f"{type(value).__name__} has no place in a payload")
+
+
+def _ext_hook(code: int, data: bytes) -> Ref:
+    if code != _REF_CODE:
+        raise DecodeError(f"payload holds the unknown extension {code}", length=len(data))
+    parts = msgpack.unpackb(data)
+    if not (isinstance(parts, list) and [type(p) for p in parts] == [str, int, int] and parts[1] > 0 and parts[2] >= 0):
+        raise DecodeError("payload holds a malformed ref", length=len(data))
+    return Ref(*parts)
+
+
+def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"") -> bytes:
+    """Columns and the job's packed `meta` as one payload."""
+    packed: bytes = msgpack.packb((columns, meta), default=_default)
+    return packed
+
+
+def _checked(value: object, length: int) -> tuple[dict[str, Packed], bytes]:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], dict) and isinstance(value[1], bytes):
+        columns = value[0]
+        for name, column in columns.items():
+            if type(name) is not str or not isinstance(column, bytes | Ref):
+                raise DecodeError("payload has a column that is neither bytes nor a ref", length=length)
+        return columns, value[1]
+    raise DecodeError("payload is not [columns, meta]", length=length)
+
+
+def decode_payload(data: bytes) -> tuple[dict[str, Packed], bytes]:
+    """(columns, packed meta) of one payload; raises DecodeError."""
+    try:
+        value = msgpack.unpackb(data, ext_hook=_ext_hook)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(f"payload does not decode: {error}", length=len(data)) from error
+    return _checked(value, len(data))
+
+
+def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
+    """Several payloads, one behind the other (a result of several terminal stages), as one table."""
+    columns: dict[str, Packed] = {}
+    meta = b""
+    unpacker = msgpack.Unpacker(ext_hook=_ext_hook, max_buffer_size=max(len(data), 1))
+    unpacker.feed(data)
+    try:
+        for value in unpacker:
+            part, meta = _checked(value, len(data))
+            columns.update(part)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(f"result does not decode: {error}", length=len(data), offset=unpacker.tell()) from error
+    if unpacker.tell() != len(data):
+        raise DecodeError("result is cut off", length=len(data), offset=unpacker.tell())
+    return columns, meta
+
+
+class Entry(NamedTuple):
+    """One granted job: what the worker needs to compute and commit it. `packed` is the grant's own token for it."""
+
+    packed: bytes
+    rank: float
+    deadline_ms: float
+    rows: int
+    attempts: int
+    strikes: int
+    suspect: bool
+    payloads: tuple[bytes, ...]
+
+    @property
+    def job_id(self) -> str:
+        return self.packed[:-1].decode()
+
+
+def split_entries(packed: bytes) -> list[bytes]:
+    """The tokens (id and generation) of a grant, in order."""
+    return [m[0] for m in _ENTRY.finditer(packed)]
+
+
+def decode_records(tokens: list[bytes], records: list[Any]) -> Iterator[Entry]:
+    """Entries of a claim's answer: plain records of a linear pipeline, lists of a forking one."""
+    size, unpack = HEAD.size, HEAD.unpack_from
+    for token, record in zip(tokens, records, strict=True):
+        main = record if type(record) is bytes else record[0]
+        try:
+            rank, deadline, rows, _, _, _, _, attempts, strikes, _, _, _, suspect, reflen = unpack(main)
+            payloads: tuple[bytes, ...]
+            if type(record) is bytes:
+                payloads = (main[size + reflen :],)
+            else:
+                attempts, strikes, _, suspect, rows, _ = FORK.unpack_from(record[1])
+                payloads = tuple(main[size + reflen :] if not p else p[FORK.size :] for p in record[2:])
+        except struct.error as error:
+            raise DecodeError("job record is cut off", length=len(main)) from error
+        yield Entry(token, rank, deadline, rows, attempts, strikes, bool(suspect), payloads)
+
+
+def refs_of(record: bytes) -> str:
+    """The refs text of a job record."""
+    reflen: int = HEAD.unpack_from(record)[-1]
+    return record[HEAD.size : HEAD.size + reflen].decode()
+
+
+_STATUS = {ord("k"): "done", ord("f"): "failed", ord("c"): "cancelled", ord("d"): "expired"}
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """How a job ended: `status` is done, failed, cancelled or expired; `payload` a result or an error."""
+
+    status: str
+    attempts: int
+    generation: int
+    node: int
+    rows: int
+    until_ack: bool
+    has_refs: bool
+    payload: bytes
+
+    @classmethod
+    def decode(cls, record: bytes) -> Terminal:
+        try:
+            status, flags, attempts, generation, node, rows, _, _, reflen = TERMINAL.unpack_from(record)
+            start = TERMINAL.size + (16 if flags & FLAG_KEYED else 0) + reflen
+            until_ack = bool(flags & FLAG_UNTIL_ACK) and not flags & FLAG_KEYED
+            return cls(_STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:])
+        except (struct.error, KeyError) as error:
+            raise DecodeError("terminal record does not decode", length=len(record)) from error
+
+
+def split_reply(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(job id, terminal record) of each job in one element of a reply list."""
+    at, end = 0, len(data)
+    while at < end:
+        try:
+            id_length, length = REPLY_HEAD.unpack_from(data, at)
+        except struct.error as error:
+            raise DecodeError("reply is cut off", length=end, offset=at) from error
+        at += REPLY_HEAD.size
+        if at + id_length + length > end:
+            raise DecodeError("reply is cut off", length=end, offset=at)
+        yield data[at : at + id_length].decode("ascii"), data[at + id_length : at + id_length + length]
+        at += id_length + length
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a stage could not do a job, as text that every client can read."""
+
+    stage: str
+    error_type: str
+    message: str
+    traceback: str = ""
+    worker: str = ""
+
+    def encode(self) -> bytes:
+        texts = (self.stage, self.error_type, self.message[:4000], self.traceback[-12000:], self.worker)
+        packed: bytes = msgpack.packb([t.encode("utf-8", "replace").decode() for t in texts])
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> Failure:
+        try:
+            return cls(*[str(v) for v in msgpack.unpackb(data)])
+        except Exception as error:
+            raise DecodeError("failure does not decode", length=len(data)) from error
+
+    @classmethod
+    def decode_all(cls, data: bytes) -> list[Failure]:
+        """A dead letter's history, oldest first."""
+        unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+        unpacker.feed(data)
+        try:
+            return [cls(*[str(v) for v in parts]) for parts in unpacker]
+        except Exception as error:
+            raise DecodeError("history does not decode", length=len(data)) from error

@@ -1,0 +1,133 @@
+-- commit: records one node's outputs and releases the successors, or ends the job.
+-- KEYS[12] the worker's session
+-- ARGV[1] operation  ARGV[2] fence  ARGV[3] pipeline number  ARGV[4] node  ARGV[5] entries
+-- ARGV[6] '' or rows of each job's output (4 bytes each)  ARGV[7] '' or refs texts of the new blobs, each with ';'
+-- ARGV[8..] payloads, one a job
+-- Returns one letter a job: k committed; s stale fence, generation or record (nothing written for it); d past its
+-- deadline (ended so); b its blobs are incomplete (it stays in the grant). Never refused for capacity (rule 4).
+local bad = begin()
+if bad then return bad end
+local SESS = KEYS[12]
+local seq, fence = tonumber(ARGV[1]), ARGV[2]
+local old, stale = replayed(SESS, seq)
+if old or stale then return old or stale end
+local grant = read_grant(fence)
+if grant and (grant.pid ~= tonumber(ARGV[3]) or grant.node ~= tonumber(ARGV[4])) then grant = nil end
+local g = graph(tonumber(ARGV[3]))
+if not g then return refuse('TRNOPIPE', ARGV[3]) end
+local node = g.nodes[tonumber(ARGV[4])]
+local list, whole = held_entries(fence, grant, ARGV[5])
+local new_refs = {}
+for r in string.gmatch(ARGV[7], '([^;]*);') do new_refs[#new_refs + 1] = r end
+
+local status, taken, taken_rows, committed = {}, {}, 0, 0
+local ids, values = {}, {}
+
+-- Drops the refs whose consumers are all done, and adds the new ones. Returns the text, and whether bytes stand in it
+-- that only this record's past can bring back.
+local function next_refs(refs, added, mask)
+  local kept, derived = {}, false
+  for name, chunks, bytes, consumers in string.gmatch(refs .. added, REF) do
+    local c = tonumber(consumers)
+    if c ~= 0 and band(mask, c) == c and not is_input(name) then
+      doomed[#doomed + 1] = T .. 'blob:' .. name
+    else
+      kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ','
+      if not is_input(name) then derived = true end
+    end
+  end
+  return table.concat(kept), derived
+end
+
+-- A linear record is overwritten in place; its last self-contained form is kept beside it as long as it needs one.
+local function advance_linear(e, rows, payload, added)
+  local h = e.h
+  local mask, derived = bor(h.mask, node.bit), false
+  if #h.refs > 0 or #added > 0 then
+    local refs
+    refs, derived = next_refs(h.refs, added, mask)
+    if derived and band(h.flags, F_CHECKPOINT) == 0 then
+      local key, field = extra(e.id, '0')
+      call('HSET', key, field, e.rec)
+      h.flags = bor(h.flags, F_CHECKPOINT)
+    end
+    h.refs = refs
+  end
+  if not derived and band(h.flags, F_CHECKPOINT) > 0 then
+    local key, field = extra(e.id, '0')
+    call('HDEL', key, field)
+    h.flags = h.flags - F_CHECKPOINT
+  end
+  h.mask, h.rows, h.payload = mask, rows, payload
+  h.bytes = #payload + (#h.refs > 0 and refs_bytes(h.refs) or 0)
+  h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
+  ids[#ids + 1] = e.id
+  values[#values + 1] = build(h)
+  for _, i in ipairs(node.succs) do make_ready(g.nodes[i], e.id, h.rank, rows, h.bytes) end
+end
+
+local function advance_fork(e, rows, payload, added)
+  local h = e.h
+  h.mask = bor(h.mask, node.bit)
+  if #h.refs > 0 or #added > 0 then h.refs = next_refs(h.refs, added, h.mask) end
+  put_fork(e.id, node, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = #payload, payload = payload})
+  put_fields({e.id}, {build(h)})
+  for _, i in ipairs(node.succs) do
+    local n = g.nodes[i]
+    if band(h.mask, n.needs) == n.needs then
+      local bytes = #payload
+      put_fork(e.id, n, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = bytes, payload = ''})
+      make_ready(n, e.id, h.rank, rows, bytes)
+    end
+  end
+end
+
+-- The result is the terminal nodes' payloads, one behind the other in the order of their numbers.
+local function complete(e, rows, payload, added)
+  local h = e.h
+  if not g.linear then
+    local parts = {}
+    for i, n in ipairs(g.nodes) do
+      if #n.succs == 0 then parts[#parts + 1] = n == node and payload or fork_state(e.id, n).payload end
+    end
+    payload = table.concat(parts)
+  end
+  local refs = (#h.refs > 0 or #added > 0) and doom_refs(h.refs .. added, true) or ''
+  finish(g, e.id, h, 'k', node.index, rows, refs, payload)
+end
+
+for i, e in ipairs(list) do
+  local added = new_refs[i] or ''
+  if not e.rec or band(e.h.mask, node.bit) > 0 then
+    status[i] = 's'
+    taken[e.packed] = true
+  elseif #added > 0 and not blobs_complete(added) then
+    status[i] = 'b'
+    whole = false
+  else
+    local h = e.h
+    taken[e.packed] = true
+    local rows = #ARGV[6] > 0 and unpackb('<I4', ARGV[6], 4 * i - 3) or h.rows
+    taken_rows = taken_rows + (g.linear and h.rows or fork_state(e.id, node).rows)
+    if #added > 0 then persist_refs(added) end
+    if h.deadline > 0 and h.deadline <= NOW then
+      status[i] = 'd'
+      doom_refs(added, false)
+      expire_job(g, e.id, h)
+    else
+      status[i] = 'k'
+      committed = committed + 1
+      local last = bor(h.mask, node.bit) == g.all
+      if last then complete(e, rows, ARGV[7 + i], added)
+      elseif g.linear then advance_linear(e, rows, ARGV[7 + i], added)
+      else advance_fork(e, rows, ARGV[7 + i], added) end
+    end
+  end
+end
+if grant then shrink_grant(fence, grant, node, taken, whole, taken_rows) end
+if #ids > 0 then put_fields(ids, values) end
+count(node.key .. '.committed', committed)
+flush()
+local result = table.concat(status)
+remember(SESS, seq, result)
+return result

@@ -1,0 +1,397 @@
+-- lib: what every transition shares; it is prepended to each script.
+-- KEYS[1..11] are the lane's fixed keys, in this order; a script may declare more behind them.
+-- Keys of jobs, ready sets, wake lists, replies and blobs are derived from records of the same lane, under the same tag.
+-- There is no rollback in Redis: every script checks first and writes last.
+local META, GRAPH, GRANTS, LEASE, LOAD = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local DELAYED, DEADLINE, DONE, DONEQ, KEYED, DEAD = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local T = string.sub(META, 1, -5)
+local call, sub, byte, char, pack, unpackb = redis.call, string.sub, string.byte, string.char, struct.pack, struct.unpack
+local band, bor = bit.band, bit.bor
+local NOW
+do
+  local t = call('TIME')
+  NOW = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- The job's header: rank, deadline_ms, rows, bytes, done-mask, keep_s, pipeline number, attempts, strikes, releases,
+-- generation, flags, suspect, length of the refs text. Refs and payload follow. 42 bytes.
+local HEAD = '<ddI4I4I4I4I2BBBBBBI2'
+local F_KEYED, F_HISTORY, F_SUBSCRIBED, F_CHECKPOINT, F_UNTIL_ACK, F_HIGH = 1, 2, 4, 8, 16, 32
+-- A node's entry of a job in a pipeline that forks: attempts, strikes, releases, suspect, rows, bytes. Payload follows.
+local FORK = '<BBBBI4I4'
+local MAX_GEN = 100
+local BATON_STEP = 64
+
+local function refuse(word, text) return redis.error_reply(word .. ' ' .. text) end
+
+-- Writes that are allowed out of memory come first (rule 5); a lane of another schema is refused.
+local function begin(oom_refuses)
+  if not oom_refuses then call('HDEL', META, '') end
+  local schema = call('HGET', META, 'schema')
+  if schema ~= '1' then return refuse('TRSCHEMA', schema or 'none') end
+end
+
+local function slices(command, key, list)
+  for i = 1, #list, 4000 do call(command, key, unpack(list, i, math.min(i + 3999, #list))) end
+end
+
+-- Operation replay (rule 11): a ring of 16 results per session; a lower number than the slot's is refused.
+local function replayed(sess, seq)
+  local v = call('HGET', sess, seq % 16)
+  if not v then return nil end
+  local cut = string.find(v, '|', 1, true)
+  local old = tonumber(sub(v, 1, cut - 1))
+  if old == seq then return sub(v, cut + 1) end
+  if old > seq then return nil, refuse('TRSTALEOP', 'operation ' .. seq .. ' is older than ' .. old) end
+end
+local function remember(sess, seq, result)
+  call('HSET', sess, seq % 16, string.format('%d|', seq) .. result)
+  call('PEXPIRE', sess, 900000)
+end
+
+-- Job fields: an id is 16 characters (and ~n when redriven); bucket = the first 14, field = the rest (+ '#' + extra).
+local function by_bucket(ids, visit)
+  local n, i = #ids, 1
+  while i <= n do
+    local bucket, j = sub(ids[i], 1, 14), i
+    while j < n and j - i < 1900 and sub(ids[j + 1], 1, 14) == bucket do j = j + 1 end
+    visit(T .. 'j:' .. bucket, i, j)
+    i = j + 1
+  end
+end
+local function get_fields(ids, suffix)
+  local out = {}
+  by_bucket(ids, function(key, i, j)
+    local f = {}
+    for k = i, j do f[k - i + 1] = sub(ids[k], 15) .. suffix end
+    local v = call('HMGET', key, unpack(f))
+    for k = i, j do out[k] = v[k - i + 1] end
+  end)
+  return out
+end
+local function put_fields(ids, values)
+  by_bucket(ids, function(key, i, j)
+    local f = {}
+    for k = i, j do f[#f + 1] = sub(ids[k], 15); f[#f + 1] = values[k] end
+    call('HSET', key, unpack(f))
+  end)
+end
+local function del_fields(ids)
+  by_bucket(ids, function(key, i, j)
+    local f = {}
+    for k = i, j do f[k - i + 1] = sub(ids[k], 15) end
+    call('HDEL', key, unpack(f))
+  end)
+end
+local function extra(id, name) return T .. 'j:' .. sub(id, 1, 14), sub(id, 15) .. '#' .. name end
+
+local function parse(rec)
+  local h = {}
+  h.rank, h.deadline, h.rows, h.bytes, h.mask, h.keep_s, h.pid, h.attempts, h.strikes, h.releases, h.gen, h.flags,
+    h.suspect, h.reflen = unpackb(HEAD, rec)
+  h.refs, h.payload = sub(rec, 43, 42 + h.reflen), sub(rec, 43 + h.reflen)
+  return h
+end
+local function build(h)
+  return pack(HEAD, h.rank, h.deadline, h.rows, h.bytes, h.mask, h.keep_s, h.pid, h.attempts, h.strikes, h.releases,
+    h.gen, h.flags, h.suspect, #h.refs) .. h.refs .. h.payload
+end
+
+-- The pipeline's graph: {ref, linear, all-mask, nodes}; a node: {key, predecessors' mask, successors, predecessors,
+-- ready rows high-water, ready bytes high-water}. Entry nodes have mask 0.
+local graphs = {}
+local function graph(pid)
+  local g = graphs[pid]
+  if not g then
+    local packed = call('HGET', GRAPH, pid)
+    if not packed then return nil end
+    local v = cmsgpack.unpack(packed)
+    g = {ref = v[1], linear = v[2] == 1, all = v[3], nodes = {}}
+    for i, n in ipairs(v[4]) do
+      g.nodes[i] = {index = i, bit = 2 ^ (i - 1), key = n[1], needs = n[2], succs = n[3], preds = n[4], max_rows = n[5],
+        max_bytes = n[6]}
+    end
+    graphs[pid] = g
+  end
+  return g
+end
+
+-- Load counters and ready entries are gathered, then written once by flush().
+local loads, readies, ready_order = {}, {}, {}
+local function count(field, delta) loads[field] = (loads[field] or 0) + delta end
+local function wake(key)
+  local k = T .. 'wake:' .. key
+  if call('LLEN', k) == 0 then call('RPUSH', k, 1) end
+end
+local function make_ready(node, id, rank, rows, bytes)
+  local z = readies[node.key]
+  if not z then z = {}; readies[node.key] = z; ready_order[#ready_order + 1] = node.key end
+  z[#z + 1] = rank
+  z[#z + 1] = id
+  count(node.key .. '.ready_rows', rows)
+  count(node.key .. '.ready_bytes', bytes)
+end
+
+-- Grant entries travel as id followed by one byte 128 + generation.
+local ENTRY = '([%w~]+)([\128-\255])'
+local function entry(id, gen) return id .. char(128 + gen) end
+
+-- Refs of a record: 'name:chunks:bytes:consumers,' each. consumers 0 marks a result; node 0 in the name, the input.
+local REF = '([^:,]+):(%d+):(%d+):(%d+),'
+local function is_input(name) return string.find(name, '^[%w~]+%.0%.') ~= nil end
+local doomed = {}
+local function doom_refs(refs, keep_results)
+  local kept = {}
+  for name, chunks, bytes, consumers in string.gmatch(refs, REF) do
+    if keep_results and consumers == '0' then
+      kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':0,'
+    else
+      doomed[#doomed + 1] = T .. 'blob:' .. name
+    end
+  end
+  return table.concat(kept)
+end
+local function refs_bytes(refs)
+  local total = 0
+  for _, _, bytes in string.gmatch(refs, REF) do total = total + tonumber(bytes) end
+  return total
+end
+local function blobs_complete(refs)
+  for name, chunks in string.gmatch(refs, REF) do
+    if call('HLEN', T .. 'blob:' .. name) ~= tonumber(chunks) then return false end
+  end
+  return true
+end
+local function persist_refs(refs)
+  for name in string.gmatch(refs, REF) do call('PERSIST', T .. 'blob:' .. name) end
+end
+
+-- Where a job can be ready or delayed now: the nodes whose predecessors are done and that are not done themselves.
+local function open_nodes(g, mask)
+  local out = {}
+  for i, n in ipairs(g.nodes) do
+    if band(mask, n.bit) == 0 and band(mask, n.needs) == n.needs then out[#out + 1] = n end
+  end
+  return out
+end
+-- The rows and bytes that the load counters hold for this entry, and its own counters.
+local function fork_state(id, node)
+  local key, field = extra(id, node.index)
+  local v = call('HGET', key, field)
+  if not v then return nil end
+  local s = {}
+  s.attempts, s.strikes, s.releases, s.suspect, s.rows, s.bytes = unpackb(FORK, v)
+  s.payload = sub(v, 13)
+  return s
+end
+local function put_fork(id, node, s)
+  local key, field = extra(id, node.index)
+  call('HSET', key, field, pack(FORK, s.attempts, s.strikes, s.releases, s.suspect, s.rows, s.bytes) .. s.payload)
+end
+local function state_of(g, id, h, node)
+  if g.linear then return h end
+  return fork_state(id, node)
+end
+local function leave_queues(g, id, h)
+  for _, n in ipairs(open_nodes(g, h.mask)) do
+    if call('ZREM', T .. 'ready:' .. n.key, id) == 1 then
+      local s = state_of(g, id, h, n)
+      count(n.key .. '.ready_rows', -s.rows)
+      count(n.key .. '.ready_bytes', -s.bytes)
+    else
+      call('ZREM', DELAYED, id .. '|' .. n.index)
+    end
+  end
+end
+
+-- Terminal records: status, flags, attempts, generation, node, rows, bytes, keep_s, length of refs; then the key's
+-- digest (16 bytes) when keyed, refs, payload. Status: k done, f failed, c cancelled, d past its deadline.
+local TERMINAL = '<BBBBBI4I4I4I2'
+local gone, dones, doneq, replies, reply_order = {}, {}, {}, {}, {}
+local function reply_to(client, id, rec)
+  local q = replies[client]
+  if not q then q = {}; replies[client] = q; reply_order[#reply_order + 1] = client end
+  q[#q + 1] = pack('<BI4', #id, #rec) .. id .. rec
+end
+local function drop_extras(g, id, h)
+  local fields, tail = {}, sub(id, 15)
+  if band(h.flags, F_KEYED) > 0 then fields[#fields + 1] = tail .. '#k' end
+  if band(h.flags, F_HISTORY) > 0 then fields[#fields + 1] = tail .. '#h' end
+  if band(h.flags, F_SUBSCRIBED) > 0 then fields[#fields + 1] = tail .. '#s' end
+  if band(h.flags, F_CHECKPOINT) > 0 then fields[#fields + 1] = tail .. '#0' end
+  if not g.linear then for i = 1, #g.nodes do fields[#fields + 1] = tail .. '#' .. i end end
+  if #fields > 0 then call('HDEL', T .. 'j:' .. sub(id, 1, 14), unpack(fields)) end
+end
+-- Ends a job: its record goes, its terminal record comes, its clients hear of it. The caller took it out of queues.
+local function finish(g, id, h, status, node_index, rows, refs, payload)
+  gone[#gone + 1] = id
+  if h.deadline > 0 then call('ZREM', DEADLINE, id) end
+  local keyed, subscribers = '', nil
+  if band(h.flags, F_KEYED) > 0 then keyed = call('HGET', extra(id, 'k')) or '' end
+  if band(h.flags, F_SUBSCRIBED) > 0 then subscribers = call('HGET', extra(id, 's')) end
+  if h.flags > 0 or not g.linear then drop_extras(g, id, h) end
+  count(g.ref .. '.' .. status, 1)
+  if h.keep_s == 0 then
+    doom_refs(refs, false)
+    if #keyed > 0 then call('HDEL', KEYED, keyed) end
+    return
+  end
+  local bytes = #payload + refs_bytes(refs)
+  local rec = pack(TERMINAL, byte(status), h.flags, h.attempts, h.gen, node_index, rows, bytes, h.keep_s, #refs)
+    .. keyed .. refs .. payload
+  dones[#dones + 1] = id
+  dones[#dones + 1] = rec
+  doneq[#doneq + 1] = NOW + h.keep_s * 1000
+  doneq[#doneq + 1] = id
+  count('results.bytes', bytes)
+  reply_to(sub(id, 1, 8), id, rec)
+  if subscribers then for client in string.gmatch(subscribers, '%w+') do reply_to(client, id, rec) end end
+end
+
+local function flush()
+  if #gone > 0 then del_fields(gone) end
+  if #dones > 0 then slices('HSET', DONE, dones); slices('ZADD', DONEQ, doneq) end
+  for _, key in ipairs(ready_order) do
+    slices('ZADD', T .. 'ready:' .. key, readies[key])
+    wake(key)
+  end
+  for field, delta in pairs(loads) do if delta ~= 0 then call('HINCRBY', LOAD, field, delta) end end
+  for _, client in ipairs(reply_order) do
+    call('RPUSH', T .. 'reply:' .. client, table.concat(replies[client]))
+    call('PEXPIRE', T .. 'reply:' .. client, 3600000)
+  end
+  for i = 1, #doomed, 4000 do call('UNLINK', unpack(doomed, i, math.min(i + 3999, #doomed))) end
+end
+
+-- A grant: 'pid.node|rows|entries'. rows is what the load's held_rows still counts for it.
+local function read_grant(fence)
+  local v = call('HGET', GRANTS, fence)
+  if not v then return nil end
+  local pid, node, rows, entries = string.match(v, '^(%d+)%.(%d+)|(%d+)|(.*)$')
+  return {pid = tonumber(pid), node = tonumber(node), rows = tonumber(rows), entries = entries}
+end
+-- Takes the given entries out of a grant (all of them, or a part); rows is what those entries counted.
+local function shrink_grant(fence, grant, node, taken, whole, rows)
+  local left = {}
+  if not whole then
+    for id, g in string.gmatch(grant.entries, ENTRY) do
+      if not taken[id .. g] then left[#left + 1] = id .. g end
+    end
+  end
+  if #left == 0 then
+    call('HDEL', GRANTS, fence)
+    call('ZREM', LEASE, fence)
+    count(node.key .. '.held_rows', -grant.rows)
+  else
+    call('HSET', GRANTS, fence, string.format('%d.%d|%d|', grant.pid, grant.node, grant.rows - rows) .. table.concat(left))
+    count(node.key .. '.held_rows', -rows)
+  end
+end
+-- The entries of an operation, each with its record when the fence still holds it: {id, packed, rec, h} or rec = nil.
+local function held_entries(fence, grant, packed)
+  local whole = grant ~= nil and grant.entries == packed
+  local owned = {}
+  if grant and not whole then
+    for id, g in string.gmatch(grant.entries, ENTRY) do owned[id .. g] = true end
+  end
+  local ids, list = {}, {}
+  for id, g in string.gmatch(packed, ENTRY) do
+    ids[#ids + 1] = id
+    list[#list + 1] = {id = id, packed = id .. g, gen = byte(g) - 128}
+  end
+  local recs = get_fields(ids, '')
+  for i, e in ipairs(list) do
+    local mine = grant and (whole or owned[e.packed])
+    owned[e.packed] = nil
+    if mine and recs[i] then
+      local h = parse(recs[i])
+      if h.gen == e.gen then e.rec = recs[i]; e.h = h end
+    end
+  end
+  return list, whole
+end
+-- Puts an entry back among the ready with its rank; s holds the counters that the caller changed.
+local function put_back(g, id, h, node, s)
+  if g.linear then put_fields({id}, {build(h)}) else put_fork(id, node, s) end
+  make_ready(node, id, h.rank, s.rows, s.bytes)
+end
+
+-- Dead letters keep everything that a redrive needs, and the history of the errors.
+local function bury(g, id, h, node_index, err)
+  local outputs = {}
+  if not g.linear then
+    for i, n in ipairs(g.nodes) do
+      local s = fork_state(id, n)
+      if s and band(h.mask, n.bit) > 0 then outputs[#outputs + 1] = {i, s.rows, s.bytes, s.payload} end
+    end
+  end
+  local history, checkpoint, keyed = '', '', ''
+  if band(h.flags, F_HISTORY) > 0 then history = call('HGET', extra(id, 'h')) or '' end
+  if band(h.flags, F_CHECKPOINT) > 0 then checkpoint = call('HGET', extra(id, '0')) or '' end
+  call('HSET', DEAD, id, cmsgpack.pack({NOW, node_index, build(h), history, outputs, checkpoint, g.ref, ''}))
+  count(g.ref .. '.dead', 1)
+  finish(g, id, h, 'f', node_index, h.rows, '', err)
+end
+local function add_history(id, h, err)
+  local key, field = extra(id, 'h')
+  local old = band(h.flags, F_HISTORY) > 0 and call('HGET', key, field) or ''
+  if #old + #err > 65536 then old = '' end
+  call('HSET', key, field, old .. err)
+  h.flags = bor(h.flags, F_HISTORY)
+end
+
+-- A grant whose worker is gone: entries that still match go back to ready. started: entries that were being computed.
+local function requeue(fence, started, solo, max_strikes, err)
+  local grant = read_grant(fence)
+  call('ZREM', LEASE, fence)
+  if not grant then return 0, 0 end
+  local g = graph(grant.pid)
+  local node = g.nodes[grant.node]
+  local list = held_entries(fence, grant, grant.entries)
+  local back, buried = 0, 0
+  for _, e in ipairs(list) do
+    if e.rec and band(e.h.mask, node.bit) == 0 then
+      local s = state_of(g, e.id, e.h, node)
+      if started and started[e.packed] then
+        s.suspect = 1
+        if solo then s.strikes = math.min(s.strikes + 1, 255) end
+      end
+      if started and started[e.packed] and solo and s.strikes >= max_strikes then
+        e.h.attempts = s.attempts
+        leave_queues(g, e.id, e.h)
+        add_history(e.id, e.h, err)
+        bury(g, e.id, e.h, node.index, err)
+        buried = buried + 1
+      else
+        put_back(g, e.id, e.h, node, s)
+        back = back + 1
+      end
+    end
+  end
+  call('HDEL', GRANTS, fence)
+  count(node.key .. '.held_rows', -grant.rows)
+  return back, buried
+end
+
+-- Delayed entries whose time has come become ready. Returns how many.
+local function promote_due(limit)
+  local due = call('ZRANGEBYSCORE', DELAYED, '-inf', NOW, 'LIMIT', 0, limit)
+  for _, member in ipairs(due) do
+    call('ZREM', DELAYED, member)
+    local id, index = string.match(member, '^([%w~]+)|(%d+)$')
+    local rec = get_fields({id}, '')[1]
+    if rec then
+      local h = parse(rec)
+      local g = graph(h.pid)
+      local node = g.nodes[tonumber(index)]
+      local s = state_of(g, id, h, node)
+      make_ready(node, id, h.rank, s.rows, s.bytes)
+    end
+  end
+  return #due
+end
+local function expire_job(g, id, h)
+  leave_queues(g, id, h)
+  doom_refs(h.refs, false)
+  finish(g, id, h, 'd', 0, h.rows, '', '')
+end
