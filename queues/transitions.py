@@ -1,0 +1,254 @@
+"""Calls of the transitions on one lane: typed arguments in, `Call` values out. No I/O.
+
+Each method's contract stands at the head of the Lua file of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import msgpack
+
+from torchrelay.config.graph import Graph
+from torchrelay.queues.job import SUBMIT_HEAD, Entry, Failure, decode_records, split_entries
+from torchrelay.queues.keys import LaneKeys, new_token
+from torchrelay.queues.scripts import Arg, Call, script
+
+MAX_JOBS_PER_CALL = 256
+MAX_BYTES_PER_CALL = 1 << 20
+MAX_STRIKES = 3
+
+
+class Session:
+    """Numbers a client's operations, so that a replay is known; at most 16 may be outstanding (rule 11)."""
+
+    WINDOW = 16
+
+    def __init__(self, client: str | None = None) -> None:
+        self.client = client or new_token(8)
+        self._next = count(1)
+
+    def next(self) -> int:
+        return next(self._next)
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """One job to submit: milliseconds, rows, and its encoded payload. `refs` lists blobs already written."""
+
+    id: str
+    payload: bytes
+    rows: int
+    nbytes: int
+    boost_ms: float = 0.0
+    delay_ms: float = 0.0
+    deadline_ms: float = 0.0
+    keep_s: int = 3600
+    flags: int = 0
+    refs: str = ""
+    key_digests: bytes = b""
+
+    def head(self) -> bytes:
+        packed = SUBMIT_HEAD.pack(
+            self.boost_ms,
+            self.delay_ms,
+            self.deadline_ms,
+            self.rows,
+            self.nbytes,
+            self.keep_s,
+            self.flags,
+            len(self.refs),
+        )
+        return packed + self.refs.encode() + self.key_digests if self.refs or self.key_digests else packed
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """`statuses` is one letter a job, as submit.lua lists them; `named` the ids of the jobs that keys led to, in order."""
+
+    statuses: str
+    named: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a claim gave: entries under one fence. `next_due_ms` is -1 when nothing is delayed."""
+
+    fence: str
+    entries: list[Entry]
+    next_due_ms: int
+    left: int
+    gated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLimits:
+    """How much one claim may take: jobs, rows, inline bytes; and for how long."""
+
+    jobs: int
+    rows: int
+    nbytes: int
+    lease_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One job's committed output. `rows` None leaves the count; `refs` lists blobs already written."""
+
+    token: bytes
+    payload: bytes
+    rows: int | None = None
+    refs: str = ""
+
+
+def pack_graph(ref: str, graph: Graph, marks: Sequence[tuple[int, int]]) -> bytes:
+    """The graph as lib.lua reads it; `marks` holds each node's high-water in ready rows and bytes."""
+    nodes = [
+        (
+            f"{ref}/{n.name}",
+            sum(1 << (p - 1) for p in n.preds if p > 0),
+            list(n.succs),
+            list(n.preds),
+            *mark,
+        )
+        for n, mark in zip(graph.nodes, marks, strict=True)
+    ]
+    packed: bytes = msgpack.packb((ref, int(graph.linear), (1 << len(nodes)) - 1, nodes))
+    return packed
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _submitted(value: Any) -> Submitted:
+    statuses, _, named = _text(value).partition("|")
+    return Submitted(statuses, named.split(",") if named else [])
+
+
+def _grant(value: Any) -> Grant:
+    fence, _, packed, records, next_due, left, gated = value
+    return Grant(
+        _text(fence), list(decode_records(split_entries(packed), records)), next_due, left, bool(gated)
+    )
+
+
+class Transitions:
+    """Builds the calls of one lane."""
+
+    def __init__(self, keys: LaneKeys) -> None:
+        self.keys = keys
+
+    def _call(self, name: str, args: Sequence[Arg], read: Any = _text) -> Call[Any]:
+        return Call(script(name), self.keys.fixed, args, read)
+
+    def _operation(self, name: str, session: Session, args: Iterable[Arg], read: Any = _text) -> Call[Any]:
+        keys = (*self.keys.fixed, self.keys.session(session.client))
+        return Call(script(name), keys, [session.next(), *args], read)
+
+    def init(self, lanes: int) -> Call[tuple[str, int, bool]]:
+        return self._call("init", [lanes], lambda v: (_text(v[0]), int(v[1]), v[2] == 1))
+
+    def define(self, number: int, packed_graph: bytes) -> Call[int]:
+        return self._call("define", [number, packed_graph], int)
+
+    def submit(
+        self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int
+    ) -> Call[Submitted]:
+        args: list[Arg] = [number, results_max_bytes]
+        for job in jobs:
+            args += (job.id, job.head(), job.payload)
+        return self._operation("submit", session, args, _submitted)
+
+    def claim(
+        self, session: Session, fence: str, incarnation: str, number: int, node: int, limits: ClaimLimits
+    ) -> Call[Grant]:
+        args: list[Arg] = [
+            fence,
+            incarnation,
+            number,
+            node,
+            limits.jobs,
+            limits.rows,
+            limits.nbytes,
+            limits.lease_ms,
+        ]
+        return self._operation("claim", session, args, _grant)
+
+    def commit(
+        self, session: Session, fence: str, number: int, node: int, outputs: Sequence[Output]
+    ) -> Call[str]:
+        entries = b"".join([o.token for o in outputs])
+        rows: bytes = b""
+        if any(o.rows is not None for o in outputs):
+            rows = b"".join([(o.rows or 0).to_bytes(4, "little") for o in outputs])
+        refs = "".join([o.refs + ";" for o in outputs]) if any(o.refs for o in outputs) else ""
+        args: list[Arg] = [fence, number, node, entries, rows, refs]
+        args += [o.payload for o in outputs]
+        return self._operation("commit", session, args)
+
+    def fail(
+        self,
+        session: Session,
+        fence: str,
+        number: int,
+        node: int,
+        failures: Sequence[tuple[bytes, float, Failure]],
+        max_attempts: int,
+    ) -> Call[str]:
+        """`failures` holds (token, delay_ms before the next attempt, why)."""
+        args: list[Arg] = [fence, number, node, b"".join([f[0] for f in failures]), max_attempts]
+        for _, delay_ms, why in failures:
+            args += (delay_ms, why.encode())
+        return self._operation("fail", session, args)
+
+    def release(self, session: Session, fence: str, tokens: Sequence[bytes]) -> Call[str]:
+        return self._operation("release", session, [fence, b"".join(tokens)])
+
+    def lost(self, session: Session, fence: str, tokens: Sequence[bytes], why: Failure) -> Call[str]:
+        return self._operation("lost", session, [fence, b"".join(tokens), why.encode()])
+
+    def renew(self, lease_ms: int, fences: Sequence[str]) -> Call[list[tuple[bool, list[bytes]]]]:
+        return self._call("renew", [lease_ms, *fences], lambda v: [(h == 1, split_entries(e)) for h, e in v])
+
+    def reap(self, most: int = 16) -> Call[list[int]]:
+        return self._call("reap", [most], list)
+
+    def retire(self, incarnation: str, started: bytes, why: Failure) -> Call[list[int]]:
+        return self._call("retire", [incarnation, started, MAX_STRIKES, why.encode()], list)
+
+    def promote(self, most: int = 256) -> Call[list[int]]:
+        return self._call("promote", [most], list)
+
+    def expire(self, most: int = 256) -> Call[int]:
+        return self._call("expire", [most], int)
+
+    def sweep(self, most: int = 256) -> Call[int]:
+        return self._call("sweep", [most], int)
+
+    def cancel(self, ids: Sequence[str]) -> Call[str]:
+        return self._call("cancel", list(ids))
+
+    def ack(self, ids: Sequence[str]) -> Call[int]:
+        return self._call("ack", list(ids), int)
+
+    def redrive(self, ids: Sequence[str]) -> Call[list[str]]:
+        return self._call("redrive", ["redrive", *ids], lambda v: [_text(i) for i in v])
+
+    def drop_dead(self, ids: Sequence[str]) -> Call[list[str]]:
+        return self._call("redrive", ["drop", *ids], lambda v: [_text(i) for i in v])
+
+    def recount(self, mend: bool = False) -> Call[list[tuple[str, int, int]]]:
+        return self._call(
+            "recount",
+            ["1" if mend else "0"],
+            lambda v: [(_text(v[i]), int(v[i + 1]), int(v[i + 2])) for i in range(0, len(v), 3)],
+        )
+
+    def put_chunk(self, blob: str, number: int, chunk: bytes, ttl_ms: int) -> Call[int]:
+        return Call(
+            script("putchunk"), (*self.keys.fixed, self.keys.blob(blob)), [number, chunk, ttl_ms], int
+        )
