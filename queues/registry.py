@@ -1,0 +1,181 @@
+"""What a namespace knows: its lanes, its pipeline versions, and the workers that are alive.
+
+`Registry` is the synchronous edge over the control slot; the records it moves are plain JSON and dataclasses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import redis
+from redis.exceptions import NoScriptError, ResponseError
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.errors import BrokerMisconfigured, PipelineNotFound
+from torchrelay.queues.keys import ControlKeys, LaneKeys
+from torchrelay.queues.scripts import Call, explain, script
+from torchrelay.queues.transitions import Transitions, pack_graph
+
+T = TypeVar("T")
+HEARTBEAT_TTL_MS = 6_000
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A pipeline version as the namespace knows it: the pipeline, and the number by which job records name it."""
+
+    pipeline: Pipeline
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a worker tells of itself with each heartbeat. Times are seconds of the worker's own clock."""
+
+    worker: str
+    host: str
+    pid: int
+    node: str
+    device: str
+    state: str
+    started_at: float
+    jobs: int = 0
+    rows: int = 0
+    batches: int = 0
+    max_rows: int = 1
+    busy_s: float = 0.0
+    failures: int = 0
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> WorkerReport | None:
+        """None for a report of another version of torchrelay: it is shown nowhere, and harms nothing."""
+        try:
+            return cls(**json.loads(data))
+        except (TypeError, ValueError):
+            return None
+
+
+def run(client: redis.Redis, call: Call[T]) -> T:
+    """Runs one idempotent call over a pooled connection. Operations that need a replay ring go through a Channel."""
+    try:
+        value: Any = client.execute_command(*call.command())
+    except NoScriptError:
+        try:
+            value = client.execute_command(*call.command(with_source=True))
+        except ResponseError as refusal:
+            raise explain(call.script.name, str(refusal)) from refusal
+    except ResponseError as refusal:
+        raise explain(call.script.name, str(refusal)) from refusal
+    return call.read(value)
+
+
+class Registry:
+    """Opens the namespace and registers or finds pipelines. Thread-safe, as the client's pool is."""
+
+    def __init__(self, client: redis.Redis, namespace: str, lanes: int) -> None:
+        self.client = client
+        self.control = ControlKeys(namespace)
+        self.lanes: tuple[Transitions, ...] = tuple(Transitions(LaneKeys(namespace, i)) for i in range(lanes))
+        self._by_ref: dict[str, Registered] = {}
+
+    def open(self) -> bool:
+        """Opens every lane; True when this call created the namespace. Raises BrokerMisconfigured for other lanes."""
+        created = False
+        for lane in self.lanes:
+            schema, lanes, fresh = run(self.client, lane.init(len(self.lanes)))
+            if schema != "1":
+                raise BrokerMisconfigured(f"the namespace has data of schema {schema}, this torchrelay speaks 1")
+            if lanes != len(self.lanes):
+                raise BrokerMisconfigured(
+                    f"the namespace was opened with {lanes} lanes, not {len(self.lanes)}: "
+                    f"set TORCHRELAY_LANES={lanes}, or use another namespace"
+                )
+            created = created or fresh
+        return created
+
+    def register(self, pipeline: Pipeline, *, current: bool = True) -> Registered:
+        """Makes a version known in every lane, and the one that new jobs take. Idempotent; updates tuning."""
+        keys = (self.control.current, self.control.records, self.control.numbers)
+        args = [pipeline.name, pipeline.ref, pipeline.record(), "1" if current else "0"]
+        number, _ = run(self.client, Call(script("register"), keys, args, lambda v: (int(v[0]), int(v[1]))))
+        marks = [(s.queue.max_rows, s.queue.max_bytes) for s in pipeline.spec.stages]
+        graph = pack_graph(pipeline.ref, pipeline.graph, marks)
+        for lane in self.lanes:
+            run(self.client, lane.define(number, graph))
+        registered = Registered(pipeline, number)
+        self._by_ref[pipeline.ref] = registered
+        return registered
+
+    def find(self, name: str) -> Registered:
+        """`name` or `name@version`; the current version of a bare name is read anew each time."""
+        ref = name if "@" in name else _text(self.client.hget(self.control.current, name))
+        if ref in self._by_ref:
+            return self._by_ref[ref]
+        record = self.client.hget(self.control.records, ref) if ref else None
+        number = self.client.hget(self.control.numbers, ref) if ref else None
+        if record is None or number is None:
+            known = ", ".join(sorted(_text(k) for k in self.client.hkeys(self.control.current))) or "none yet"
+            raise PipelineNotFound(
+                f"pipeline {name!r} is not registered in namespace {self.control.namespace!r} (known: {known}); "
+                "register its YAML file, or start a worker with it"
+            )
+        registered = Registered(Pipeline.from_record(_text(record)), int(number))
+        self._by_ref[ref] = registered
+        return registered
+
+    def current(self) -> dict[str, str]:
+        """Pipeline name -> name@version that new jobs take."""
+        return {_text(k): _text(v) for k, v in self.client.hgetall(self.control.current).items()}
+
+    def versions(self) -> dict[str, int]:
+        """name@version -> number, of every version that was ever registered."""
+        return {_text(k): int(v) for k, v in self.client.hgetall(self.control.numbers).items()}
+
+    def beat(self, report: WorkerReport, *, leave: bool = False) -> int:
+        """Reports a worker alive for six seconds, or gone; returns how many are alive."""
+        keys = (self.control.alive, self.control.workers)
+        args = [report.worker, 0 if leave else HEARTBEAT_TTL_MS, report.encode()]
+        return run(self.client, Call(script("heartbeat"), keys, args, int))
+
+    def workers(self) -> list[WorkerReport]:
+        """Workers whose heartbeat has not run out, by the server's clock."""
+        seconds, micros = self.client.time()
+        alive = self.client.zrangebyscore(self.control.alive, seconds * 1000 + micros // 1000, "+inf")
+        if not alive:
+            return []
+        reports = [WorkerReport.decode(v) for v in self.client.hmget(self.control.workers, alive) if v]
+        return sorted((r for r in reports if r), key=lambda r: (r.node, r.worker))
+
+    def loads(self) -> dict[str, int]:
+        """Every load counter, summed over the lanes: `<pipeline@version>/<stage>.ready_rows` and its like."""
+        total: dict[str, int] = {}
+        for lane in self.lanes:
+            for key, value in self.client.hgetall(lane.keys.load).items():
+                total[_text(key)] = total.get(_text(key), 0) + int(value)
+        return total
+
+    def unserved(self, pipeline: Pipeline) -> list[str]:
+        """Stages of this version without a live worker."""
+        served = {r.node for r in self.workers() if r.state != "failed"}
+        return [n.name for n in pipeline.graph.nodes if f"{pipeline.ref}/{n.name}" not in served]
+
+    def wait_served(self, pipeline: Pipeline, timeout_s: float) -> Sequence[str]:
+        """Waits until every stage has a ready worker; returns the stages still without one."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ready = {r.node for r in self.workers() if r.state == "ready"}
+            missing = [n.name for n in pipeline.graph.nodes if f"{pipeline.ref}/{n.name}" not in ready]
+            if not missing or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.1)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else (value or "")
