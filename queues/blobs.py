@@ -1,7 +1,7 @@
 """Columns too large to travel inline: HASHes of 1 MiB chunks, written and read by plain pipelined commands.
 
-A blob lives for ten minutes until the script that records its ref makes it permanent (rule 6 of the transport), so what a
-dead writer left behind goes by itself.
+A blob lives for ten minutes until the script that records its ref makes it permanent (rule 6 of the transport), so
+what a dead writer left behind goes by itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ UNRECORDED_TTL_MS = 600_000
 def write_blobs(
     client: redis.Redis, lane: Transitions, blobs: dict[str, bytes], *, must_pass: bool = False
 ) -> dict[str, Ref]:
-    """Writes blobs by name and returns their refs. Out of memory, a worker's write (`must_pass`) goes by script, so that
-    the queue drains; a producer's raises QueueFull."""
+    """Writes blobs by name and returns their refs.
+
+    Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises QueueFull.
+    """
     refs: dict[str, Ref] = {}
     pipe = client.pipeline(transaction=False)
     for name, data in blobs.items():
@@ -32,7 +34,7 @@ def write_blobs(
         for number, at in enumerate(range(0, len(data), CHUNK_BYTES)):
             pipe.hset(key, str(number), view[at : at + CHUNK_BYTES])
         pipe.pexpire(key, UNRECORDED_TTL_MS)
-        refs[name] = Ref(name, -(-len(data) // CHUNK_BYTES), len(data))
+        refs[name] = Ref.of(name, len(data))
     try:
         pipe.execute()
     except OutOfMemoryError as error:

@@ -39,6 +39,11 @@ class Ref:
     chunks: int
     nbytes: int
 
+    @classmethod
+    def of(cls, name: str, nbytes: int) -> Ref:
+        """The ref of a blob of so many bytes, in chunks of CHUNK_BYTES."""
+        return cls(name, max(1, -(-nbytes // CHUNK_BYTES)), nbytes)
+
     def text(self, consumers: int) -> str:
         """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result."""
         return f"{self.name}:{self.chunks}:{self.nbytes}:{consumers},"
@@ -57,7 +62,12 @@ def _ext_hook(code: int, data: bytes) -> Ref:
     if code != _REF_CODE:
         raise DecodeError(f"payload holds the unknown extension {code}", length=len(data))
     parts = msgpack.unpackb(data)
-    if not (isinstance(parts, list) and [type(p) for p in parts] == [str, int, int] and parts[1] > 0 and parts[2] >= 0):
+    if not (
+        isinstance(parts, list)
+        and [type(p) for p in parts] == [str, int, int]
+        and parts[1] > 0
+        and parts[2] >= 0
+    ):
         raise DecodeError("payload holds a malformed ref", length=len(data))
     return Ref(*parts)
 
@@ -68,8 +78,27 @@ def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"") -> bytes:
     return packed
 
 
+def split_inline(columns: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(inline, out of band): the largest columns leave until the rest is at most INLINE_MAX_BYTES."""
+    total = sum(map(len, columns.values()))
+    if total <= INLINE_MAX_BYTES:
+        return dict(columns), {}
+    inline, large = dict(columns), {}
+    for name in sorted(columns, key=lambda n: len(columns[n]), reverse=True):
+        if total <= INLINE_MAX_BYTES:
+            break
+        large[name] = inline.pop(name)
+        total -= len(large[name])
+    return inline, large
+
+
 def _checked(value: object, length: int) -> tuple[dict[str, Packed], bytes]:
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], dict) and isinstance(value[1], bytes):
+    if (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], dict)
+        and isinstance(value[1], bytes)
+    ):
         columns = value[0]
         for name, column in columns.items():
             if type(name) is not str or not isinstance(column, bytes | Ref):
@@ -102,7 +131,9 @@ def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
     except DecodeError:
         raise
     except Exception as error:
-        raise DecodeError(f"result does not decode: {error}", length=len(data), offset=unpacker.tell()) from error
+        raise DecodeError(
+            f"result does not decode: {error}", length=len(data), offset=unpacker.tell()
+        ) from error
     if unpacker.tell() != len(data):
         raise DecodeError("result is cut off", length=len(data), offset=unpacker.tell())
     return columns, meta
@@ -176,7 +207,9 @@ class Terminal:
             status, flags, attempts, generation, node, rows, _, _, reflen = TERMINAL.unpack_from(record)
             start = TERMINAL.size + (16 if flags & FLAG_KEYED else 0) + reflen
             until_ack = bool(flags & FLAG_UNTIL_ACK) and not flags & FLAG_KEYED
-            return cls(_STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:])
+            return cls(
+                _STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:]
+            )
         except (struct.error, KeyError) as error:
             raise DecodeError("terminal record does not decode", length=len(record)) from error
 

@@ -75,9 +75,13 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a claim gave: entries under one fence. `next_due_ms` is -1 when nothing is delayed."""
+    """What a claim gave: entries under one fence until `expires_ms` (the server's clock).
+
+    `next_due_ms` is -1 when nothing is delayed.
+    """
 
     fence: str
+    expires_ms: int
     entries: list[Entry]
     next_due_ms: int
     left: int
@@ -130,7 +134,7 @@ def _submitted(value: Any) -> Submitted:
 
 
 def _grant(value: Any) -> Grant:
-    fence, _, packed, records, next_due, left, gated = value
+    fence, expires, packed, records, next_due, left, gated = value
     return Grant(
         _text(fence), list(decode_records(split_entries(packed), records)), next_due, left, bool(gated)
     )

@@ -86,7 +86,11 @@ class PipelineNotFound(UsageError):
 
 
 class RunConflict(UsageError):
-    """The same key (or output folder) was already used with other content."""
+    """The same key was already used with other content; `accepted` holds the futures of the jobs that went in."""
+
+    def __init__(self, message: str, accepted: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.accepted = accepted
 
 
 class JobError(TorchrelayError):

@@ -1,0 +1,163 @@
+"""The receiving thread of a Relay: takes replies from its lists, settles futures, acknowledges results.
+
+A reply is a hint, the terminal record the truth (rule 9 of the transport): after a lost connection, and every five
+seconds for futures older than that, the records are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import redis
+
+from torchrelay.errors import BrokerError, JobError, ResultExpired
+from torchrelay.producer.futures import JobFuture
+from torchrelay.queues.channel import Channel
+from torchrelay.queues.job import Terminal, split_reply
+from torchrelay.queues.keys import job_field, lane_of
+from torchrelay.queues.transitions import Transitions
+
+log = logging.getLogger("torchrelay.producer")
+RECONCILE_S = 5.0
+_ACK_BATCH = 256
+
+
+class Inbox:
+    """Futures by job id, and the thread that settles them. `start()` runs it; `close()` ends it."""
+
+    def __init__(self, client: redis.Redis, lanes: tuple[Transitions, ...]) -> None:
+        self._client = client
+        self._lanes = lanes
+        self._channel = Channel(client, patience_s=float("inf"))
+        self.settled = threading.Condition()
+        self._futures: dict[str, list[JobFuture[Any]]] = {}
+        self._reply_keys: list[str] = []
+        self._acks: list[str] = []
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._reconnects = 0
+
+    def listen(self, lane: int, client: str) -> None:
+        """Adds the reply list of a client name."""
+        with self.settled:
+            self._reply_keys = [*self._reply_keys, self._lanes[lane].keys.reply(client)]
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="torchrelay-inbox", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Sends the last acknowledgements and ends the thread."""
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+
+    def watch(self, futures: Iterable[JobFuture[Any]]) -> None:
+        """Registers futures before their jobs are sent, so that no reply comes too early."""
+        with self.settled:
+            for future in futures:
+                self._futures.setdefault(future.id, []).append(future)
+
+    def forget(self, futures: Iterable[JobFuture[Any]]) -> None:
+        """Undoes `watch` for jobs that were refused."""
+        with self.settled:
+            for future in futures:
+                kept = [f for f in self._futures.get(future.id, ()) if f is not future]
+                if kept:
+                    self._futures[future.id] = kept
+                else:
+                    self._futures.pop(future.id, None)
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._futures)
+
+    def ack(self, job_id: str) -> None:
+        """Says that this result is in hand; sent in batches."""
+        with self.settled:
+            self._acks.append(job_id)
+
+    def reconcile(self, futures: list[JobFuture[Any]]) -> None:
+        """Reads the terminal records of these futures; one that is neither live nor ended expired."""
+        for lane_number, lane in enumerate(self._lanes):
+            mine = [f for f in futures if lane_of(f.id) == lane_number]
+            for at in range(0, len(mine), 256):
+                part = mine[at : at + 256]
+                pipe = self._client.pipeline(transaction=False)
+                # The live records come first: a job that ends in between is then found among the terminal ones.
+                for future in part:
+                    pipe.hexists(lane.keys.bucket(future.id), job_field(future.id))
+                pipe.hmget(lane.keys.done, [f.id for f in part])
+                *live, ended = pipe.execute()
+                for future, alive, record in zip(part, live, ended, strict=True):
+                    if record is not None:
+                        self._settle([(future.id, Terminal.decode(record))])
+                    elif not alive:
+                        gone = ResultExpired("its result is not kept any more, or it never was", job_id=future.id)
+                        self._settle([(future.id, gone)])
+
+    def _run(self) -> None:
+        next_look = time.monotonic() + RECONCILE_S
+        while not self._stopping.is_set():
+            try:
+                keys = self._reply_keys
+                popped = self._channel.block_pop(keys, 0.2 if self._acks else 1.0) if keys else None
+                if popped is not None:
+                    self._take(popped[1])
+                    lane_key = popped[0]
+                    for data in self._client.lpop(lane_key, 64) or ():
+                        self._take(data)
+                elif not keys:
+                    self._stopping.wait(0.05)
+                self._flush_acks(all_of_them=popped is None)
+                if time.monotonic() > next_look or self._channel.reconnects != self._reconnects:
+                    self._reconnects = self._channel.reconnects
+                    next_look = time.monotonic() + RECONCILE_S
+                    self._reconcile_old()
+            except (BrokerError, redis.RedisError, OSError) as error:
+                log.warning("receiving results: %s; trying again", error)
+                self._stopping.wait(0.5)
+        try:
+            self._flush_acks(all_of_them=True)
+        except (BrokerError, redis.RedisError, OSError):
+            log.debug("the last acknowledgements were not sent; the results expire by themselves")
+        self._channel.close()
+
+    def _reconcile_old(self) -> None:
+        now = time.monotonic()
+        with self.settled:
+            old = [f for fs in self._futures.values() for f in fs if now - f.submitted_at > RECONCILE_S]
+        if old:
+            self.reconcile(old)
+
+    def _take(self, data: bytes) -> None:
+        self._settle([(job_id, Terminal.decode(record)) for job_id, record in split_reply(data)])
+
+    def _settle(self, outcomes: list[tuple[str, Terminal | JobError]]) -> None:
+        calls: list[tuple[Callable[[Any], object], JobFuture[Any]]] = []
+        with self.settled:
+            for job_id, outcome in outcomes:
+                for future in self._futures.pop(job_id, ()):
+                    calls += [(fn, future) for fn in future.settle(outcome)]
+                if isinstance(outcome, Terminal) and outcome.until_ack and not outcome.has_refs:
+                    self._acks.append(job_id)
+            self.settled.notify_all()
+        for fn, future in calls:
+            try:
+                fn(future)
+            except Exception:
+                log.exception("a done callback of job %s raised", future.id)
+
+    def _flush_acks(self, *, all_of_them: bool) -> None:
+        while len(self._acks) >= _ACK_BATCH or (all_of_them and self._acks):
+            with self.settled:
+                batch, self._acks = self._acks[:_ACK_BATCH], self._acks[_ACK_BATCH:]
+            for lane_number, lane in enumerate(self._lanes):
+                mine = [i for i in batch if lane_of(i) == lane_number]
+                if mine:
+                    self._channel.run(lane.ack(mine))

@@ -1,0 +1,176 @@
+"""The process that loads a stage and runs its loop. Started by the supervisor as `python -m torchrelay.workers.child`.
+
+Its orders come as one JSON line on standard input, which then stays open: when it closes, the supervisor is gone, and
+the child gives its work back and ends. Exit status: 0 drained, 3 the stage does not load, 4 retired, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torchrelay.config.imports import import_use
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.spec import StageSpec
+from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
+from torchrelay.queues.connection import connect
+from torchrelay.queues.registry import Registry
+from torchrelay.queues.scripts import WorkerRetired
+from torchrelay.stages import StageContext, make_runner
+from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.loop import StageLoop
+from torchrelay.workers.node import NodeContext
+from torchrelay.workers.progress import ProgressPage
+
+log = logging.getLogger("torchrelay.worker")
+EXIT_DRAINED, EXIT_FAILED, EXIT_LOAD, EXIT_RETIRED = 0, 1, 3, 4
+_ORPHAN_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the supervisor tells its child."""
+
+    pipeline: str
+    overrides: dict[str, str]
+    stage: str
+    url: str
+    namespace: str
+    lanes: int
+    lease_ms: int
+    device: str
+    incarnation: str
+    worker: str
+    page: str
+    log: Literal["text", "json"]
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+
+def pick_device(stage: StageSpec, asked: str) -> str:
+    """The torch device name for a stage. `asked` is auto, auto-cpu (fall back), cpu, cuda or cuda:N.
+
+    Raises DeviceError when the stage wants a GPU and there is none.
+    """
+    if asked not in ("auto", "auto-cpu"):
+        if asked.startswith("cuda") and not _cuda():
+            raise DeviceError(f"stage {stage.name!r}: no CUDA device here for {asked!r}; use --device cpu")
+        return asked
+    if stage.device == "cpu":
+        return "cpu"
+    if _cuda():
+        return "cuda:0"
+    if asked == "auto-cpu":
+        return "cpu"
+    raise DeviceError(f"stage {stage.name!r} wants a GPU and there is none here; pass --allow-cpu to run it on the CPU")
+
+
+def _cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+class _Stop:
+    """Set by SIGTERM, or when the supervisor is gone."""
+
+    def __init__(self) -> None:
+        self._flag = False
+
+    def __call__(self) -> bool:
+        return self._flag
+
+    def set(self, *_: Any) -> None:
+        self._flag = True
+
+    def watch_parent(self) -> None:
+        """Ends this process soon after its standard input closes, whatever the stage is doing."""
+
+        def wait() -> None:
+            os.read(0, 1)
+            self.set()
+            time.sleep(_ORPHAN_GRACE_S)
+            os._exit(EXIT_FAILED)
+
+        threading.Thread(target=wait, name="torchrelay-parent", daemon=True).start()
+
+
+def _read_orders() -> Orders:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 65536)
+        if not piece:
+            raise SystemExit(EXIT_FAILED)
+        line += piece
+    return Orders(**json.loads(line))
+
+
+def serve(orders: Orders, stop: _Stop) -> None:
+    """Loads the stage and runs the loop until it drains."""
+    pipeline = Pipeline.load(Path(orders.pipeline), orders.overrides)
+    node = next(n for n in pipeline.graph.nodes if n.name == orders.stage)
+    spec = pipeline.spec.stages[node.index - 1]
+    device = pick_device(spec, orders.device)
+    runner = make_runner(
+        import_use(spec.use, pipeline.base_dir),
+        spec,
+        types=pipeline.graph.types_of(node),
+        outputs=node.outputs,
+    )
+    runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
+    client = connect(orders.url)
+    registry = Registry(client, orders.namespace, orders.lanes)
+    registered = registry.register(pipeline, current=False)
+    context = NodeContext(
+        pipeline, registered.number, node, spec, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms
+    )
+    page = ProgressPage(Path(orders.page))
+    try:
+        log.info("ready on %s", device)
+        StageLoop(context, runner, client, page, stop).run()
+    finally:
+        runner.close()
+
+
+def main() -> int:
+    """Runs one child; returns its exit status."""
+    orders = _read_orders()
+    set_up_logs(orders.log, worker=orders.worker, stage=orders.stage)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop.set)
+    # A terminal sends Ctrl-C to the whole group; the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+    stop.watch_parent()
+    try:
+        serve(orders, stop)
+    except WorkerRetired:
+        log.warning("this worker was retired while it was away; ending")
+        return EXIT_RETIRED
+    except (ConfigError, StageLoadError, DeviceError) as error:
+        log.error("%s", error)
+        return EXIT_LOAD
+    except BrokerUnavailable as error:
+        log.error("%s", error)
+        return EXIT_FAILED
+    except TorchrelayError:
+        log.exception("the worker cannot go on")
+        return EXIT_FAILED
+    return EXIT_DRAINED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

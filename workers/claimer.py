@@ -1,0 +1,115 @@
+"""Takes jobs from the ready sets: claims in windows, asked for ahead, and waits without polling when there are none."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import count
+
+from torchrelay.queues.channel import Channel, Pending
+from torchrelay.queues.job import Entry
+from torchrelay.queues.transitions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, ClaimLimits, Grant, Session
+from torchrelay.workers.node import NodeContext
+
+_POLL_S = 1.0
+# A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
+_WINDOW_S = 0.05
+
+
+@dataclass(slots=True)
+class Held:
+    """One granted job in this worker's hands."""
+
+    lane: int
+    fence: str
+    entry: Entry
+    claimed_at: float
+
+
+class Claimer:
+    """The window of held jobs in rank order. `rows_per_s` is what the loop measured, 0 before it has."""
+
+    def __init__(self, context: NodeContext, channel: Channel, session: Session) -> None:
+        self._context = context
+        self._channel = channel
+        self._session = session
+        self._numbers = count(1)
+        self._pending: deque[tuple[int, Pending[Grant]]] = deque()
+        self._empty_lanes = 0
+        self._next_lane = 0
+        self._clock_offset_ms = 0.0
+        self._next_due_s = _POLL_S
+        self.window: deque[Held] = deque()
+        self.window_rows = 0
+        self.rows_per_s = 0.0
+        self.ready_left = 0
+
+    def server_ms(self) -> float:
+        """The server's clock, as the last claim told it."""
+        return time.monotonic() * 1000.0 + self._clock_offset_ms
+
+    def ask_ahead(self) -> None:
+        """Sends a claim unless one is under way or the window holds a batch beyond the one that is taken next."""
+        if self._pending or self.window_rows >= self._context.spec.batch.max_rows:
+            return
+        lane = self._next_lane
+        self._next_lane = (lane + 1) % len(self._context.lanes)
+        max_rows = self._context.spec.batch.max_rows
+        rows = max(max_rows, min(int(self.rows_per_s * _WINDOW_S), MAX_JOBS_PER_CALL))
+        limits = ClaimLimits(
+            min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms
+        )
+        fence = f"{self._context.incarnation}-{next(self._numbers):x}"
+        call = self._context.lanes[lane].claim(
+            self._session, fence, self._context.incarnation, self._context.number, self._context.node.index, limits
+        )
+        self._pending.append((lane, self._channel.send(call)))
+
+    def collect(self) -> bool:
+        """Waits for the claim under way, if any; True when it brought jobs."""
+        if not self._pending:
+            return False
+        lane, pending = self._pending.popleft()
+        grant = pending.result()
+        now = time.monotonic()
+        self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - now * 1000.0
+        self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
+        self.ready_left = grant.left
+        for entry in grant.entries:
+            self.window.append(Held(lane, grant.fence, entry, now))
+            self.window_rows += entry.rows
+        self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
+        return bool(grant.entries)
+
+    def idle(self) -> bool:
+        """Whether every lane was found empty in turn."""
+        return self._empty_lanes >= len(self._context.lanes)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
+        keys = [lane.keys.wake(self._context.key) for lane in self._context.lanes]
+        limit = self._next_due_s if timeout_s is None else min(timeout_s, self._next_due_s)
+        self._channel.block_pop(keys, limit)
+        self._empty_lanes = 0
+
+    def take(self, rows: int) -> list[Held]:
+        """Up to so many rows from the head of the window, in order; at least one job. A suspect comes alone."""
+        taken: list[Held] = []
+        total = 0
+        while self.window:
+            head = self.window[0]
+            if taken and (total + head.entry.rows > rows or head.entry.suspect or taken[-1].entry.suspect):
+                break
+            taken.append(self.window.popleft())
+            total += head.entry.rows
+        self.window_rows -= total
+        return taken
+
+    def surrender(self) -> list[Held]:
+        """Everything still in the window, to be released."""
+        self.collect()
+        left = list(self.window)
+        self.window.clear()
+        self.window_rows = 0
+        return left

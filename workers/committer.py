@@ -1,0 +1,144 @@
+"""Gives jobs back: committed, failed, lost or released. Commits of one grant are joined and pipelined."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+import redis
+
+from torchrelay.queues.blobs import write_blobs
+from torchrelay.queues.channel import Channel, Pending
+from torchrelay.queues.job import Failure, Ref
+from torchrelay.queues.transitions import Output, Session
+from torchrelay.workers.claimer import Held
+from torchrelay.workers.node import NodeContext
+
+log = logging.getLogger("torchrelay.worker")
+# Finished jobs of a grant wait this long for the rest of it, so that one script commits them together.
+_JOIN_S = 0.005
+_IN_FLIGHT = 8
+_MAX_COMMIT_BYTES = 1 << 20
+
+
+class Committer:
+    """Sends commits without waiting for each; `flush()` and `drain()` bound what is outstanding."""
+
+    def __init__(self, context: NodeContext, channel: Channel, session: Session, client: redis.Redis) -> None:
+        self._context = context
+        self._channel = channel
+        self._session = session
+        self._client = client
+        self._open: Counter[tuple[int, str]] = Counter()
+        self._outputs: dict[tuple[int, str], list[Output]] = {}
+        self._oldest = 0.0
+        self._sent: deque[tuple[Pending[str], list[bytes], str]] = deque()
+        self.failures = 0
+
+    @property
+    def fences(self) -> tuple[str, ...]:
+        """Grants with jobs that were not given back yet."""
+        return tuple(fence for _, fence in self._open)
+
+    def opened(self, held: Iterable[Held]) -> None:
+        """Notes jobs that were taken into the window."""
+        for h in held:
+            self._open[h.lane, h.fence] += 1
+
+    def write_blobs(self, lane: int, blobs: dict[str, bytes]) -> dict[str, Ref]:
+        """Writes output columns that are too large to travel inline."""
+        return write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True)
+
+    def commit(self, held: Held, output: Output) -> None:
+        """Queues one job's output; `flush()` decides when it goes."""
+        if not self._outputs:
+            self._oldest = time.monotonic()
+        self._outputs.setdefault((held.lane, held.fence), []).append(output)
+
+    def flush(self, *, everything: bool = False) -> None:
+        """Sends grants that are complete, and all of them once the oldest output has waited."""
+        everything = everything or (bool(self._outputs) and time.monotonic() - self._oldest > _JOIN_S)
+        for grant in list(self._outputs):
+            if everything or len(self._outputs[grant]) >= self._open[grant]:
+                self._send(grant, self._outputs.pop(grant))
+        while len(self._sent) > _IN_FLIGHT:
+            self._settle()
+        while self._sent and self._sent[0][0].done:
+            self._settle()
+
+    def _send(self, grant: tuple[int, str], outputs: list[Output]) -> None:
+        lane, fence = grant
+        part: list[Output] = []
+        size = 0
+        for output in outputs:
+            if part and size + len(output.payload) > _MAX_COMMIT_BYTES:
+                self._send_part(lane, fence, part)
+                part, size = [], 0
+            part.append(output)
+            size += len(output.payload)
+        self._send_part(lane, fence, part)
+        self._closed(grant, len(outputs))
+
+    def _send_part(self, lane: int, fence: str, outputs: list[Output]) -> None:
+        context = self._context
+        call = context.lanes[lane].commit(self._session, fence, context.number, context.node.index, outputs)
+        self._sent.append((self._channel.send(call), [o.token for o in outputs], fence))
+
+    def _closed(self, grant: tuple[int, str], jobs: int) -> None:
+        self._open[grant] -= jobs
+        if self._open[grant] <= 0:
+            del self._open[grant]
+
+    def _settle(self) -> None:
+        pending, tokens, fence = self._sent.popleft()
+        statuses = pending.result()
+        if statuses.count("k") == len(tokens):
+            return
+        for token, status in zip(tokens, statuses, strict=True):
+            if status != "k":
+                words = {"s": "stale: another worker has it, or it ended", "d": "past its deadline", "b": "blobs gone"}
+                fields = {"job": token[:-1].decode(), "fence": fence, "why": words.get(status, status)}
+                log.info("output not committed", extra={"fields": fields})
+
+    def fail(self, failed: Sequence[tuple[Held, Failure]]) -> None:
+        """Charges an attempt to each job; retries wait with full jitter, as the stage's `retry` says."""
+        retry = self._context.spec.retry
+        base_s, cap_s = retry.backoff_s
+        for grant in {(h.lane, h.fence) for h, _ in failed}:
+            mine = [(h, why) for h, why in failed if (h.lane, h.fence) == grant]
+            charges = []
+            for h, why in mine:
+                limit_s = min(cap_s, base_s * 2.0 ** min(h.entry.attempts, 30))
+                charges.append((h.entry.packed, random.uniform(0.0, limit_s) * 1000.0, why))
+                fields = {"job": h.entry.job_id, "attempt": h.entry.attempts + 1, "error": why.error_type}
+                log.warning("job failed: %s", why.message[:300], extra={"fields": fields})
+            context = self._context
+            call = context.lanes[grant[0]].fail(
+                self._session, grant[1], context.number, context.node.index, charges, retry.attempts
+            )
+            self._channel.run(call)
+            self._closed(grant, len(mine))
+        self.failures += len(failed)
+
+    def lose(self, lost: Sequence[Held], why: Failure) -> None:
+        """Restarts jobs whose bytes are gone."""
+        self._give_back(lost, lambda lane, fence, tokens: lane.lost(self._session, fence, tokens, why))
+
+    def release(self, held: Sequence[Held]) -> None:
+        """Gives jobs back unharmed."""
+        self._give_back(held, lambda lane, fence, tokens: lane.release(self._session, fence, tokens))
+
+    def _give_back(self, held: Sequence[Held], call: object) -> None:
+        for grant in {(h.lane, h.fence) for h in held}:
+            tokens = [h.entry.packed for h in held if (h.lane, h.fence) == grant]
+            self._channel.run(call(self._context.lanes[grant[0]], grant[1], tokens))  # type: ignore[operator]
+            self._closed(grant, len(tokens))
+
+    def drain(self) -> None:
+        """Sends and settles everything."""
+        self.flush(everything=True)
+        while self._sent:
+            self._settle()

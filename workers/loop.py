@@ -1,0 +1,179 @@
+"""The worker's main loop: claim, assemble, forward, commit. Runs in the child; everything it needs is handed to it."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import redis
+
+from torchrelay.config.columns import Column
+from torchrelay.queues.channel import Channel
+from torchrelay.queues.job import Failure
+from torchrelay.queues.transitions import Session
+from torchrelay.workers import progress
+from torchrelay.workers.assemble import Assembler, Work, open_all
+from torchrelay.workers.claimer import Claimer, Held
+from torchrelay.workers.committer import Committer
+from torchrelay.workers.node import NodeContext
+from torchrelay.workers.progress import Progress, ProgressPage
+
+log = logging.getLogger("torchrelay.worker")
+
+
+class Runs(Protocol):
+    """What computes a batch: per-job tables in, per-job tables out."""
+
+    def run(
+        self, tables: Sequence[Mapping[str, Column]], rows: Sequence[int], meta: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Column]]: ...
+
+
+class StageLoop:
+    """Serves one node until `stopping()` says so, then gives back what it holds."""
+
+    def __init__(
+        self,
+        context: NodeContext,
+        runner: Runs,
+        client: redis.Redis,
+        page: ProgressPage,
+        stopping: Callable[[], bool],
+    ) -> None:
+        session = Session(context.incarnation)
+        channel = Channel(client)
+        self._context = context
+        self._runner = runner
+        self._page = page
+        self._stopping = stopping
+        self._channel = channel
+        self.claimer = Claimer(context, channel, session)
+        self.committer = Committer(context, channel, session, client)
+        self._assembler = Assembler(context, client)
+        self._jobs = self._rows = self._batches = 0
+        self._busy_s = 0.0
+
+    def run(self) -> None:
+        """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
+        self._report()
+        try:
+            while not self._stopping():
+                batch = self._next_batch()
+                if batch:
+                    self._serve(batch)
+                self.committer.flush()
+            self._report(state=progress.DRAINING)
+            left = self.claimer.surrender()
+            self._note()
+            self.committer.release(left)
+            self.committer.drain()
+        finally:
+            self._channel.close()
+
+    def _next_batch(self) -> list[Held]:
+        """Jobs for one forward: a full batch, or what came within `max_wait_ms`. Empty after an idle second."""
+        rules = self._context.spec.batch
+        if not self.claimer.window:
+            self._top_up()
+            if not self.claimer.window:
+                self.committer.drain()
+                if self.claimer.idle():
+                    self._report()
+                    self.claimer.wait()
+                return []
+        deadline = self.claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
+        while self.claimer.window_rows < rules.max_rows and not self._stopping():
+            if self._top_up():
+                continue
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                break
+            self.committer.drain()
+            self._report()
+            self.claimer.wait(remaining)
+        batch = self.claimer.take(rules.max_rows)
+        self.claimer.ask_ahead()
+        return batch
+
+    def _top_up(self) -> bool:
+        self.claimer.ask_ahead()
+        before = len(self.claimer.window)
+        got = self.claimer.collect()
+        if got:
+            self._note(before)
+        return got
+
+    def _note(self, start: int = 0) -> None:
+        window = self.claimer.window
+        self.committer.opened(window[i] for i in range(start, len(window)))
+
+    def _serve(self, batch: list[Held]) -> None:
+        now_ms = self.claimer.server_ms()
+        late = [h for h in batch if 0 < h.entry.deadline_ms <= now_ms]
+        if late:
+            # Given back, they are ended by the next claim or by the upkeep; they must not start.
+            self.committer.release(late)
+            batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
+        ready, bad, lost = open_all(self._assembler, batch)
+        if bad:
+            self.committer.fail([(h, self._failure(error)) for h, error in bad])
+        if lost:
+            self.committer.lose(lost, self._failure(None, "BytesLost", "the bytes of an input column are gone"))
+        if ready:
+            self._forward(ready)
+
+    def _forward(self, works: list[Work]) -> None:
+        """Computes and commits; a batch that raises is halved until the jobs that raise stand alone."""
+        self._report(works)
+        started = time.monotonic()
+        try:
+            outputs = self._runner.run([w.table for w in works], [w.held.entry.rows for w in works], [w.fields for w in works])
+        except Exception as error:
+            self._busy_s += time.monotonic() - started
+            if len(works) == 1:
+                self.committer.fail([(works[0].held, self._failure(error))])
+            else:
+                middle = len(works) // 2
+                self._forward(works[:middle])
+                self._forward(works[middle:])
+            return
+        elapsed = time.monotonic() - started
+        for work, output in zip(works, outputs, strict=True):
+            self.committer.commit(work.held, self._assembler.close(work, output, self.committer))
+        self._account(works, elapsed, time.monotonic() - started)
+
+    def _account(self, works: list[Work], busy_s: float, total_s: float) -> None:
+        rows = sum(w.held.entry.rows for w in works)
+        self._jobs += len(works)
+        self._rows += rows
+        self._batches += 1
+        self._busy_s += busy_s
+        rate = rows / max(total_s, 1e-6)
+        claimer = self.claimer
+        claimer.rows_per_s = rate if claimer.rows_per_s == 0 else 0.8 * claimer.rows_per_s + 0.2 * rate
+        self._report()
+
+    def _failure(self, error: BaseException | None, kind: str = "", message: str = "") -> Failure:
+        trace = "".join(traceback.format_exception(error)) if error else ""
+        return Failure(
+            self._context.node.name, kind or type(error).__name__, message or str(error), trace, self._context.worker
+        )
+
+    def _report(self, works: Sequence[Work] = (), state: int = progress.READY) -> None:
+        self._page.write(
+            Progress(
+                state=state,
+                forward_since=time.monotonic() if works else 0.0,
+                beat=time.monotonic(),
+                jobs=self._jobs,
+                rows=self._rows,
+                batches=self._batches,
+                busy_s=self._busy_s,
+                failures=self.committer.failures,
+                fences=self.committer.fences,
+                started=b"".join([w.held.entry.packed for w in works]),
+            )
+        )

@@ -1,0 +1,110 @@
+"""The page that a child writes and its supervisor reads: what it is doing, and since when.
+
+A child cannot prove its own liveness (a kernel launch may hold the interpreter lock), so the supervisor renews leases
+from this page. One writer, one reader, in two processes: a sequence number around each write tells a torn read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEAD = struct.Struct("<QddQQQdQII")
+_SEQUENCE = struct.Struct("<Q")
+PAGE_BYTES = 65536
+
+LOADING, READY, DRAINING = 0, 1, 2
+STATES = ("loading", "ready", "draining")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`forward_since` is time.monotonic() at the start of the running forward, 0 between forwards.
+
+    `started` holds the packed entries of that forward, `fences` the grants in hand.
+    """
+
+    state: int = LOADING
+    forward_since: float = 0.0
+    beat: float = 0.0
+    jobs: int = 0
+    rows: int = 0
+    batches: int = 0
+    busy_s: float = 0.0
+    failures: int = 0
+    fences: tuple[str, ...] = ()
+    started: bytes = b""
+
+
+class ProgressPage:
+    """A file of one page's data, mapped by both processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), PAGE_BYTES)
+        self._sequence = 0
+
+    @classmethod
+    def create(cls) -> ProgressPage:
+        descriptor, name = tempfile.mkstemp(prefix="torchrelay-progress-")
+        os.ftruncate(descriptor, PAGE_BYTES)
+        os.close(descriptor)
+        return cls(Path(name))
+
+    def write(self, p: Progress) -> None:
+        fences = ",".join(p.fences).encode()
+        body = _HEAD.pack(
+            p.state,
+            p.forward_since,
+            p.beat,
+            p.jobs,
+            p.rows,
+            p.batches,
+            p.busy_s,
+            p.failures,
+            len(fences),
+            len(p.started),
+        )
+        body += fences + p.started
+        if len(body) + 8 > PAGE_BYTES:
+            raise ValueError(f"progress of {len(body)} bytes does not fit its page")
+        self._sequence += 1
+        self._map[0:8] = _SEQUENCE.pack(self._sequence)
+        self._map[8 : 8 + len(body)] = body
+        self._sequence += 1
+        self._map[0:8] = _SEQUENCE.pack(self._sequence)
+
+    def read(self, *, dead: bool = False) -> Progress:
+        """The last whole state. `dead` says that the writer is gone: a state cut off by its death is read as it is."""
+        for _ in range(1000):
+            before = self._map[0:8]
+            data = self._map[8:PAGE_BYTES]
+            if (before == self._map[0:8] and before[0] % 2 == 0) or dead:
+                break
+        *numbers, fences_length, started_length = _HEAD.unpack_from(data)
+        state, since, beat, jobs, rows, batches, busy_s, failures = numbers
+        at = _HEAD.size
+        fences = data[at : at + fences_length].decode("ascii", "replace")
+        started = data[at + fences_length : at + fences_length + started_length]
+        return Progress(
+            min(state, 2),
+            since,
+            beat,
+            jobs,
+            rows,
+            batches,
+            busy_s,
+            failures,
+            tuple(fences.split(",")) if fences else (),
+            started,
+        )
+
+    def close(self, *, unlink: bool = False) -> None:
+        self._map.close()
+        if unlink:
+            self.path.unlink(missing_ok=True)

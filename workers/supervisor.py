@@ -1,0 +1,240 @@
+"""Keeps one child at work: starts it, renews its leases while it makes progress, ends it when it hangs, retires it when
+it dies. Knows neither torch nor CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.settings import Settings
+from torchrelay.errors import BrokerError, StageLoadError
+from torchrelay.queues.job import Failure
+from torchrelay.queues.keys import new_token
+from torchrelay.queues.registry import Registry, WorkerReport, run
+from torchrelay.workers.child import EXIT_DRAINED, EXIT_LOAD, Orders
+from torchrelay.workers.progress import STATES, Progress, ProgressPage
+from torchrelay.workers.upkeep import Upkeep
+
+log = logging.getLogger("torchrelay.supervisor")
+HEARTBEAT_S = 2.0
+GRACE_S = 30.0
+_LOOK_S = 0.25
+_LOADS_BEFORE_BREAKER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker to run: which stage of which pipeline, and where."""
+
+    pipeline: Pipeline
+    stage: str
+    device: str = "auto"
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Runs one worker until `stop()` or until it cannot load. `run()` blocks; call it from any thread."""
+
+    def __init__(self, plan: WorkerPlan, registry: Registry, url: str, settings: Settings) -> None:
+        self._plan = plan
+        self._registry = registry
+        self._url = url
+        self._settings = settings
+        self._upkeep = Upkeep(registry)
+        self._changed = threading.Event()
+        self._stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._page: ProgressPage | None = None
+        self._incarnation = ""
+        self._started_at = 0.0
+        self._next_beat = 0.0
+        self._next_renewal = 0.0
+        stage = next(s for s in plan.pipeline.spec.stages if s.name == plan.stage)
+        self._timeout_s = stage.timeout_s
+        self._max_rows = stage.batch.max_rows
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
+        self.error: StageLoadError | None = None
+
+    def stop(self) -> None:
+        """Asks for a drain: the child finishes its batch, gives the rest back, and `run()` returns."""
+        self._stopping = True
+        self._changed.set()
+
+    def run(self) -> int:
+        """0 after a drain; 1 when the stage failed to load three times in a row (`error` says why)."""
+        failed_loads, pause_s = 0, 0.5
+        try:
+            while not self._stopping:
+                status, was_ready = self._live_once()
+                if self._stopping or status == EXIT_DRAINED:
+                    break
+                failed_loads = 0 if was_ready else failed_loads + 1
+                if failed_loads >= _LOADS_BEFORE_BREAKER or (status == EXIT_LOAD and failed_loads >= 1):
+                    self.error = StageLoadError(
+                        f"stage {self._plan.stage!r} does not start (exit status {status}); its reason is logged above"
+                    )
+                    log.error("%s", self.error)
+                    return 1
+                pause_s = 0.1 if was_ready else min(pause_s * 2, 10.0)
+                self._pause(pause_s)
+        finally:
+            self._beat(Progress(), "gone")
+        return 0
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < deadline:
+            self._upkeep.tick()
+            time.sleep(0.05)
+
+    def _live_once(self) -> tuple[int, bool]:
+        """Runs one child from start to end: (exit status, whether it was ever ready)."""
+        self._incarnation = new_token(8)
+        self._page = page = ProgressPage.create()
+        self._started_at = time.time()
+        self._next_renewal = 0.0
+        child = self._start_child(page)
+        try:
+            self._watch(child, page)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            with contextlib.suppress(OSError):
+                child.stdin.close()  # type: ignore[union-attr]  # opened by PIPE
+        last = page.read(dead=True)
+        was_ready = last.state > 0
+        page.close(unlink=True)
+        status = child.returncode
+        if status != EXIT_DRAINED:
+            if not self._stopping:
+                log.warning("the worker ended with status %s", status, extra={"fields": {"worker": self.name}})
+            self._retire(last, status)
+        return status, was_ready
+
+    def _start_child(self, page: ProgressPage) -> subprocess.Popen[bytes]:
+        plan = self._plan
+        orders = Orders(
+            pipeline=str(plan.pipeline.path),
+            overrides=plan.overrides,
+            stage=plan.stage,
+            url=self._url,
+            namespace=self._settings.namespace,
+            lanes=self._settings.lanes,
+            lease_ms=self._settings.lease_ms,
+            device=plan.device,
+            incarnation=self._incarnation,
+            worker=self.name,
+            page=str(page.path),
+            log=self._settings.log,
+        )
+        command = [sys.executable, "-m", "torchrelay.workers.child"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path.cwd())
+        self._child = child
+        assert child.stdin is not None  # asked for by PIPE
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(orders.encode().encode())
+            child.stdin.flush()
+        threading.Thread(target=self._announce_exit, args=(child,), daemon=True).start()
+        return child
+
+    def _announce_exit(self, child: subprocess.Popen[bytes]) -> None:
+        child.wait()
+        self._changed.set()
+
+    def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
+        kill_at = float("inf")
+        while child.poll() is None:
+            if self._stopping and kill_at == float("inf"):
+                child.send_signal(signal.SIGTERM)
+                kill_at = time.monotonic() + GRACE_S
+            if time.monotonic() > kill_at:
+                log.error("the worker did not drain in %d s; ending it", GRACE_S)
+                return
+            progress = page.read()
+            if self._hung(progress):
+                self._dump_stack(child)
+                return
+            self._renew(progress)
+            if time.monotonic() >= self._next_beat:
+                self._beat(progress, "draining" if self._stopping else STATES[progress.state])
+            self._upkeep.tick()
+            self._changed.wait(_LOOK_S)
+            self._changed.clear()
+
+    def _hung(self, progress: Progress) -> bool:
+        since = progress.forward_since
+        return since > 0 and time.monotonic() - since > self._timeout_s
+
+    def _dump_stack(self, child: subprocess.Popen[bytes]) -> None:
+        log.error("a forward ran past timeout_s (%g s); its stack follows, then the worker is ended", self._timeout_s)
+        if hasattr(signal, "SIGUSR1"):
+            child.send_signal(signal.SIGUSR1)
+            time.sleep(0.2)
+
+    def _renew(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now < self._next_renewal or not progress.fences:
+            return
+        self._next_renewal = now + self._settings.lease_ms / 3000.0
+        try:
+            for lane in self._registry.lanes:
+                answers = run(self._registry.client, lane.renew(self._settings.lease_ms, progress.fences))
+                for fence, (_, revoked) in zip(progress.fences, answers, strict=True):
+                    if revoked:
+                        log.info("%d jobs of grant %s ended meanwhile", len(revoked), fence)
+        except (BrokerError, redis.RedisError, OSError) as error:
+            self._next_renewal = now + 0.5
+            log.warning("leases were not renewed: %s", error)
+
+    def _beat(self, progress: Progress, state: str) -> None:
+        self._next_beat = time.monotonic() + HEARTBEAT_S
+        report = WorkerReport(
+            worker=self.name,
+            host=socket.gethostname(),
+            pid=self._child.pid if self._child else 0,
+            node=f"{self._plan.pipeline.ref}/{self._plan.stage}",
+            device=self._plan.device,
+            state=state,
+            started_at=self._started_at,
+            jobs=progress.jobs,
+            rows=progress.rows,
+            batches=progress.batches,
+            max_rows=self._max_rows,
+            busy_s=round(progress.busy_s, 3),
+            failures=progress.failures,
+        )
+        try:
+            self._registry.beat(report, leave=state == "gone")
+        except (BrokerError, redis.RedisError, OSError) as error:
+            log.warning("no heartbeat: %s", error)
+
+    def _retire(self, last: Progress, status: int) -> None:
+        """Gives back what the dead child held, at once; tries until the server answers or a lease's time is over."""
+        name = signal.Signals(-status).name if status < 0 else f"status {status}"
+        why = Failure(self._plan.stage, "WorkerDied", f"the worker died ({name}) while it computed this job alone", "", self.name)
+        deadline = time.monotonic() + self._settings.lease_ms / 1000.0
+        while True:
+            try:
+                for lane in self._registry.lanes:
+                    back, buried = run(self._registry.client, lane.retire(self._incarnation, last.started, why))
+                    if back or buried:
+                        log.warning("gave back %d jobs of the dead worker, %d went to the dead letters", back, buried)
+                return
+            except (BrokerError, redis.RedisError, OSError) as error:
+                if time.monotonic() > deadline:
+                    log.warning("could not retire the worker; its leases run out by themselves: %s", error)
+                    return
+                time.sleep(0.2)

@@ -1,0 +1,47 @@
+"""Keeps the lanes: expired leases, due jobs, deadlines and old results, each second, by whoever is there.
+
+Every supervisor runs one. Each transition is safe to run twice and at once (rule 14 of the transport).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import redis
+
+from torchrelay.errors import BrokerError
+from torchrelay.queues.registry import Registry, run
+
+log = logging.getLogger("torchrelay.upkeep")
+TICK_S = 1.0
+
+
+class Upkeep:
+    """Call `tick()` often; it acts once a second."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._next = 0.0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + TICK_S
+        client = self._registry.client
+        for lane in self._registry.lanes:
+            try:
+                back, moved, delayed, late, old = run(client, lane.reap())
+                if back:
+                    log.warning("took back %d jobs whose lease ran out", back)
+                if moved:
+                    log.warning("the lane was not kept for a while; leases were moved, nothing was taken back")
+                while delayed and run(client, lane.promote())[0] == 256:
+                    pass
+                while late and run(client, lane.expire()) == 256:
+                    pass
+                while old and run(client, lane.sweep()) == 256:
+                    pass
+            except (BrokerError, redis.RedisError, OSError) as error:
+                log.warning("upkeep: %s", error)
