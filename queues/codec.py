@@ -1,0 +1,296 @@
+"""Values as bytes: msgpack, strict on the way in, views instead of copies on the way out.
+
+A value is None, bool, int (64 bits), float, str, bytes, a list or tuple (comes back as a list), a dict with
+str keys, or a numpy array or scalar of a listed dtype (a scalar comes back as a 0-d array; `np.float64` is a
+Python float already and comes back as one). Arrays are msgpack extension 1, see `tensors`.
+
+Arrays over `INLINE_BYTES` make the message a frame, so that neither side copies them through msgpack. A frame is
+itself one valid msgpack object, an ext 32 of type 3:
+
+    0xc9, u32 big-endian count of the bytes after the type, 0x03,
+    u32 little-endian size of the head, the head (msgpack), then per tensor, in the head's order:
+    zeros up to the next multiple of 64 from the frame's first byte, the elements
+
+Promise: `decode` raises `DecodeError` and nothing else, whatever the bytes are; floats and arrays are carried bit
+for bit. Imports neither torch nor redis.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from types import NoneType
+from typing import Final, NoReturn
+
+import msgpack
+import numpy as np
+
+from torchrelay.errors import DecodeError, InputError
+from torchrelay.queues import tensors
+from torchrelay.queues.tensors import DTYPES, BadValue
+
+__all__ = ["DEFAULT_LIMITS", "DTYPES", "INLINE_BYTES", "Limits", "decode", "encode"]
+
+INLINE_BYTES: Final = 1024
+
+_FRAME = 3
+_FRAME_HEAD = struct.Struct(">BIB")
+_U32 = struct.Struct("<I")
+_FRAME_START = _FRAME_HEAD.size + _U32.size
+# A packer never gives its buffer back; one that grew past this is dropped.
+_KEEP_PACKER_BYTES = 1 << 20
+
+_SCALARS = frozenset((NoneType, bool, int, float, str, bytes))
+_LEAVES = _SCALARS | {np.ndarray}
+# The containers, to look into, and what msgpack would carry and we do not.
+_CHECKED = (dict, list, tuple, msgpack.Timestamp, memoryview)
+_STR_ONLY = frozenset((str,))
+_SEQUENCES = (list, tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a message may hold at most.
+
+    Args:
+        max_bytes: size of the whole message.
+        max_depth: containers within containers; a bare value has depth 0, `[1]` has depth 1.
+        max_ndim: dimensions of a tensor.
+        max_items: elements of all lists and entries of all dicts together.
+    """
+
+    max_bytes: int = 2**31 - 1
+    max_depth: int = 64
+    max_ndim: int = 32
+    max_items: int = 10_000_000
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """Turn a value into bytes.
+
+    Args:
+        value: see the module's docstring. A C-contiguous little-endian array is copied once; any other array is
+            first brought into that form.
+        limits: what the message may hold.
+
+    Returns: the message.
+
+    Raises:
+        InputError: the value holds something that is not carried (another type, an array of dtype object,
+            str, void, datetime or longdouble, a masked array, an int over 64 bits, a dict key that is not a str,
+            a str that is not Unicode) or is above a limit.
+    """
+    try:
+        if isinstance(value, _CHECKED):
+            _check(value, limits)
+        data = _local.encoder.encode(value, limits)
+    except (ValueError, TypeError, OverflowError, BufferError, RecursionError) as error:
+        _local.encoder = _Encoder()
+        raise InputError(f"cannot encode this {type(value).__name__}: {error}") from error
+    if len(data) > limits.max_bytes:
+        raise InputError(f"the encoded value has {len(data)} bytes; at most {limits.max_bytes} are carried")
+    return data
+
+
+def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS) -> object:
+    """Turn bytes back into the value.
+
+    Args:
+        data: one whole message. Large tensors come back as views over it: keep it unchanged while they live.
+        limits: what the message may hold.
+
+    Returns: the value; every array in it is read-only.
+
+    Raises:
+        DecodeError: the bytes are not exactly one message within the limits; it carries their length, and the
+            offset of the fault where that is known.
+    """
+    try:
+        if type(data) is not bytes:
+            data = memoryview(data).cast("B")
+        size = len(data)
+        if size > limits.max_bytes:
+            raise BadValue(f"the message is above the limit of {limits.max_bytes} bytes")
+        if size >= _FRAME_START and data[0] == 0xC9 and data[5] == _FRAME:
+            value = _decode_frame(memoryview(data).toreadonly(), limits)
+        else:
+            value = _unpack(data, _inline_hook if limits is DEFAULT_LIMITS else _Tail(None, 0, limits).hook)
+        if type(value) not in _LEAVES:
+            _check(value, limits)
+        return value
+    except _DECODE_FAULTS as error:
+        _raise_decode_error(error, data)
+
+
+def _check(value: object, limits: Limits) -> None:
+    """Refuse what msgpack lets pass: depth, total items, keys that are not str, timestamps, raw extensions."""
+    level: list[object] = [value]
+    depth = items = 0
+    while level:
+        below: list[object] = []
+        for node in level:
+            children = _children(node)
+            items += len(children)
+            if not _LEAVES.issuperset(map(type, children)):
+                below.extend(child for child in children if isinstance(child, _CHECKED))
+        depth += 1
+        if depth > limits.max_depth:
+            raise BadValue(f"containers are nested deeper than {limits.max_depth}")
+        if items > limits.max_items:
+            raise BadValue(f"there are more than {limits.max_items} items")
+        level = below
+
+
+def _children(node: object) -> Collection[object]:
+    if isinstance(node, dict):
+        if not _STR_ONLY.issuperset(map(type, node)):
+            for key in node:
+                if not isinstance(key, str):
+                    raise BadValue(f"a dict key must be a str, not {type(key).__name__}")
+        return node.values()
+    if isinstance(node, _SEQUENCES) and type(node) is not msgpack.ExtType:
+        return node
+    raise BadValue(f"a {type(node).__name__} is not carried")
+
+
+class _Encoder:
+    """A packer to use again (making one costs more than a small message) and the tail of the current message."""
+
+    def __init__(self) -> None:
+        self._packer = msgpack.Packer(default=self._pack_other, autoreset=True)
+        self._tail: list[np.ndarray] = []
+        self._tail_bytes = 0
+        self._limits = DEFAULT_LIMITS
+
+    def encode(self, value: object, limits: Limits) -> bytes:
+        self._limits = limits
+        head: bytes = self._packer.pack(value)
+        if len(head) > _KEEP_PACKER_BYTES:
+            self._packer = msgpack.Packer(default=self._pack_other, autoreset=True)
+        if not self._tail:
+            return head
+        tail, self._tail, self._tail_bytes = self._tail, [], 0
+        return _frame(head, tail)
+
+    def _pack_other(self, value: object) -> msgpack.ExtType:
+        array = tensors.wire_array(value, self._limits.max_ndim)
+        if array.nbytes <= INLINE_BYTES:
+            return msgpack.ExtType(tensors.TENSOR_CODE, tensors.inline_payload(array))
+        self._tail_bytes += array.nbytes
+        if self._tail_bytes > self._limits.max_bytes:
+            raise BadValue(f"its arrays are above the limit of {self._limits.max_bytes} bytes")
+        self._tail.append(array)
+        return msgpack.ExtType(tensors.TENSOR_CODE, tensors.pack_head(array, tensors.TAIL))
+
+
+def _frame(head: bytes, tail: list[np.ndarray]) -> bytes:
+    parts: list[bytes | memoryview] = [b"", head]
+    end = _FRAME_START + len(head)
+    for array in tail:
+        pad = -end % tensors.TAIL_ALIGN
+        # Through uint8, because the buffer protocol does not know the dtypes of ml_dtypes.
+        parts += (bytes(pad), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        end += pad + array.nbytes
+    parts[0] = _FRAME_HEAD.pack(0xC9, end - _FRAME_HEAD.size, _FRAME) + _U32.pack(len(head))
+    return b"".join(parts)
+
+
+class _Local(threading.local):
+    """Each thread has an encoder of its own."""
+
+    def __init__(self) -> None:
+        self.encoder = _Encoder()
+
+
+_local = _Local()
+
+
+def _unpack(data: bytes | memoryview, ext_hook: Callable[[int, bytes], np.ndarray]) -> object:
+    # msgpack itself refuses strings, arrays and maps that announce more than the message's length.
+    value: object = msgpack.unpackb(data, ext_hook=ext_hook, object_pairs_hook=_unique)
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise BadValue("a map holds the same key twice")
+    return mapping
+
+
+def _decode_frame(view: memoryview, limits: Limits) -> object:
+    announced, head_bytes = _FRAME_HEAD.unpack_from(view)[1], _U32.unpack_from(view, _FRAME_HEAD.size)[0]
+    if announced != len(view) - _FRAME_HEAD.size:
+        raise BadValue(f"the frame announces {announced} bytes after its header", _FRAME_HEAD.size)
+    head_end = _FRAME_START + head_bytes
+    if head_end > len(view):
+        raise BadValue(f"the frame's head announces {head_bytes} bytes", _FRAME_HEAD.size)
+    tail = _Tail(view, head_end, limits)
+    value = _unpack(view[_FRAME_START:head_end], tail.hook)
+    if tail.end != len(view):
+        raise BadValue("the frame goes on after its last tensor", tail.end)
+    return value
+
+
+class _Tail:
+    """Makes the arrays of one message; `end` is where the last one from the frame's tail ended."""
+
+    def __init__(self, view: memoryview | None, end: int, limits: Limits) -> None:
+        self._view = view
+        self._max_ndim = limits.max_ndim
+        self.end = end
+
+    def hook(self, code: int, payload: bytes) -> np.ndarray:
+        if code != tensors.TENSOR_CODE:
+            raise BadValue(f"extension type {code} is unknown")
+        head = tensors.parse_head(payload, self._max_ndim)
+        if head.place == tensors.INLINE:
+            return tensors.make_array(head, payload, head.head_bytes)
+        if self._view is None:
+            raise BadValue("a tensor refers to a tail, and the message has none")
+        start = self.end + -self.end % tensors.TAIL_ALIGN
+        if start + head.data_bytes > len(self._view):
+            raise BadValue(f"a tensor of {head.data_bytes} bytes goes past the end", start)
+        self.end = start + head.data_bytes
+        return tensors.make_array(head, self._view, start)
+
+
+_inline_hook = _Tail(None, 0, DEFAULT_LIMITS).hook
+
+_DECODE_FAULTS = (
+    ValueError,  # BadValue, invalid UTF-8, and msgpack's own for cut-off and malformed messages
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    BufferError,
+    msgpack.exceptions.UnpackException,
+)
+
+
+def _raise_decode_error(error: BaseException, data: bytes | bytearray | memoryview) -> NoReturn:
+    try:
+        length = memoryview(data).nbytes
+    except TypeError:
+        raise DecodeError(f"cannot decode a {type(data).__name__}; give bytes") from error
+    offset: int | None = None
+    if isinstance(error, BadValue):
+        message, offset = str(error), error.offset
+    elif isinstance(error, msgpack.ExtraData):
+        message, offset = "the message has trailing bytes", length - len(error.extra)
+    elif isinstance(error, msgpack.StackError):
+        message = "containers are nested too deep"
+    elif isinstance(error, UnicodeDecodeError):
+        message = f"a str is not UTF-8: {error.reason}"
+    elif isinstance(error, msgpack.FormatError):
+        message = "the bytes are not msgpack"
+    elif "incomplete" in str(error):
+        message, offset = "the message is cut off", length
+    else:
+        message = f"the message does not decode: {error}"
+    raise DecodeError(message, length=length, offset=offset) from error
