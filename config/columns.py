@@ -1,0 +1,251 @@
+"""Rows and tables against declared columns. Every check of values happens here, in the producer and in the worker.
+
+A row is {column: value}; a table has the batch axis: an array [N, ...] per stacked column, a list of N values per other.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from torchrelay.config.types import ColumnType
+from torchrelay.errors import InputError
+
+Column = np.ndarray[Any, np.dtype[Any]] | list[Any]
+Types = Mapping[str, ColumnType]
+
+
+def describe(value: object) -> str:
+    """What came, for an error message: a type, with dtype and shape for arrays."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, str | bytes | list | tuple | dict):
+        return f"{type(value).__name__} of length {len(value)}"
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+def _refuse(name: str, kind: ColumnType, value: object, why: str = "") -> InputError:
+    return InputError(f"column {name!r}: {kind} is expected, {describe(value)} came{'; ' + why if why else ''}")
+
+
+def check_value(name: str, kind: ColumnType, value: Any) -> Any:
+    """One row's value as the column stores it; raises InputError naming column, expectation and what came."""
+    if value is None:
+        if kind.nullable:
+            return None
+        raise _refuse(name, kind, value, "write ? behind the type to allow null")
+    dtype = kind.dtype
+    if dtype == "str":
+        if isinstance(value, str):
+            return str(value)
+        raise _refuse(name, kind, value)
+    if dtype == "bytes":
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        raise _refuse(name, kind, value)
+    if dtype == "json":
+        return value
+    return _number(name, kind, value)
+
+
+def _number(name: str, kind: ColumnType, value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype == kind.np_dtype:
+        array = value
+    else:
+        if isinstance(value, str | bytes | dict | set):
+            raise _refuse(name, kind, value)
+        if not isinstance(value, np.ndarray | np.generic):
+            value = _as_array(name, kind, value)
+        array = _cast(name, kind, np.asarray(value))
+    if array.ndim != len(kind.shape):
+        raise _refuse(name, kind, array, f"it has {array.ndim} dims, not {len(kind.shape)}")
+    for have, want in zip(array.shape, kind.shape, strict=True):
+        if isinstance(want, int) and have != want:
+            raise _refuse(name, kind, array)
+    if not kind.shape and not kind.stacked:
+        return array[()].item() if kind.dtype in ("bool", "int64", "float64") else array[()]
+    return array
+
+
+def _as_array(name: str, kind: ColumnType, value: Any) -> Any:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise _refuse(name, kind, value, str(error)) from error
+    if array.dtype == object:
+        raise _refuse(name, kind, value, "it is ragged or holds other things than numbers")
+    if array.size == 0 and array.dtype == np.float64:
+        return array.astype(kind.np_dtype)
+    # Python's numbers have no width of their own: what is exact in the column's dtype is taken.
+    want = kind.np_dtype
+    if array.dtype.kind in "iu" and want.kind in "iu":
+        cast = array.astype(want)
+        if not np.array_equal(cast.astype(object), array.astype(object)):
+            raise _refuse(name, kind, value, f"it does not fit {kind.dtype}")
+        return cast
+    if array.dtype.kind in "iuf" and want.kind not in "biuc" and not (array.dtype.kind == "b"):
+        return array.astype(want)
+    if array.dtype.kind in "iufc" and want.kind == "c":
+        return array.astype(want)
+    return array
+
+
+def _cast(name: str, kind: ColumnType, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    want = kind.np_dtype
+    if array.dtype == want:
+        return array
+    if array.dtype.newbyteorder("=") == want:
+        return array.astype(want)
+    if not np.can_cast(array.dtype, want, casting="safe"):
+        raise _refuse(name, kind, array, f"convert it yourself: .astype({kind.dtype!r})")
+    return array.astype(want)
+
+
+def _named_dims(types: Types, values: Mapping[str, Any], row: int | None = None) -> None:
+    seen: dict[str, tuple[str, int]] = {}
+    for name, kind in types.items():
+        value = values.get(name)
+        if not kind.shape or value is None:
+            continue
+        for dim, size in zip(kind.shape, np.shape(value), strict=True):
+            if isinstance(dim, str):
+                first, known = seen.setdefault(dim, (name, size))
+                if known != size:
+                    where = "" if row is None else f"row {row}: "
+                    raise InputError(f"{where}column {name!r}: {dim} is {size} here and {known} in {first!r}")
+
+
+def _has_names(types: Types) -> bool:
+    return any(isinstance(d, str) for kind in types.values() for d in kind.shape)
+
+
+def _check_names(types: Types, given: Mapping[str, Any], what: str) -> None:
+    for name in given:
+        if name not in types:
+            near = difflib.get_close_matches(str(name), list(types), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it declares {', '.join(types)}"
+            raise InputError(f"{what} has no column {name!r:.60}{hint}")
+
+
+def table_of_row(types: Types | None, row: Mapping[str, Any]) -> dict[str, Column]:
+    """One row as a table of N = 1. Without declared types, arrays get a batch axis and all else a list.
+
+    Raises InputError naming the column, what came and what was expected.
+    """
+    if not types:
+        if not row or not all(isinstance(n, str) and n.isidentifier() and len(n) <= 64 for n in row):
+            raise InputError(f"a row needs columns named like variables, not {list(row)!r:.80}")
+        return {n: v[None] if isinstance(v, np.ndarray) and v.dtype != object else [v] for n, v in row.items()}
+    table: dict[str, Column] = {}
+    for name, kind in types.items():
+        if name in row:
+            value = row[name]
+            if type(value) is not str or kind.dtype != "str":
+                value = check_value(name, kind, value)
+        elif kind.has_default:
+            value = kind.default
+        elif kind.nullable:
+            value = None
+        else:
+            _check_names(types, row, "the pipeline's input")
+            raise InputError(f"column {name!r} is missing; {kind} is expected")
+        table[name] = np.asarray(value)[None] if kind.stacked else [value]
+    if len(row) > len(types) or not row.keys() <= types.keys():
+        _check_names(types, row, "the pipeline's input")
+    if _has_names(types):
+        _named_dims(types, {n: c[0] for n, c in table.items()})
+    return table
+
+
+def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> Column:
+    """A column of N values, stacked or a list; raises InputError with the row where one value does not fit."""
+    if not hasattr(column, "__len__") or isinstance(column, str | bytes | dict):
+        raise InputError(
+            f"column {name!r}: an array or a list of one value per row is expected, {describe(column)} came"
+        )
+    if rows is not None and len(column) != rows:
+        raise InputError(f"column {name!r}: {rows} rows are expected, {len(column)} came")
+    if kind.stacked:
+        if not isinstance(column, np.ndarray):
+            values = [check_value(name, kind, v) for v in column]
+            return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
+        whole = ColumnType(kind.dtype, (len(column), *kind.shape))
+        try:
+            return _cast(name, kind, column) if column.shape == whole.shape else check_value(name, whole, column)
+        except InputError as error:
+            raise InputError(f"{error} (of {len(column)} rows)") from None
+    out = []
+    for i, value in enumerate(column):
+        try:
+            out.append(check_value(name, kind, value))
+        except InputError as error:
+            raise InputError(f"row {i}: {error}") from None
+    return out
+
+
+def _ints(kind: ColumnType) -> tuple[int, ...]:
+    return tuple(d for d in kind.shape if isinstance(d, int))
+
+
+def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str, Column], int]:
+    """(columns, N) of a table, every column N long; raises InputError."""
+    lengths = {name: len(c) for name, c in table.items() if hasattr(c, "__len__")}
+    rows = next(iter(lengths.values()), 0)
+    for name, length in lengths.items():
+        if length != rows:
+            raise InputError(f"column {name!r} has {length} rows, {next(iter(lengths))!r} has {rows}")
+    if not types:
+        return {n: c if isinstance(c, np.ndarray) else list(c) for n, c in table.items()}, rows
+    _check_names(types, table, "the pipeline's input")
+    out: dict[str, Column] = {}
+    for name, kind in types.items():
+        if name in table:
+            out[name] = check_column(name, kind, table[name], rows)
+        elif kind.has_default or kind.nullable:
+            out[name] = check_column(name, kind, [kind.default] * rows, rows)
+        else:
+            raise InputError(f"column {name!r} is missing; {kind} is expected")
+    if _has_names(types):
+        for i in range(rows):
+            _named_dims(types, {n: c[i] for n, c in out.items()}, i)
+    return out, rows
+
+
+def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[str, Column]:
+    """What a stage returned, checked where its columns are declared; raises InputError naming stage and column."""
+    if not isinstance(outputs, Mapping):
+        raise InputError(
+            f"stage {stage!r} returned {type(outputs).__name__}; a mapping of column to values is expected"
+        )
+    out: dict[str, Column] = {}
+    for name, column in outputs.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InputError(f"stage {stage!r} returned a column named {name!r:.60}; names are like variables")
+        if not hasattr(column, "__len__") or isinstance(column, str | bytes | dict) or len(column) != rows:
+            raise InputError(f"stage {stage!r}: column {name!r} needs {rows} rows, {describe(column)} came")
+        try:
+            if name in types:
+                column = check_column(name, types[name], column, rows)
+            elif types:
+                near = difflib.get_close_matches(name, list(types), 1)
+                hint = f"; did you mean {near[0]!r}?" if near else "; declare it under outputs"
+                raise InputError(f"column {name!r} is not declared{hint}")
+        except InputError as error:
+            raise InputError(f"stage {stage!r}: {error}") from None
+        out[name] = column if isinstance(column, np.ndarray) else list(column)
+    for name in types:
+        if name not in out:
+            raise InputError(f"stage {stage!r} did not return column {name!r}, which it declares")
+    return out
+
+
+def row_of_table(table: Mapping[str, Sequence[Any] | Column], i: int = 0) -> dict[str, Any]:
+    """One row of a table: arrays lose their batch axis, and what is left without dims becomes a Python scalar."""
+    row: dict[str, Any] = {}
+    for name, column in table.items():
+        value = column[i]
+        row[name] = value.item() if isinstance(value, np.generic) and value.dtype.kind in "biufc" else value
+    return row

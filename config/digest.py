@@ -1,0 +1,54 @@
+"""The version of a pipeline: a digest of everything that changes its results, and of nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torchrelay.config.imports import resolve_inside, source_digest
+from torchrelay.config.spec import PipelineSpec, StageSpec
+
+VERSION_LENGTH = 8
+
+
+def version_of(spec: PipelineSpec, base_dir: Path) -> str:
+    """8 hex digits over input, output, graph, code, args, weights, torch options and padding.
+
+    Batch sizes, waits, replicas, retries, time-outs, queue marks and devices are tuning: they do not change it. What is
+    at its default is left out, so that a new option with a default leaves old versions as they were.
+    Raises ConfigError when code or weights cannot be read.
+    """
+    after = any(s.after is not None for s in spec.stages)
+    content = {
+        "pipeline": spec.pipeline,
+        "input": spec.input,
+        "output": spec.output,
+        "stages": [_stage(s, base_dir, after) for s in spec.stages],
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=VERSION_LENGTH // 2).hexdigest()
+
+
+def _stage(stage: StageSpec, base_dir: Path, after: bool) -> dict[str, Any]:
+    out: dict[str, Any] = {"name": stage.name, "use": stage.use, "code": source_digest(stage.use, base_dir).hex()}
+    if after:
+        out["after"] = stage.after
+    optional = {
+        "inputs": stage.inputs,
+        "outputs": stage.outputs,
+        "args": stage.args,
+        "torch": stage.torch.model_dump(exclude_defaults=True),
+        "pad": stage.batch.pad,
+    }
+    out |= {k: v for k, v in optional.items() if v}
+    if stage.weights is not None:
+        out["weights"] = file_digest(resolve_inside(stage.weights, base_dir, "weights")).hex()
+    return out
+
+
+def file_digest(path: Path) -> bytes:
+    """blake2b of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()

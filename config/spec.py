@@ -1,0 +1,133 @@
+"""What a pipeline file may say: strict models of its keys. What it means together is worked out in `graph.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from torchrelay.config.settings import parse_bytes
+from torchrelay.config.types import parse_type
+from torchrelay.errors import ConfigError
+
+NAME = r"^[a-z][a-z0-9_-]{0,63}$"
+COLUMN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
+MAX_STAGES = 30
+# Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
+COMING = frozenset({"rows", "shards", "when", "wire", "fuse", "resources", "limits", "hosts"})
+
+
+def _type_text(text: Any) -> str:
+    try:
+        parse_type(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return str(text)
+
+
+def _bytes(value: Any) -> int:
+    try:
+        return parse_bytes(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _count(value: Any) -> Any:
+    return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, Field(pattern=NAME)]
+Column = Annotated[str, Field(pattern=COLUMN)]
+Source = Annotated[str, Field(pattern=SOURCE)]
+TypeText = Annotated[str, BeforeValidator(_type_text)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class BatchSpec(_Model):
+    """How rows of several jobs are put together. `pad` names ragged columns and the number that fills them."""
+
+    max_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    max_wait_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
+    pad: dict[Column, float | int | bool] = {}
+
+
+class ReplicasSpec(_Model):
+    """How many workers serve a stage."""
+
+    min: Annotated[int, Field(ge=0, le=10_000)] = 1
+    max: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _max_follows_min(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "min" in value and "max" not in value and isinstance(value["min"], int):
+            return {**value, "max": max(1, value["min"])}
+        return value
+
+
+class RetrySpec(_Model):
+    """`attempts` in all; waits between them are drawn from 0 to base * 2**n seconds, at most the cap."""
+
+    attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    backoff_s: Annotated[list[Annotated[float, Field(ge=0, le=86_400)]], Field(min_length=2, max_length=2)] = [
+        0.5,
+        30.0,
+    ]
+
+
+class QueueSpec(_Model):
+    """High-water marks of what is ready at a stage: above them its predecessors and producers wait."""
+
+    max_rows: Annotated[int, Field(ge=1, le=2**31)] = 100_000
+    max_bytes: Annotated[Bytes, Field(ge=1)] = 1 << 30
+
+
+class TorchSpec(_Model):
+    """How a TorchStage's model is prepared."""
+
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
+    channels_last: bool = False
+    compile: bool = False
+
+
+class StageSpec(_Model):
+    """One stage of a pipeline, as its file describes it."""
+
+    name: Name
+    use: Annotated[str, Field(min_length=3, max_length=400)]
+    after: Annotated[list[str] | None, BeforeValidator(_one_or_many)] = None
+    inputs: list[Column] | dict[Column, Source] | None = None
+    outputs: dict[Column, TypeText] = {}
+    device: Literal["cpu", "gpu"] = "cpu"
+    args: dict[str, Any] = {}
+    weights: Annotated[str | None, Field(min_length=1, max_length=400)] = None
+    torch: TorchSpec = TorchSpec()
+    batch: BatchSpec = BatchSpec()
+    replicas: Annotated[ReplicasSpec, BeforeValidator(_count)] = ReplicasSpec()
+    retry: RetrySpec = RetrySpec()
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    queue: QueueSpec = QueueSpec()
+
+
+def _few(stages: list[StageSpec]) -> list[StageSpec]:
+    if not 1 <= len(stages) <= MAX_STAGES:
+        raise ValueError(f"a pipeline has 1 to {MAX_STAGES} stages, not {len(stages)}")
+    return stages
+
+
+class PipelineSpec(_Model):
+    """A pipeline file. `input` declares the columns of a row; without it, anything is taken as it comes."""
+
+    pipeline: Name
+    input: dict[Column, TypeText] = {}
+    output: list[Column] | None = None
+    stages: Annotated[list[StageSpec], AfterValidator(_few)]

@@ -1,0 +1,117 @@
+"""Reads a YAML file into plain data that remembers where each key stands, and refuses what YAML lets slip."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchrelay.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+Place = tuple[str | int, ...]
+
+
+@dataclass
+class Source:
+    """`data` as plain values; `marks` maps a path of keys to (line, column), from 1."""
+
+    path: Path
+    data: Any = None
+    marks: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    problems: list[tuple[tuple[int, int], str]] = field(default_factory=list)
+
+    def where(self, place: Place) -> tuple[int, int]:
+        """The nearest known place: a missing key is reported where its parent stands."""
+        while place and place not in self.marks:
+            place = place[:-1]
+        return self.marks.get(place, (1, 1))
+
+    def report(self, place: Place, message: str) -> None:
+        self.problems.append((self.where(place), message))
+
+    def lines(self) -> tuple[str, ...]:
+        """`file:line:column: message` of every problem, in the order of the file."""
+        return tuple(f"{self.path}:{line}:{column}: {text}" for (line, column), text in sorted(set(self.problems)))
+
+
+def read_source(path: Path) -> Source:
+    """Reads the file; problems inside it are in `problems`. Raises ConfigError when it cannot be read at all."""
+    source = Source(path)
+    text = _text_of(path)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            source.data = _Reader(source, loader).value(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        source.problems.append((at, f"not valid YAML: {error.problem or error.context}"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        source.problems.append(((1, 1), f"not valid YAML: {str(error).splitlines()[0] if str(error) else 'too deep'}"))
+    finally:
+        loader.dispose()
+    return source
+
+
+def _text_of(path: Path) -> str:
+    try:
+        # Opened without waiting: a FIFO or a device must not hold the command.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigError(f"{path}: is no regular file; name a pipeline's YAML file")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: is over 1 MiB; a pipeline file is small, keep data in files beside it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+
+
+class _Reader:
+    def __init__(self, source: Source, loader: yaml.SafeLoader) -> None:
+        self._source = source
+        self._loader = loader
+        self._aliases = 0
+
+    def value(self, node: yaml.Node, place: Place) -> Any:
+        mark = node.start_mark
+        self._source.marks.setdefault(place, (mark.line + 1, mark.column + 1))
+        self._aliases += 1
+        if self._aliases > 20_000 or len(place) > 64:
+            raise yaml.YAMLError("too many or too deeply nested values")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*place, i)) for i, item in enumerate(node.value)]
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+            self._source.report(place, f"tag {node.tag!r:.80} is not allowed; write plain values")
+            return None
+        return self._loader.construct_object(node)
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mark = key_node.start_mark
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key_node.tag == "tag:yaml.org,2002:merge":
+                self._source.problems.append(((mark.line + 1, mark.column + 1), "keys must be plain words"))
+                continue
+            here = (*place, key)
+            if key in out:
+                first = self._source.marks[here][0]
+                text = f"key {key!r:.80} stands twice in one place (first on line {first}); keep one"
+                self._source.problems.append(((mark.line + 1, mark.column + 1), text))
+                continue
+            self._source.marks[here] = (mark.line + 1, mark.column + 1)
+            out[key] = self.value(value_node, here)
+        return out
