@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.types import NUMERIC
 from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues.codec import DTYPES, INLINE_BYTES, Limits, decode, encode
 
@@ -79,6 +80,11 @@ def test_every_dtype_and_every_byte(name: str) -> None:
     for count in (256, 4096):
         array = np.frombuffer(raw[:count], DTYPES[name])
         assert same([array, {"x": array}], decode(encode([array, {"x": array}])))
+
+
+def test_every_declarable_dtype_is_carried() -> None:
+    """What a pipeline file can declare is what the wire knows."""
+    assert set(NUMERIC) == set(DTYPES)
 
 
 def test_signalling_nan_float() -> None:

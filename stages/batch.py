@@ -1,0 +1,206 @@
+"""Rows of several jobs as one batch, and a stage's outputs back as one table per job.
+
+Promise: order within a job and among jobs is kept; the columns of a single job are not copied; nothing is cast.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchrelay.config.columns import Column, check_outputs
+from torchrelay.config.types import ColumnType
+from torchrelay.errors import InputError
+from torchrelay.stages.padding import Padded, mask_of, pad_rows
+
+__all__ = ["Batch", "assemble", "empty_outputs", "split"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Batch:
+    """N rows that one `forward` takes together. Looks like a mapping of columns, but `len()` counts rows.
+
+    `batch["x"]` is an array `[N, ...]` for a column of fixed shape and for a padded one (in a TorchStage: a tensor
+    on its device), and a list of N values for any other column. `job_rows` holds the number of rows of each job.
+    """
+
+    columns: Mapping[str, Any]
+    job_rows: tuple[int, ...]
+    job_meta: tuple[Mapping[str, Any], ...] = ()
+    padded: Mapping[str, Padded] | None = None
+    # Columns whose memory was made for this batch: nobody else sees it.
+    fresh: frozenset[str] = frozenset()
+    arange: Callable[[int], Any] = np.arange
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise KeyError(f"no column {name!r} in this batch; it holds {', '.join(self.columns) or 'none'}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return sum(self.job_rows)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Batch of {len(self)} rows, {len(self.job_rows)} jobs: {', '.join(self.columns)}>"
+
+    def keys(self) -> KeysView[str]:
+        """The names of the columns."""
+        return self.columns.keys()
+
+    @property
+    def meta(self) -> list[Mapping[str, Any]]:
+        """Per row, the `meta` that its job was submitted with (empty if none); rows of a job share one mapping."""
+        per_job = self.job_meta or ({},) * len(self.job_rows)
+        return [meta for meta, rows in zip(per_job, self.job_rows, strict=True) for _ in range(rows)]
+
+    @property
+    def lengths(self) -> Mapping[str, Any]:
+        """Per padded column, the true sizes, int64: `[N]`, or `[N, k]` where k dimensions are ragged."""
+        return {name: padded.lengths for name, padded in (self.padded or {}).items()}
+
+    def mask(self, name: str) -> Any:
+        """True where a padded column holds data: bool `[N, longest]`, with one more axis per further ragged one.
+
+        Raises:
+            KeyError: the column is not padded (`batch: {pad: {name: value}}` in the YAML).
+        """
+        padded = (self.padded or {}).get(name)
+        if padded is None:
+            raise KeyError(f"column {name!r} is not padded; set batch: {{pad: {{{name}: 0}}}} for its stage")
+        return mask_of(self.columns[name].shape, padded, self.arange)
+
+    def to_torch(self, device: str) -> Batch:
+        """The same batch with private writable tensors on `device` in place of arrays; nothing is cast."""
+        from torchrelay.stages.torch_tensors import torch_batch
+
+        return torch_batch(self, device)
+
+
+def assemble(
+    columns: Sequence[Mapping[str, Column]],
+    rows: Sequence[int],
+    types: Mapping[str, ColumnType] | None = None,
+    pad: Mapping[str, float] | None = None,
+    meta: Sequence[Mapping[str, Any]] = (),
+) -> Batch:
+    """Join the tables of several jobs along their rows.
+
+    Args:
+        columns: per job, column -> ndarray `[n, ...]` or list of n.
+        rows: per job, its n.
+        types: the declared types of the columns, as far as they are declared.
+        pad: columns to pad to the longest row of the batch, and the value to fill with.
+        meta: per job, what its submitter attached; may be empty.
+
+    Raises:
+        InputError: the jobs hold different columns, or a column cannot be padded.
+    """
+    names = columns[0].keys()
+    for other in columns:
+        if other.keys() != names:
+            raise InputError(
+                f"jobs of one batch hold different columns: {', '.join(names)} and {', '.join(other)}; "
+                "declare the stage's inputs"
+            )
+    pad, types = pad or {}, types or {}
+    joined: dict[str, Any] = {}
+    padded: dict[str, Padded] = {}
+    fresh: set[str] = set()
+    for name in names:
+        pieces = [table[name] for table, count in zip(columns, rows, strict=True) if count] or [columns[0][name]]
+        if name in pad:
+            joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name])
+            fresh.add(name)
+        else:
+            joined[name] = _join(pieces)
+            if len(pieces) > 1:
+                fresh.add(name)
+        if isinstance(joined[name], np.ndarray):
+            joined[name] = _read_only(joined[name])
+    return Batch(joined, tuple(rows), tuple(meta), padded, frozenset(fresh))
+
+
+def _join(pieces: Sequence[Column]) -> Column:
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if isinstance(first, np.ndarray) and all(
+        # dtypes are compared, because concatenate would promote int64 and float32 to float64 without a word
+        isinstance(piece, np.ndarray) and piece.dtype == first.dtype and piece.shape[1:] == first.shape[1:]
+        for piece in pieces
+    ):
+        return np.concatenate(pieces)
+    values: list[Any] = []
+    for piece in pieces:
+        values.extend(piece)
+    return values
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    if array.flags.writeable:
+        array = array.view()
+        array.flags.writeable = False
+    return array
+
+
+def split(
+    outputs: object, job_rows: Sequence[int], stage_name: str, types: Mapping[str, ColumnType] | None = None
+) -> list[dict[str, Column]]:
+    """Give each job its rows of what `forward` returned.
+
+    Args:
+        outputs: column -> ndarray or tensor `[N, ...]` or list of N; bfloat16 and float8 tensors become arrays of
+            the dtypes of ml_dtypes.
+        job_rows: rows of each job; N is their sum.
+        stage_name: named in errors.
+        types: the declared outputs; empty if none are declared.
+
+    Returns: per job, column -> its slice; arrays are views.
+
+    Raises:
+        InputError: naming the stage and the column whose name, type, shape or number of rows is wrong.
+    """
+    if not isinstance(outputs, Mapping):
+        raise InputError(
+            f"stage {stage_name!r} returned a {type(outputs).__name__}; return a mapping of column to its values"
+        )
+    plain: Mapping[str, Any] = outputs
+    if sys.modules.get("torch") is not None:
+        from torchrelay.stages.torch_tensors import numpy_outputs
+
+        plain = numpy_outputs(stage_name, outputs)
+    for name, column in plain.items():
+        if isinstance(column, np.ndarray) and not column.ndim:
+            raise InputError(f"stage {stage_name!r}: column {name!r} has no rows axis; return [N, ...]")
+    table = check_outputs(stage_name, types or {}, plain, sum(job_rows))
+    if len(job_rows) == 1:
+        return [table]
+    jobs: list[dict[str, Column]] = []
+    start = 0
+    for count in job_rows:
+        end = start + count
+        jobs.append({name: column[start:end] for name, column in table.items()})
+        start = end
+    return jobs
+
+
+def empty_outputs(types: Mapping[str, ColumnType] | None) -> dict[str, Column]:
+    """The outputs for a job of 0 rows, for which no stage is called: every declared column, without rows."""
+    return {
+        name: np.empty((0, *(size for size in t.shape if isinstance(size, int))), t.np_dtype) if t.stacked else []
+        for name, t in (types or {}).items()
+    }

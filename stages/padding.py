@@ -1,0 +1,104 @@
+"""Ragged columns as one array: fill up to the longest row, and say how long each row was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchrelay.config.columns import Column
+from torchrelay.config.types import ColumnType
+from torchrelay.errors import InputError
+
+__all__ = ["Padded", "mask_of", "pad_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """How a column was padded: `lengths` int64 `[N]`, or `[N, k]` over the k ragged `axes` of a row (0-based)."""
+
+    lengths: Any
+    axes: tuple[int, ...]
+
+
+def pad_rows(
+    name: str, pieces: Sequence[Column], declared: ColumnType | None, value: float
+) -> tuple[np.ndarray, Padded]:
+    """Join the rows of all pieces into one new array, filled with `value` behind each row's end.
+
+    Args:
+        pieces: per job, an ndarray `[n, ...]` or a list of n arrays of equal dtype and number of dimensions.
+        declared: says which axes are ragged; without it the first one is, and the others must agree.
+
+    Raises:
+        InputError: the rows are not arrays of one dtype, differ in another axis, or cannot hold `value`.
+    """
+    rows = [row for piece in pieces for row in piece]
+    arrays = [np.asarray(row) for row in rows]
+    if not arrays:
+        axes = _axes(declared, 1)
+        return _nothing(declared), Padded(np.empty((0,) if len(axes) == 1 else (0, len(axes)), np.int64), axes)
+    first = arrays[0]
+    for row, array in zip(rows, arrays, strict=True):
+        if not isinstance(row, np.ndarray) or array.dtype != first.dtype or array.ndim != first.ndim or not array.ndim:
+            raise InputError(
+                f"column {name!r} cannot be padded: it holds {_what(rows[0])} and {_what(row)}; "
+                "padding needs arrays of one dtype with at least one dimension"
+            )
+    axes = _axes(declared, first.ndim)
+    shapes = np.array([array.shape for array in arrays], np.int64)
+    longest = shapes.max(axis=0)
+    fixed = [axis for axis in range(first.ndim) if axis not in axes]
+    if (shapes[:, fixed] != longest[fixed]).any():
+        raise InputError(
+            f"column {name!r} cannot be padded: its rows differ in a dimension that is not ragged; "
+            "declare its shape with * where it is"
+        )
+    full = np.full((len(arrays), *longest.tolist()), _fill(name, value, first.dtype), first.dtype)
+    for place, array in zip(full, arrays, strict=True):
+        place[tuple(map(slice, array.shape))] = array
+    lengths = shapes[:, axes[0]] if len(axes) == 1 else shapes[:, list(axes)]
+    return full, Padded(np.ascontiguousarray(lengths), axes)
+
+
+def _axes(declared: ColumnType | None, ndim: int) -> tuple[int, ...]:
+    ragged = () if declared is None else tuple(i for i, size in enumerate(declared.shape) if not isinstance(size, int))
+    # A column of fixed shape may be padded too; its lengths then say so.
+    return tuple(axis for axis in ragged if axis < ndim) or (0,)
+
+
+def _nothing(declared: ColumnType | None) -> np.ndarray:
+    if declared is None or not declared.is_numeric:
+        return np.empty((0, 0))
+    return np.empty((0, *(size if isinstance(size, int) else 0 for size in declared.shape)), declared.np_dtype)
+
+
+def _fill(name: str, value: float, dtype: np.dtype[Any]) -> Any:
+    try:
+        with np.errstate(all="raise"):
+            filled = np.array(value).astype(dtype)
+    except (ValueError, OverflowError, FloatingPointError):
+        filled = None
+    if filled is None or (dtype.kind in "iub" and filled != value):
+        raise InputError(f"column {name!r} of dtype {dtype} cannot be padded with {value}")
+    return filled
+
+
+def _what(row: object) -> str:
+    return f"{row.dtype}{list(row.shape)}" if isinstance(row, np.ndarray) else f"a {type(row).__name__}"
+
+
+def mask_of(shape: tuple[int, ...], padded: Padded, arange: Callable[[int], Any]) -> Any:
+    """True where data is; works on numpy and torch alike, by the library of `padded.lengths` and `arange`."""
+    axes = padded.axes
+    lengths = padded.lengths.reshape(shape[0], len(axes))
+    mask: Any = None
+    for k, axis in enumerate(axes):
+        broadcast = [1] * (1 + len(axes))
+        broadcast[1 + k] = -1
+        per_row = [shape[0]] + [1] * len(axes)
+        inside = arange(shape[1 + axis]).reshape(broadcast) < lengths[:, k].reshape(per_row)
+        mask = inside if mask is None else mask & inside
+    return mask

@@ -1,0 +1,137 @@
+"""Puts one stage to work: tables of jobs in, tables of jobs out. What a worker calls, with nothing of Redis in it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from torchrelay.config.columns import Column
+from torchrelay.config.types import ColumnType
+from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
+from torchrelay.stages.batch import assemble, empty_outputs, split
+from torchrelay.stages.loading import make_stage
+from torchrelay.stages.stage import Stage, StageContext
+
+if TYPE_CHECKING:
+    from torchrelay.config.spec import StageSpec
+    from torchrelay.stages.torch_stage import TorchStage
+
+__all__ = ["Runner", "make_runner"]
+
+
+class Runner:
+    """One stage, from load to close. All calls come from one thread: torch keeps device and mode per thread.
+
+    Args:
+        stage: the stage object.
+        name: the stage's name in the pipeline, for errors.
+        types: declared types of the columns that it reads; empty where nothing is declared.
+        outputs: declared types of what it returns; empty where nothing is declared.
+        pad: columns to pad, and the value to fill with.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        name: str,
+        types: Mapping[str, ColumnType] | None = None,
+        outputs: Mapping[str, ColumnType] | None = None,
+        pad: Mapping[str, float] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.name = name
+        self._types = types or {}
+        self._outputs = outputs or {}
+        self._pad = pad or {}
+        self._device = "cpu"
+        self._loaded = False
+
+    def load(self, context: StageContext) -> None:
+        """Load the stage's model.
+
+        Raises:
+            StageLoadError: whatever the stage raised, with its type and message.
+        """
+        self._device = context.device
+        self._loaded = True
+        try:
+            self.stage.load(context)
+        except TorchrelayError as error:
+            if isinstance(error, StageLoadError) and f"stage {self.name!r}" not in str(error):
+                raise StageLoadError(f"stage {self.name!r}: {error}") from error
+            raise
+        except Exception as error:
+            raise StageLoadError(f"stage {self.name!r} does not load: {type(error).__name__}: {error}") from error
+
+    def run(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]] = (),
+    ) -> list[dict[str, Column]]:
+        """Compute one batch.
+
+        Args:
+            tables: per job, the columns that the stage reads.
+            rows: per job, its number of rows. If all are 0 the stage is not called.
+            meta: per job, what its submitter attached; may be empty.
+
+        Returns: per job, the columns that the stage returned. They may share memory with the stage's own buffers:
+            encode or copy them before the next call.
+
+        Raises:
+            InputError: the inputs do not fit together, or the outputs do not fit what is declared.
+            Exception: whatever `forward` raised.
+        """
+        if not any(rows):
+            return [empty_outputs(self._outputs) for _ in rows]
+        batch = assemble(tables, rows, self._types, self._pad, meta)
+        if is_torch_stage(self.stage):
+            outputs = self.stage.infer(batch.to_torch(self._device))
+        else:
+            outputs = self.stage.forward(batch)
+        return split(outputs, rows, self.name, self._outputs)
+
+    def close(self) -> None:
+        """Close the stage, once; a runner that was never loaded closes nothing."""
+        if self._loaded:
+            self._loaded = False
+            self.stage.close()
+
+
+def is_torch_stage(stage: Stage) -> TypeGuard[TorchStage]:
+    """Whether it derives from TorchStage; without importing torch for stages that do not."""
+    module = sys.modules.get("torchrelay.stages.torch_stage")
+    return module is not None and isinstance(stage, module.TorchStage)
+
+
+def make_runner(
+    obj: object,
+    spec: StageSpec,
+    types: Mapping[str, ColumnType] | None = None,
+    outputs: Mapping[str, ColumnType] | None = None,
+) -> Runner:
+    """Build the runner of one stage as its YAML describes it.
+
+    Args:
+        obj: what `use:` names.
+        spec: the stage's entry in the YAML.
+        types, outputs: declared types of what it reads and returns.
+
+    Raises:
+        ConfigError: `obj` is no stage class, or weights or torch options are given for a stage without torch.
+        StageLoadError: its `__init__` raised.
+    """
+    stage = make_stage(obj, spec.args, spec.name)
+    options = spec.torch
+    if is_torch_stage(stage):
+        from torchrelay.stages.torch_stage import TorchOptions
+
+        stage.configure(TorchOptions(options.dtype, options.compile, options.channels_last), spec.weights)
+    elif spec.weights or options.dtype or options.compile or options.channels_last:
+        raise ConfigError(
+            f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
+            "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
+        )
+    return Runner(stage, spec.name, types, outputs, spec.batch.pad)

@@ -1,0 +1,126 @@
+"""A stage whose model is a torch module: build, weights, device, eval and the YAML's `torch:` options.
+
+Promise: weights are read without running code from them, and either all of them fit or the stage does not load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchrelay.errors import ConfigError, DeviceError, StageLoadError
+from torchrelay.stages.batch import Batch
+from torchrelay.stages.stage import Stage, StageContext
+from torchrelay.stages.weights import fill_model, read_weights
+
+__all__ = ["TorchOptions", "TorchStage"]
+
+log = logging.getLogger("torchrelay.stages")
+_FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class TorchOptions:
+    """A stage's `torch:` entry: `dtype` of the model's floating parameters (None: as built), and what to apply."""
+
+    dtype: str | None = None
+    compile: bool = False
+    channels_last: bool = False
+
+
+class TorchStage(Stage):
+    """Derive from it, define `build` and `forward`; `self.model` and `self.device` are there in `forward`.
+
+    `forward` runs under `torch.inference_mode`, and its batch holds private writable tensors on `self.device`.
+    Floating tensors are not cast for you: with `torch: {dtype: float16}` call `batch["x"].to(self.dtype)`.
+    """
+
+    model: Any
+    device: torch.device = torch.device("cpu")
+    # What `torch: {dtype}` says; None if it says nothing.
+    dtype: torch.dtype | None = None
+    _options: TorchOptions = TorchOptions()
+    _weights: str | None = None
+
+    def configure(self, options: TorchOptions, weights: str | None) -> None:
+        """Take the YAML's `torch:` options and `weights:` path; called once, before `load`.
+
+        Raises:
+            ConfigError: the dtype is none that a model can have.
+        """
+        if options.dtype is not None and options.dtype not in _FLOATS:
+            raise ConfigError(f"torch.dtype {options.dtype!r} must be one of {', '.join(_FLOATS)}")
+        self._options = options
+        self._weights = weights
+        self.dtype = None if options.dtype is None else _FLOATS[options.dtype]
+
+    def build(self, context: StageContext) -> nn.Module:
+        """Return the module. With `weights:` it is built on the meta device, so that nothing is initialised twice."""
+        raise NotImplementedError(f"{type(self).__qualname__} must define build(self, context)")
+
+    def load(self, context: StageContext) -> None:
+        """Build the model, fill in its weights and bring it to the device; see the class.
+
+        Raises:
+            StageLoadError: the weights cannot be read or do not fit, or `build` returned no module.
+            DeviceError: the device is not there.
+        """
+        self.device = _device(context.device)
+        model = self._build(context) if self._weights is None else self._build_with(self._weights, context)
+        model = model.to(self.device).eval().requires_grad_(False)
+        if self.dtype is not None:
+            model = model.to(dtype=self.dtype)
+        if self._options.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        self.model = torch.compile(model) if self._options.compile else model
+
+    def infer(self, batch: Batch) -> Mapping[str, Any]:
+        """`forward` as the runner calls it: without gradients."""
+        with torch.inference_mode():
+            return self.forward(batch)
+
+    def close(self) -> None:
+        """Drop the model, so that its memory can be used again."""
+        self.model = None
+
+    def _build(self, context: StageContext) -> nn.Module:
+        model = self.build(context)
+        if not isinstance(model, nn.Module):
+            raise StageLoadError(f"{type(self).__qualname__}.build returned a {type(model).__name__}, not an nn.Module")
+        return model
+
+    def _build_with(self, weights: str, context: StageContext) -> nn.Module:
+        state = read_weights(context.path(weights), self.device)
+        try:
+            with torch.device("meta"):
+                model = self._build(context)
+        except (NotImplementedError, RuntimeError) as error:
+            # Some modules compute with their tensors while they are built, which meta tensors cannot do.
+            log.info("%s is built on the CPU, since the meta device refused: %s", type(self).__qualname__, error)
+            model = self._build(context)
+        left = fill_model(model, state, weights)
+        if left:
+            # Buffers that are not saved (persistent=False) get their values only from a real build.
+            log.info("%s is built on the CPU for its unsaved buffers %s", type(self).__qualname__, ", ".join(left))
+            model = self._build(context)
+            fill_model(model, state, weights)
+        return model
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r} is unknown: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise DeviceError(f"device {name!r} is not there: torch sees {count} GPUs; use another, or --device cpu")
+        # Streams and allocations of this thread then belong to the right GPU.
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,142 @@
+"""Between numpy and torch, bit for bit: batches to tensors on a device, outputs back to arrays.
+
+numpy knows bfloat16 and float8 through ml_dtypes and torch has its own; they are viewed as unsigned integers on the
+way, so nothing is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from torchrelay.errors import InputError
+from torchrelay.stages.padding import Padded
+
+if TYPE_CHECKING:
+    from torchrelay.stages.batch import Batch
+
+__all__ = ["numpy_outputs", "torch_batch"]
+
+_CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
+    1: (np.dtype(np.uint8), torch.uint8),
+    2: (np.dtype(np.uint16), torch.uint16),
+}
+_SHARED_NAMES = (
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
+_TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
+    np.dtype(getattr(ml_dtypes, name)): getattr(torch, name) for name in _SHARED_NAMES if hasattr(torch, name)
+}
+_TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
+
+
+def torch_batch(batch: Batch, device: str) -> Batch:
+    """The batch with private writable tensors on `device`; columns of str, bytes or json stay as they are."""
+    where = torch.device(device)
+    columns = {name: _to_torch(column, where, name in batch.fresh) for name, column in batch.columns.items()}
+    padded = {
+        name: Padded(_to_torch(padded.lengths, where, fresh=True), padded.axes)
+        for name, padded in (batch.padded or {}).items()
+    }
+    return replace(
+        batch, columns=columns, padded=padded, fresh=frozenset(columns), arange=partial(torch.arange, device=where)
+    )
+
+
+def _to_torch(column: Any, device: torch.device, fresh: bool) -> Any:
+    if isinstance(column, np.ndarray):
+        return _tensor(column, device, fresh)
+    if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
+        # The rows are views of what the jobs hold, also where the list itself is new.
+        return [_tensor(value, device, False) if isinstance(value, np.ndarray) else value for value in column]
+    return column
+
+
+def _tensor(array: np.ndarray, device: torch.device, fresh: bool) -> Any:
+    dtype = _TO_TORCH.get(array.dtype)
+    if dtype is not None:
+        carried = _tensor(array.view(_CARRIER[array.dtype.itemsize][0]), device, fresh)
+        return carried.view(dtype)
+    if array.dtype.kind not in "biufc":
+        return array  # a dtype that torch does not have
+    if device.type == "cuda":
+        # From pinned memory the copy runs beside the host; its allocator keeps the block until the copy is done.
+        pinned = torch.empty(array.shape, dtype=_torch_dtype(array.dtype), pin_memory=True)
+        np.copyto(pinned.numpy(), array)
+        return pinned.to(device, non_blocking=True)
+    own = _writable(array) if fresh else None
+    tensor = torch.from_numpy(array.copy() if own is None else own)
+    return tensor if device.type == "cpu" else tensor.to(device)
+
+
+def _writable(array: np.ndarray) -> np.ndarray | None:
+    """The array behind a read-only view of it, if there is one that owns its memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray) and not base.flags.writeable:
+        base = base.base
+    if not isinstance(base, np.ndarray) or base.nbytes != array.nbytes or not base.flags.c_contiguous:
+        return None
+    return base.view(array.dtype).reshape(array.shape)
+
+
+@cache
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def numpy_outputs(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's outputs with arrays in place of tensors; waits once for all that come from a GPU.
+
+    Raises:
+        InputError: a tensor is sparse, quantised, nested or of a dtype that numpy lacks.
+    """
+    plain: dict[str, Any] = {}
+    streams: set[torch.cuda.Stream] = set()
+    for name, value in outputs.items():
+        if isinstance(value, torch.Tensor):
+            plain[name] = _to_host(stage_name, name, value, streams)
+        elif isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
+            plain[name] = [
+                _to_host(stage_name, name, row, streams) if isinstance(row, torch.Tensor) else row for row in value
+            ]
+        else:
+            plain[name] = value
+    for stream in streams:
+        stream.synchronize()
+    return plain
+
+
+def _to_host(stage_name: str, name: str, tensor: torch.Tensor, streams: set[torch.cuda.Stream]) -> np.ndarray:
+    """The array; for a GPU tensor its bytes are there once the stream was waited for."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
+        raise InputError(f"stage {stage_name!r}: column {name!r} is a {kind} tensor; return a dense one")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_cuda:
+        stream = torch.cuda.current_stream(tensor.device)
+        streams.add(stream)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        tensor = host.copy_(tensor, non_blocking=True)
+    elif tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    ours = _TO_NUMPY.get(tensor.dtype)
+    try:
+        if ours is not None:
+            return tensor.contiguous().view(_CARRIER[ours.itemsize][1]).numpy().view(ours)
+        array: np.ndarray = tensor.numpy()
+        return array
+    except TypeError as error:
+        raise InputError(
+            f"stage {stage_name!r}: column {name!r} has dtype {tensor.dtype}, which is not carried; convert it"
+        ) from error

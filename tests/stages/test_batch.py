@@ -1,0 +1,163 @@
+"""Joining tables of jobs into a batch, padding, and splitting outputs back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrelay.config.types import parse_type
+from torchrelay.errors import InputError
+from torchrelay.stages.batch import assemble, empty_outputs, split
+
+
+def test_fixed_columns_are_joined_in_order() -> None:
+    """Arrays of fixed shape become one read-only array and strings one list, jobs in order."""
+    tables: list[dict[str, Any]] = [
+        {"x": np.array([[1.0, 2.0]], np.float32), "s": ["a"]},
+        {"x": np.array([[3.0, 4.0], [5.0, 6.0]], np.float32), "s": ["b", "c"]},
+    ]
+    batch = assemble(tables, [1, 2], meta=[{"user": 1}, {}])
+    assert len(batch) == 3
+    assert list(batch.keys()) == ["x", "s"]
+    assert "x" in batch
+    assert "y" not in batch
+    assert batch["s"] == ["a", "b", "c"]
+    np.testing.assert_array_equal(batch["x"], [[1, 2], [3, 4], [5, 6]])
+    assert batch["x"].dtype == np.float32
+    assert batch.meta == [{"user": 1}, {}, {}]
+    assert batch.job_rows == (1, 2)
+    assert dict(batch).keys() == batch.keys()
+    with pytest.raises(ValueError, match="read-only"):
+        batch["x"][0] = 0
+    with pytest.raises(KeyError, match="it holds x, s"):
+        batch["y"]
+
+
+def test_one_job_is_not_copied() -> None:
+    """The columns of a single job are used as they are, but arrays cannot be written through the batch."""
+    x, names = np.zeros((2, 3)), ["a", "b"]
+    batch = assemble([{"x": x, "s": names}], [2])
+    assert np.shares_memory(batch["x"], x)
+    assert batch["s"] is names
+    assert not batch["x"].flags.writeable
+    assert x.flags.writeable
+
+
+def test_unequal_arrays_stay_rows() -> None:
+    """Undeclared arrays of other shapes or dtypes become a list of rows; nothing is promoted or cast."""
+    batch = assemble([{"x": np.zeros((1, 2))}, {"x": np.zeros((1, 3))}], [1, 1])
+    assert [row.shape for row in batch["x"]] == [(2,), (3,)]
+    batch = assemble([{"x": np.zeros((1, 2), np.int64)}, {"x": np.zeros((1, 2), np.float32)}], [1, 1])
+    assert [row.dtype for row in batch["x"]] == [np.int64, np.float32]
+
+
+def test_different_columns_are_refused() -> None:
+    """Jobs that hold different columns cannot form a batch."""
+    with pytest.raises(InputError, match="different columns"):
+        assemble([{"a": [1]}, {"b": [1]}], [1, 1])
+
+
+def test_jobs_without_rows_ride_along() -> None:
+    """A job of 0 rows in a batch adds nothing and gets 0 rows of output."""
+    batch = assemble([{"x": []}, {"x": np.ones((2, 3))}, {"x": []}], [0, 2, 0])
+    assert batch["x"].shape == (2, 3)
+    parts = split({"y": np.arange(2)}, batch.job_rows, "s")
+    assert [len(part["y"]) for part in parts] == [0, 2, 0]
+
+
+def test_padding_one_ragged_dimension() -> None:
+    """Rows are filled up to the longest; lengths and mask say what is real."""
+    types = {"ids": parse_type("int64[*]")}
+    tables: list[dict[str, Any]] = [
+        {"ids": [np.array([1, 2, 3])]},
+        {"ids": [np.array([4]), np.array([], np.int64)]},
+    ]
+    batch = assemble(tables, [1, 2], types, {"ids": -1})
+    np.testing.assert_array_equal(batch["ids"], [[1, 2, 3], [4, -1, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(batch.lengths["ids"], [3, 1, 0])
+    assert batch.lengths["ids"].dtype == np.int64
+    np.testing.assert_array_equal(batch.mask("ids"), [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    assert batch.mask("ids").dtype == np.bool_
+    with pytest.raises(KeyError, match="not padded"):
+        batch.mask("other")
+
+
+def test_padding_two_ragged_dimensions() -> None:
+    """Images get lengths [N, 2] and a mask over height and width; the fixed axis is left alone."""
+    types = {"image": parse_type("uint8[H, W, 3]")}
+    images = [np.full((2, 4, 3), 7, np.uint8), np.full((3, 1, 3), 9, np.uint8)]
+    batch = assemble([{"image": images[:1]}, {"image": images[1:]}], [1, 1], types, {"image": 0})
+    assert batch["image"].shape == (2, 3, 4, 3)
+    np.testing.assert_array_equal(batch.lengths["image"], [[2, 4], [3, 1]])
+    np.testing.assert_array_equal(batch.mask("image"), (batch["image"] != 0).any(axis=-1))
+    one = assemble([{"image": images[1:]}], [1], types, {"image": 0})
+    np.testing.assert_array_equal(one["image"][0], images[1])
+
+
+@given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_padding_loses_nothing(jobs: list[list[list[int]]]) -> None:
+    """Masked values, row by row, are the values that came."""
+    tables: list[dict[str, Any]] = [{"x": [np.array(row, np.int32) for row in job]} for job in jobs]
+    batch = assemble(tables, [len(job) for job in jobs], {"x": parse_type("int32[*]")}, {"x": 0})
+    rows = [row for job in jobs for row in job]
+    assert rows == [list(row[keep]) for row, keep in zip(batch["x"], batch.mask("x"), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "value"),
+    [
+        ([np.zeros(2), np.zeros(2, np.float32)], "float64[*]", 0),
+        ([np.zeros((2, 3)), np.zeros((2, 4))], "float64[*, 3]", 0),
+        ([np.zeros(2), None], "float64[*]?", 0),
+        (["a", "b"], "str", 0),
+        ([np.zeros(2, np.uint8), np.zeros(3, np.uint8)], "uint8[*]", -1),
+        ([np.zeros(2, np.int64), np.zeros(3, np.int64)], "int64[*]", 0.5),
+        ([np.zeros(2, np.uint8), np.zeros(3, np.uint8)], "uint8[*]", float("nan")),
+    ],
+)
+def test_what_cannot_be_padded(rows: list[Any], kind: str, value: float) -> None:
+    """Mixed dtypes, fixed axes that differ, nulls, text and values that do not fit are refused by name."""
+    with pytest.raises(InputError, match="'x'"):
+        assemble([{"x": rows}], [2], {"x": parse_type(kind)}, {"x": value})
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6))
+def test_split_gives_each_job_its_rows(job_rows: list[int]) -> None:
+    """The parts, put together again, are the whole."""
+    total = sum(job_rows)
+    outputs = {"a": np.arange(total), "s": [str(i) for i in range(total)]}
+    parts = split(outputs, job_rows, "s")
+    assert [len(part["a"]) for part in parts] == job_rows
+    assert [v for part in parts for v in part["s"]] == outputs["s"]
+    np.testing.assert_array_equal(np.concatenate([part["a"] for part in parts]), outputs["a"])
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        np.zeros(3),
+        None,
+        {"y": np.zeros((2, 2))},
+        {"y": np.zeros((3, 3))},
+        {"y": np.zeros((3, 2)), "z": [1, 2, 3]},
+        {"y": np.float32(1)},
+        {"y": np.array(1.0)},
+        {},
+    ],
+)
+def test_wrong_outputs_name_the_stage(outputs: Any) -> None:
+    """Outputs of another kind, column, shape or row count are refused with the stage's name."""
+    with pytest.raises(InputError, match="encode"):
+        split(outputs, [1, 2], "encode", {"y": parse_type("float64[2]")})
+
+
+def test_empty_outputs_keep_dtype_and_shape() -> None:
+    """A job of 0 rows gets every declared column, with its dtype and shape."""
+    out = empty_outputs({"v": parse_type("float32[4, 2]"), "s": parse_type("str"), "r": parse_type("int64[*]")})
+    assert isinstance(out["v"], np.ndarray)
+    assert (out["v"].shape, out["v"].dtype) == ((0, 4, 2), np.float32)
+    assert (out["s"], out["r"]) == ([], [])
