@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Pipeline:
     spec: PipelineSpec
     graph: Graph
     path: Path | None = None
+    marks: Mapping[Place, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Pipeline:
@@ -52,7 +53,7 @@ class Pipeline:
         if source.problems or spec is None or graph is None:
             lines = source.lines() or (f"{path}:1:1: the file is empty; a pipeline has `pipeline:` and `stages:`",)
             raise ConfigError("\n".join(lines), lines)
-        return cls(spec.pipeline, version_of(spec, path.parent), spec, graph, path.resolve())
+        return cls(spec.pipeline, version_of(spec, path.parent), spec, graph, path.resolve(), source.marks)
 
     @property
     def ref(self) -> str:
@@ -65,6 +66,13 @@ class Pipeline:
         if self.path is None:
             raise ConfigError(f"{self.ref} came from the registry, without its files; load its YAML file")
         return self.path.parent
+
+    def where(self, *place: str | int) -> str:
+        """`file:line:column` of a path of keys, or of the nearest key above it."""
+        while place and place not in self.marks:
+            place = place[:-1]
+        line, column = self.marks.get(place, (1, 1))
+        return f"{self.path}:{line}:{column}"
 
     @cached_property
     def input(self) -> dict[str, ColumnType]:

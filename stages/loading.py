@@ -8,7 +8,7 @@ from typing import Any
 from torchrelay.errors import ConfigError, StageLoadError
 from torchrelay.stages.stage import Stage
 
-__all__ = ["make_stage"]
+__all__ = ["make_stage", "stage_class"]
 
 
 def make_stage(obj: object, args: Mapping[str, Any] | None = None, name: str = "") -> Stage:
@@ -23,7 +23,16 @@ def make_stage(obj: object, args: Mapping[str, Any] | None = None, name: str = "
         ConfigError: `obj` is no such class, or does not define `forward`.
         StageLoadError: its `__init__` raised.
     """
-    where = f"stage {name!r}: " if name else ""
+    cls = stage_class(obj, name)
+    try:
+        return cls(**(args or {}))
+    except Exception as error:
+        raise StageLoadError(f"{_where(name)}{cls.__qualname__}.__init__ raised {type(error).__name__}: {error}") from error
+
+
+def stage_class(obj: object, name: str = "") -> type[Stage]:
+    """What `use:` names, if it is a class derived from Stage that defines `forward`; raises ConfigError."""
+    where = _where(name)
     if not isinstance(obj, type):
         what = f"{getattr(obj, '__name__', obj)!r} is a {type(obj).__name__}"
         if callable(obj):
@@ -36,7 +45,8 @@ def make_stage(obj: object, args: Mapping[str, Any] | None = None, name: str = "
         raise ConfigError(f"{where}class {obj.__qualname__!r} must derive from torchrelay.Stage or TorchStage")
     if obj.forward is Stage.forward:
         raise ConfigError(f"{where}class {obj.__qualname__!r} does not define forward(self, batch)")
-    try:
-        return obj(**(args or {}))
-    except Exception as error:
-        raise StageLoadError(f"{where}{obj.__qualname__}.__init__ raised {type(error).__name__}: {error}") from error
+    return obj
+
+
+def _where(name: str) -> str:
+    return f"stage {name!r}: " if name else ""

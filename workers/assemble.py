@@ -60,10 +60,15 @@ class Assembler:
             if not hasattr(value, "__len__") or len(value) != held.entry.rows:
                 raise DecodeError(f"column {local!r} does not hold the job's {held.entry.rows} rows")
             table[local] = value  # type: ignore[assignment]  # the codec gives arrays and lists
-        keeps = self._context.node.keeps
-        riding = columns if keeps is None else {c: v for c, v in columns.items() if c in keeps}
+        riding = self._riding(columns)
         fields = msgpack.unpackb(meta) if meta else {}
         return Work(held, table, riding, meta, fields)
+
+    def _riding(self, columns: dict[str, Packed]) -> dict[str, Packed]:
+        node = self._context.node
+        if not node.succs and self._context.pipeline.output is None:
+            return {}  # the result is what the terminal stages return
+        return columns if node.keeps is None else {c: v for c, v in columns.items() if c in node.keeps}
 
     def _inputs(self, columns: dict[str, Packed], by_stage: dict[str, dict[str, Packed]]) -> dict[str, Packed]:
         if self._sources is None:

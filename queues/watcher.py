@@ -1,0 +1,72 @@
+"""The process beside an embedded server: starts it, ends it after its last user, cleans up. See `server.py`.
+
+Run as `python -m torchrelay.queues.watcher STATE_DIR SOCKET COMMAND...`; uses the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """A server without its watcher would stay for ever; Linux ends it, and the append-only file keeps its data."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _write_state(state_dir: Path, state: dict[str, object]) -> None:
+    """In one step, so that no reader sees half of it."""
+    temporary = state_dir / f"server.json.{os.getpid()}"
+    temporary.write_text(json.dumps(state))
+    temporary.replace(state_dir / "server.json")
+
+
+def _await_users_gone(state_dir: Path, server: subprocess.Popen[bytes]) -> int:
+    """Blocks until no process uses the server and nothing keeps it; returns the lock, held alone."""
+    lock = os.open(state_dir / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while server.poll() is None:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (state_dir / "keep").exists():
+            return lock
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        time.sleep(0.5)
+    return lock
+
+
+def main() -> int:
+    """Watches one server from start to end; returns its exit status."""
+    state_dir, socket_path, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    socket_path.unlink(missing_ok=True)
+    try:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    except OSError as error:
+        _write_state(state_dir, {"error": str(error), "socket": str(socket_path), "pid": 0})
+        return 1
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    _write_state(state_dir, {"pid": server.pid, "watcher": os.getpid(), "socket": str(socket_path)})
+
+    def end_with_users() -> None:
+        _await_users_gone(state_dir, server)
+        if server.poll() is None:
+            server.terminate()
+
+    threading.Thread(target=end_with_users, daemon=True).start()
+    status = server.wait()
+    socket_path.unlink(missing_ok=True)
+    (state_dir / "server.json").unlink(missing_ok=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

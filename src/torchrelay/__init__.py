@@ -1,0 +1,57 @@
+"""torchrelay: multi-stage model inference over Redis.
+
+Producers need no torch; `TorchStage` is loaded at its first use and says what to install where torch is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from torchrelay import errors
+
+if TYPE_CHECKING:
+    from torchrelay.config.pipeline import Pipeline
+    from torchrelay.producer.futures import JobFuture
+    from torchrelay.producer.relay import Relay
+    from torchrelay.queues.priority import Priority
+    from torchrelay.stages.batch import Batch
+    from torchrelay.stages.stage import Stage, StageContext
+    from torchrelay.stages.torch_stage import TorchStage
+
+__version__ = "0.1.0"
+__all__ = [
+    "Batch",
+    "JobFuture",
+    "Pipeline",
+    "Priority",
+    "Relay",
+    "Stage",
+    "StageContext",
+    "TorchStage",
+    "__version__",
+    "errors",
+]
+# Where each public name lives; they are imported at first use, so that a small process stays small.
+_HOMES = {
+    "Batch": "torchrelay.stages",
+    "JobFuture": "torchrelay.producer.futures",
+    "Pipeline": "torchrelay.config.pipeline",
+    "Priority": "torchrelay.queues.priority",
+    "Relay": "torchrelay.producer.relay",
+    "Stage": "torchrelay.stages",
+    "StageContext": "torchrelay.stages",
+    "TorchStage": "torchrelay.stages",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'torchrelay' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,124 @@
+"""What the command line prints: tables for people, JSON for scripts. Text from jobs never steers the terminal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.queues.registry import Registry, WorkerReport
+
+# Piped output has no width of its own: a line is cut nowhere.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON can hold it: arrays as lists, bytes as base64."""
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def clean(text: object) -> str:
+    """Text from elsewhere, with control characters shown instead of obeyed, and no markup."""
+    return escape("".join(c if c >= " " and c != "\x7f" else f"\\x{ord(c):02x}" for c in str(text)))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+    """A plain table; columns whose name starts with `#` are numbers, set to the right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        number = column.startswith("#")
+        made.add_column(column.removeprefix("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        made.add_row(*[clean(cell) for cell in row])
+    return made
+
+
+def graph_view(pipeline: Pipeline) -> RenderableType:
+    """The pipeline's stages, what each reads and returns, and what it would take to run it."""
+    rows = []
+    names = {n.index: n.name for n in pipeline.graph.nodes} | {0: "input"}
+    for node, spec in zip(pipeline.graph.nodes, pipeline.spec.stages, strict=True):
+        reads = "all columns" if node.inputs is None else ", ".join(node.inputs)
+        gives = ", ".join(f"{c}: {t}" for c, t in node.outputs.items()) or "what it returns"
+        after = ", ".join(names[p] for p in node.preds)
+        replicas = f"{spec.replicas.min}-{spec.replicas.max}" if spec.replicas.max > spec.replicas.min else spec.replicas.min
+        rows.append((spec.name, after, reads, gives, spec.device, replicas, spec.batch.max_rows))
+    inputs = ", ".join(f"{c}: {t}" for c, t in pipeline.input.items()) or "any columns"
+    head = Text.assemble((pipeline.ref, "bold"), f"   input: {inputs}")
+    return Group(head, table(["stage", "after", "reads", "returns", "device", "#workers", "#batch rows"], rows))
+
+
+def node_rows(registry: Registry) -> list[dict[str, Any]]:
+    """Per node that has work, workers or is current: what waits, what runs, who serves it."""
+    loads = registry.loads()
+    workers: dict[str, list[WorkerReport]] = {}
+    for report in registry.workers():
+        workers.setdefault(report.node, []).append(report)
+    current = set(registry.current().values())
+    rows = []
+    for ref in registry.versions():
+        pipeline = registry.find(ref).pipeline
+        for node in pipeline.graph.nodes:
+            key = f"{ref}/{node.name}"
+            mine = workers.get(key, [])
+            ready, held = loads.get(f"{key}.ready_rows", 0), loads.get(f"{key}.held_rows", 0)
+            if not (ready or held or mine or ref in current):
+                continue
+            batches = sum(w.batches for w in mine)
+            fill = sum(w.rows for w in mine) / sum(w.batches * w.max_rows for w in mine) if batches else None
+            rows.append(
+                {
+                    "node": key,
+                    "waiting_rows": ready,
+                    "waiting_bytes": loads.get(f"{key}.ready_bytes", 0),
+                    "running_rows": held,
+                    "committed": loads.get(f"{key}.committed", 0),
+                    "failed_attempts": loads.get(f"{key}.failed", 0),
+                    "workers": len(mine),
+                    "states": sorted({w.state for w in mine}),
+                    "batch_fill": fill,
+                }
+            )
+    return rows
+
+
+def status_view(registry: Registry) -> RenderableType:
+    """The live table of `status` and `up`."""
+    rows = []
+    for r in node_rows(registry):
+        fill = "" if r["batch_fill"] is None else f"{100 * r['batch_fill']:.0f} %"
+        state = "no worker" if not r["workers"] else ", ".join(r["states"])
+        rows.append((r["node"], r["waiting_rows"], r["running_rows"], r["committed"], r["failed_attempts"], r["workers"],
+                     state, fill))  # fmt: skip
+    columns = ["node", "#waiting", "#running", "#committed", "#failed tries", "#workers", "state", "#batch fill"]
+    return table(columns, rows)
+
+
+def when(seconds: float) -> str:
+    """A moment, in local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

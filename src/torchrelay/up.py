@@ -1,0 +1,133 @@
+"""Runs workers of this machine together: one supervisor thread each, one signal drains them all."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from typing import Any
+
+from rich.live import Live
+
+from torchrelay import terminal
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.settings import Settings
+from torchrelay.errors import ConfigError
+from torchrelay.queues.connection import open_broker
+from torchrelay.queues.registry import Registry
+from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.supervisor import Supervisor, WorkerPlan
+
+_REFRESH_S = 0.5
+_LINE_EVERY_S = 10.0
+
+
+class Fleet:
+    """Workers to start. `start()` connects and starts them; `stop()` drains; `wait()` returns the exit status."""
+
+    def __init__(self, url: str | None = None, namespace: str | None = None, *, allow_cpu: bool = False) -> None:
+        self.settings = Settings.load(url=url, namespace=namespace)
+        self._allow_cpu = allow_cpu
+        self._pipelines: list[Pipeline] = []
+        self._plans: list[WorkerPlan] = []
+        self._supervisors: list[Supervisor] = []
+        self._threads: list[threading.Thread] = []
+        self._statuses: list[int] = []
+
+    def __enter__(self) -> Fleet:
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+        self.wait()
+        self.close()
+
+    def add(
+        self, pipeline: Pipeline, overrides: dict[str, str] | None = None, *, stage: str | None = None, device: str = "auto"
+    ) -> None:
+        """Adds one stage, or every stage with `replicas.min` workers each."""
+        names = [s.name for s in pipeline.spec.stages]
+        if stage is not None and stage not in names:
+            raise ConfigError(f"{pipeline.path}: no stage {stage!r}; its stages are {', '.join(names)}")
+        if device == "auto" and self._allow_cpu:
+            device = "auto-cpu"
+        self._pipelines.append(pipeline)
+        for spec in pipeline.spec.stages:
+            if stage in (None, spec.name):
+                count = 1 if stage is not None else max(1, spec.replicas.min)
+                self._plans += [WorkerPlan(pipeline, spec.name, device, overrides or {}) for _ in range(count)]
+
+    def start(self) -> None:
+        """Connects, registers the pipelines and starts the workers."""
+        self._broker = open_broker(self.settings.url)
+        self.registry = Registry(self._broker.client, self.settings.namespace, self.settings.lanes)
+        self.registry.open()
+        for pipeline in self._pipelines:
+            self.registry.register(pipeline)
+        for plan in self._plans:
+            supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings)
+            thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
+            self._supervisors.append(supervisor)
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def url(self) -> str:
+        return self._broker.url
+
+    def _run(self, supervisor: Supervisor) -> None:
+        self._statuses.append(supervisor.run())
+
+    def running(self) -> bool:
+        return any(t.is_alive() for t in self._threads)
+
+    def stop(self) -> None:
+        """Asks every worker to drain."""
+        for supervisor in self._supervisors:
+            supervisor.stop()
+
+    def wait(self) -> int:
+        """Waits for every worker; 0 when all drained, 1 when one did not load."""
+        for thread in self._threads:
+            thread.join()
+        return max(self._statuses, default=0)
+
+    def failed(self) -> bool:
+        """Whether a worker gave up."""
+        return any(self._statuses)
+
+    def close(self) -> None:
+        self._broker.close()
+
+
+def run_fleet(fleet: Fleet, *, live: bool) -> int:
+    """Runs until SIGINT or SIGTERM, or until a worker gives up; returns the exit status."""
+    set_up_logs(fleet.settings.log)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    fleet.start()
+    terminal.err.print(f"workers on {fleet.url}, namespace {fleet.settings.namespace}; Ctrl-C drains", soft_wrap=True)
+    try:
+        if live:
+            with Live(terminal.status_view(fleet.registry), console=terminal.out, auto_refresh=False) as view:
+                while not stop.is_set() and fleet.running() and not fleet.failed():
+                    stop.wait(_REFRESH_S)
+                    view.update(terminal.status_view(fleet.registry), refresh=True)
+        else:
+            next_line = time.monotonic() + _LINE_EVERY_S
+            while not stop.is_set() and fleet.running() and not fleet.failed():
+                stop.wait(_REFRESH_S)
+                if time.monotonic() >= next_line:
+                    next_line = time.monotonic() + _LINE_EVERY_S
+                    parts = [
+                        f"{r['node'].rpartition('/')[2]} {r['waiting_rows']} waiting {r['running_rows']} running"
+                        for r in terminal.node_rows(fleet.registry)
+                    ]
+                    terminal.err.print("; ".join(parts), soft_wrap=True)
+    finally:
+        fleet.stop()
+        status = fleet.wait()
+        fleet.close()
+    return status

@@ -1,0 +1,24 @@
+"""What `torchrelay check` finds out by importing a pipeline's stages: that they are stages, and that their args fit."""
+
+from __future__ import annotations
+
+from torchrelay.config.imports import bind_args, import_use
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.errors import ConfigError
+from torchrelay.stages.loading import stage_class
+
+__all__ = ["check_stages"]
+
+
+def check_stages(pipeline: Pipeline) -> tuple[str, ...]:
+    """Every problem of the pipeline's stages as `file:line:column: what; remedy`. Runs the modules, builds no stage."""
+    problems: list[str] = []
+    for i, spec in enumerate(pipeline.spec.stages):
+        try:
+            found = stage_class(import_use(spec.use, pipeline.base_dir), spec.name)
+        except ConfigError as error:
+            problems.append(f"{pipeline.where('stages', i, 'use')}: {error}")
+            continue
+        for problem in bind_args(found, spec.args):
+            problems.append(f"{pipeline.where('stages', i, 'args')}: stage {spec.name!r}: {problem}")
+    return tuple(problems)
