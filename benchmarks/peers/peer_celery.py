@@ -1,4 +1,4 @@
-"""celery as a peer: one worker process with `-P solo`, its fastest pool for short jobs in one process.
+"""celery as a peer: one worker process with `-P solo`: jobs run in the process that fetches them, with no hand-over.
 
 Gossip, mingle, heartbeat and events are off, as celery's own tuning guide advises where they are not used.
 A user who wants results sets `result_backend`, as here (a string per result, kept a day); --no-results sets

@@ -1,6 +1,6 @@
 """rq as a peer: SimpleWorker in burst mode, which runs jobs in its own process without a fork.
 
-That is rq's fastest worker; the default Worker forks for each job. rq stores results by default (a stream per job,
+The default Worker forks for each job, which this one is spared. rq stores results by default (a stream per job,
 kept 500 s); --no-results passes result_ttl=0. Logging is at WARNING, since a line per job would be timed too.
 """
 
