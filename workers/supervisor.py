@@ -67,6 +67,11 @@ class Supervisor:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
         self.error: StageLoadError | None = None
 
+    @property
+    def child_pid(self) -> int:
+        """The process that computes now; 0 before the first."""
+        return self._child.pid if self._child is not None else 0
+
     def stop(self) -> None:
         """Asks for a drain: the child finishes its batch, gives the rest back, and `run()` returns."""
         self._stopping = True
@@ -204,7 +209,7 @@ class Supervisor:
         report = WorkerReport(
             worker=self.name,
             host=socket.gethostname(),
-            pid=self._child.pid if self._child else 0,
+            pid=self.child_pid,
             node=f"{self._plan.pipeline.ref}/{self._plan.stage}",
             device=self._plan.device,
             state=state,

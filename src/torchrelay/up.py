@@ -30,7 +30,7 @@ class Fleet:
         self._allow_cpu = allow_cpu
         self._pipelines: list[Pipeline] = []
         self._plans: list[WorkerPlan] = []
-        self._supervisors: list[Supervisor] = []
+        self.supervisors: list[Supervisor] = []
         self._threads: list[threading.Thread] = []
         self._statuses: list[int] = []
 
@@ -68,7 +68,7 @@ class Fleet:
         for plan in self._plans:
             supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings)
             thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
-            self._supervisors.append(supervisor)
+            self.supervisors.append(supervisor)
             self._threads.append(thread)
             thread.start()
 
@@ -84,7 +84,7 @@ class Fleet:
 
     def stop(self) -> None:
         """Asks every worker to drain."""
-        for supervisor in self._supervisors:
+        for supervisor in self.supervisors:
             supervisor.stop()
 
     def wait(self) -> int:
