@@ -2,8 +2,8 @@
 
 arq stores results by default (a string per result, kept an hour); --no-results sets keep_result=0. Its defaults start
 at most 100 jobs per poll of half a second (about 200 jobs/s); here queue_read_limit and poll_delay are set so that it
-never idles. max_jobs of 10 to 100 measured alike within noise. arq has no bulk enqueue: many `enqueue_job` calls are gathered, on
-CONNECTIONS connections at once: 20 to 256 measured alike, fewer slower.
+never idles. max_jobs of 10 to 100 measured alike within noise. arq has no bulk enqueue: many
+`enqueue_job` calls are gathered, on CONNECTIONS connections at once: 20 to 256 measured alike, fewer slower.
 Jobs overlap, so the clock ends where arq calls `after_job_end`: when the last result has been stored.
 """
 

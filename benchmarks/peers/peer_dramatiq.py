@@ -17,7 +17,8 @@ from dramatiq.results import Results
 from dramatiq.results.backends import RedisBackend
 from peer_common import CLOCK, noop, parse, payload, report, report_drain, require_results, timed_batches
 
-# From sweeps of 1 to 16 threads and of the prefetch: 2 to 4 threads lie within noise of each other, 8 and more are slower.
+# From sweeps of 1 to 16 threads and of the prefetch: 2 to 4 threads lie within noise of each
+# other, 8 and more are slower.
 THREADS = 2
 PREFETCH = 256
 
