@@ -11,8 +11,15 @@ from collections import deque
 from typing import Any, Generic, TypeVar
 
 import redis
+from redis.exceptions import (
+    ClusterDownError,
+    MasterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from torchrelay.errors import BrokerUnavailable
@@ -20,8 +27,13 @@ from torchrelay.queues.scripts import Arg, Call, explain
 
 T = TypeVar("T")
 LOST = (RedisConnectionError, RedisTimeoutError, OSError)
-# The server is there and will answer soon: it loads its data, fails over, or runs a long script.
-_PASSING = ("LOADING", "MASTERDOWN", "READONLY", "TRYAGAIN", "BUSY ")
+
+
+def _passes(refusal: ResponseError) -> bool:
+    """Whether the server will answer soon: it fails over, or runs a long script. (One that loads counts as lost.)"""
+    if isinstance(refusal, ReadOnlyError | MasterDownError | ClusterDownError | TryAgainError):
+        return True
+    return str(refusal).startswith("BUSY ") or "-READONLY " in str(refusal)
 
 
 class Pending(Generic[T]):
@@ -40,9 +52,11 @@ class Pending(Generic[T]):
         self.done = True
 
     def result(self) -> T:
-        """The call's answer; raises what the refusal means."""
+        """The call's answer; raises what the refusal means, BrokerUnavailable when the server stayed away."""
         while not self.done:
             self._channel.receive()
+        if isinstance(self._value, BrokerUnavailable):
+            raise self._value
         if isinstance(self._value, ResponseError):
             raise explain(self.call.script.name, str(self._value)) from self._value
         return self.call.read(self._value)
@@ -92,7 +106,7 @@ class Channel:
             # The calls behind it may run before it does: they are independent, and each is answered for itself.
             self._resend(self._flight.popleft())
             return
-        if isinstance(value, ResponseError) and str(value).startswith(_PASSING):
+        if isinstance(value, ResponseError) and _passes(value):
             self._recover(value)
             return
         self._flight.popleft().settle(value)
@@ -107,6 +121,11 @@ class Channel:
             return value
         except LOST as error:
             self._recover(error)
+            return None
+        except ResponseError as refusal:
+            if not _passes(refusal):
+                raise explain("wait", str(refusal)) from refusal
+            self._recover(refusal)
             return None
 
     def close(self) -> None:
@@ -154,9 +173,11 @@ class Channel:
                 return
             except (*LOST, ResponseError) as error:
                 if time.monotonic() > deadline:
-                    self._flight.clear()
-                    raise BrokerUnavailable(
+                    gone = BrokerUnavailable(
                         f"no answer from the server for {self._patience_s:.0f} s ({cause or error}); is it running?"
-                    ) from error
+                    )
+                    while self._flight:
+                        self._flight.popleft().settle(gone)
+                    raise gone from error
                 time.sleep(pause)
                 pause = min(pause * 2, 0.5)

@@ -72,21 +72,18 @@ def explain(name: str, text: str) -> TorchrelayError:
     if word == "TRFULL":
         what, where, now, limit = [*rest.split(" "), "", "", ""][:4]
         if what == "results":
-            return QueueFull(
-                f"{now} bytes of results are unread, over the limit of {limit}; read or cancel futures"
-            )
+            return QueueFull(f"{now} bytes of results are unread, over the limit of {limit}; read or cancel futures")
         return QueueFull(
             f"queue of {where} is full: {now} {what} wait, the mark is {limit}; "
             "retry later, pass wait_s, add workers, or raise the stage's queue marks"
         )
-    if word == "OOM" or "OOM command not allowed" in text:
+    # redis-py takes the word OOM off the text.
+    if word == "OOM" or "command not allowed when used memory" in text:
         return QueueFull("the server is at its maxmemory; wait for workers to drain it, or raise maxmemory")
     if word == "TRNOPIPE":
         return PipelineNotFound(f"pipeline number {rest} is not registered here; register its file again")
     if word == "TRSCHEMA" and rest == "none":
-        return NamespaceMissing(
-            "the server does not hold this namespace; it is new or lost its data; register again"
-        )
+        return NamespaceMissing("the server does not hold this namespace; it is new or lost its data; register again")
     if word == "TRSCHEMA":
         return BrokerMisconfigured(
             f"the namespace has data of schema {rest}, this torchrelay speaks 1; use the version that wrote it, or another namespace"

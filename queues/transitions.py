@@ -20,6 +20,7 @@ from torchrelay.queues.scripts import Arg, Call, script
 MAX_JOBS_PER_CALL = 256
 MAX_BYTES_PER_CALL = 1 << 20
 MAX_STRIKES = 3
+_MOST = 0xFFFFFFFF
 
 
 class Session:
@@ -52,22 +53,23 @@ class NewJob:
     key_digests: bytes = b""
 
     def head(self) -> bytes:
+        refs = self.refs.encode()
         packed = SUBMIT_HEAD.pack(
             self.boost_ms,
             self.delay_ms,
             self.deadline_ms,
             self.rows,
-            self.nbytes,
+            min(self.nbytes, _MOST),
             self.keep_s,
             self.flags,
-            len(self.refs),
+            len(refs),
         )
-        return packed + self.refs.encode() + self.key_digests if self.refs or self.key_digests else packed
+        return packed + refs + self.key_digests
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """`statuses` is one letter a job, as submit.lua lists them; `named` the ids of the jobs that keys led to, in order."""
+    """`statuses` is one letter a job, as submit.lua lists them; `named`: ids of the jobs that keys led to, in order."""
 
     statuses: str
     named: list[str]
@@ -135,9 +137,8 @@ def _submitted(value: Any) -> Submitted:
 
 def _grant(value: Any) -> Grant:
     fence, expires, packed, records, next_due, left, gated = value
-    return Grant(
-        _text(fence), list(decode_records(split_entries(packed), records)), next_due, left, bool(gated)
-    )
+    entries = list(decode_records(split_entries(packed), records))
+    return Grant(_text(fence), int(expires), entries, next_due, left, bool(gated))
 
 
 class Transitions:
@@ -159,9 +160,7 @@ class Transitions:
     def define(self, number: int, packed_graph: bytes) -> Call[int]:
         return self._call("define", [number, packed_graph], int)
 
-    def submit(
-        self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int
-    ) -> Call[Submitted]:
+    def submit(self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int) -> Call[Submitted]:
         args: list[Arg] = [number, results_max_bytes]
         for job in jobs:
             args += (job.id, job.head(), job.payload)
@@ -182,13 +181,11 @@ class Transitions:
         ]
         return self._operation("claim", session, args, _grant)
 
-    def commit(
-        self, session: Session, fence: str, number: int, node: int, outputs: Sequence[Output]
-    ) -> Call[str]:
+    def commit(self, session: Session, fence: str, number: int, node: int, outputs: Sequence[Output]) -> Call[str]:
         entries = b"".join([o.token for o in outputs])
         rows: bytes = b""
         if any(o.rows is not None for o in outputs):
-            rows = b"".join([(o.rows or 0).to_bytes(4, "little") for o in outputs])
+            rows = b"".join([(_MOST if o.rows is None else o.rows).to_bytes(4, "little") for o in outputs])
         refs = "".join([o.refs + ";" for o in outputs]) if any(o.refs for o in outputs) else ""
         args: list[Arg] = [fence, number, node, entries, rows, refs]
         args += [o.payload for o in outputs]
@@ -253,6 +250,4 @@ class Transitions:
         )
 
     def put_chunk(self, blob: str, number: int, chunk: bytes, ttl_ms: int) -> Call[int]:
-        return Call(
-            script("putchunk"), (*self.keys.fixed, self.keys.blob(blob)), [number, chunk, ttl_ms], int
-        )
+        return Call(script("putchunk"), (*self.keys.fixed, self.keys.blob(blob)), [number, chunk, ttl_ms], int)

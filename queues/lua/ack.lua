@@ -3,11 +3,13 @@
 -- Returns how many went.
 local bad = begin()
 if bad then return bad end
+if #ARGV == 0 then return 0 end
 local recs = call('HMGET', DONE, unpack(ARGV))
-local out = {}
+local out, seen = {}, {}
 for i, id in ipairs(ARGV) do
   local rec = recs[i]
-  if rec then
+  if rec and not seen[id] then
+    seen[id] = true
     local _, flags, _, _, _, _, bytes, _, reflen = unpackb(TERMINAL, rec)
     if band(flags, F_UNTIL_ACK) > 0 and band(flags, F_KEYED) == 0 then
       out[#out + 1] = id

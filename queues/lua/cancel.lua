@@ -3,6 +3,7 @@
 -- Returns one letter a job: w cancelled by this call, t it had ended, u unknown here.
 local bad = begin()
 if bad then return bad end
+if #ARGV == 0 then return '' end
 local recs = get_fields(ARGV, '')
 local ended = call('HMGET', DONE, unpack(ARGV))
 local status, seen = {}, {}

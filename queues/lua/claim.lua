@@ -5,7 +5,7 @@
 -- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left, gated}.
 --   A record of a forking pipeline is {header and input payload, own entry, predecessors' outputs...}.
 --   A replayed claim returns what is left of its grant. A suspect is always granted alone.
--- Refuses: TRRETIRED (rule 13), TRNOPIPE. Jobs past their deadline at the head (at most 256) end here.
+-- Refuses: TRRETIRED (rule 13), TRNOPIPE, TRARGS. Jobs past their deadline at the head (at most 256) end here.
 local bad = begin()
 if bad then return bad end
 local SESS = KEYS[12]
@@ -15,6 +15,7 @@ local max_jobs, max_rows, max_bytes, lease_ms = tonumber(ARGV[6]), tonumber(ARGV
 local g = graph(pid)
 if not g then return refuse('TRNOPIPE', ARGV[4]) end
 local node = g.nodes[tonumber(ARGV[5])]
+if not node then return refuse('TRARGS', 'node ' .. ARGV[5] .. ' of ' .. g.ref) end
 
 local function with_inputs(ids, recs)
   if g.linear then return recs end
@@ -42,6 +43,7 @@ if old then
 end
 if call('EXISTS', T .. 'retired:' .. ARGV[3]) == 1 then return refuse('TRRETIRED', ARGV[3]) end
 
+check_types({GRANTS, LOAD, DONE}, {LEASE, DELAYED, DEADLINE, DONEQ})
 local only_high, gated = false, false
 for _, s in ipairs(node.succs) do
   local n = g.nodes[s]
@@ -52,11 +54,10 @@ for _, s in ipairs(node.succs) do
 end
 promote_due(32)
 flush()
-loads, readies, ready_order = {}, {}, {}
 
 local READY = T .. 'ready:' .. node.key
 local ids, recs, entries = {}, {}, {}
-local rows, inline, seen, expired, ready_rows, ready_bytes = 0, 0, 0, 0, 0, 0
+local rows, inline, seen, expired, missing, ready_rows, ready_bytes = 0, 0, 0, 0, 0, 0, 0
 local done = gated
 while not done do
   local peek = call('ZRANGE', READY, seen, seen + math.min(max_jobs, 64) - 1)
@@ -65,12 +66,16 @@ while not done do
   local forks = not g.linear and get_fields(peek, '#' .. node.index)
   for i, id in ipairs(peek) do
     local rec = v[i]
-    if rec then
+    if not rec or (forks and not forks[i]) then
+      missing = missing + 1
+      seen = seen + 1
+    else
       local _, deadline, r, b, _, _, _, _, _, _, gen, flags, suspect = unpackb(HEAD, rec)
-      if forks and forks[i] then _, _, _, suspect, r, b = unpackb(FORK, forks[i]) end
+      if forks then _, _, _, suspect, r, b = unpackb(FORK, forks[i]) end
       if deadline > 0 and deadline <= NOW then
         if expired >= 256 then done = true; break end
         expired = expired + 1
+        -- It leaves its queues at once, so that the entries behind it move up.
         expire_job(g, id, parse(rec))
       else
         if only_high and band(flags, F_HIGH) == 0 then done = true; gated = true; break end
@@ -83,11 +88,10 @@ while not done do
         entries[#entries + 1] = entry(id, gen)
         rows, inline = rows + r, inline + #rec
         ready_rows, ready_bytes = ready_rows + r, ready_bytes + b
-        if suspect > 0 then seen = seen + 1; done = true; break end
+        seen = seen + 1
+        if suspect > 0 then done = true; break end
       end
     end
-    -- An expired job left its queues at once, so that the entries behind it moved up.
-    if not rec or gone[#gone] ~= id then seen = seen + 1 end
     if #ids >= max_jobs or rows >= max_rows or inline >= max_bytes then done = true; break end
   end
   if #peek < math.min(max_jobs, 64) then break end
@@ -96,6 +100,13 @@ if seen > 0 then call('ZREMRANGEBYRANK', READY, 0, seen - 1) end
 
 local out = with_inputs(ids, recs)
 local left = call('ZCARD', READY)
+if missing > 0 and left == 0 then
+  -- Somebody deleted records: what they counted is unknown, but what is left is nothing.
+  flush()
+  local l = call('HMGET', LOAD, node.key .. '.ready_rows', node.key .. '.ready_bytes')
+  count(node.key .. '.ready_rows', ready_rows - tonumber(l[1] or 0))
+  count(node.key .. '.ready_bytes', ready_bytes - tonumber(l[2] or 0))
+end
 if #ids > 0 then
   call('HSET', GRANTS, fence, string.format('%d.%d|%d|', pid, node.index, rows) .. table.concat(entries))
   call('ZADD', LEASE, NOW + lease_ms, fence)
@@ -107,9 +118,9 @@ if #ids > 0 then
   count(node.key .. '.ready_bytes', -ready_bytes)
   count(node.key .. '.held_rows', rows)
   if opened then for _, p in ipairs(node.preds) do if p > 0 then wake(g.nodes[p].key) end end end
-  if left > 0 then wake(node.key) end
   remember(SESS, seq, fence)
 end
+if left > 0 and (#ids > 0 or expired > 0) then wake(node.key) end
 flush()
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, math.ceil(tonumber(next_due) - NOW)) or -1

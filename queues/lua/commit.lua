@@ -1,10 +1,11 @@
 -- commit: records one node's outputs and releases the successors, or ends the job.
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] pipeline number  ARGV[4] node  ARGV[5] entries
--- ARGV[6] '' or rows of each job's output (4 bytes each)  ARGV[7] '' or refs texts of the new blobs, each with ';'
+-- ARGV[6] '' or rows of each job's output (4 bytes each, ffffffff to leave them)  ARGV[7] '' or refs texts of the new blobs, each with ';'
 -- ARGV[8..] payloads, one a job
 -- Returns one letter a job: k committed; s stale fence, generation or record (nothing written for it); d past its
--- deadline (ended so); b its blobs are incomplete (it stays in the grant). Never refused for capacity (rule 4).
+-- deadline (ended so); b its blobs are incomplete (it stays in the grant). Never refused for capacity (rule 4);
+-- refused, with nothing written: TRNOPIPE, TRARGS.
 local bad = begin()
 if bad then return bad end
 local SESS = KEYS[12]
@@ -16,9 +17,23 @@ if grant and (grant.pid ~= tonumber(ARGV[3]) or grant.node ~= tonumber(ARGV[4]))
 local g = graph(tonumber(ARGV[3]))
 if not g then return refuse('TRNOPIPE', ARGV[3]) end
 local node = g.nodes[tonumber(ARGV[4])]
+if not node then return refuse('TRARGS', 'node ' .. ARGV[4] .. ' of ' .. g.ref) end
 local list, whole = held_entries(fence, grant, ARGV[5])
 local new_refs = {}
 for r in string.gmatch(ARGV[7], '([^;]*);') do new_refs[#new_refs + 1] = r end
+if #ARGV ~= 7 + #list or #ARGV[6] % (4 * #list) ~= 0 or (#ARGV[7] > 0 and #new_refs ~= #list) then
+  return refuse('TRARGS', #list .. ' entries do not match what came with them')
+end
+check_types({LOAD, DONE}, {LEASE, DEADLINE, DELAYED, DONEQ})
+for _, i in ipairs(node.succs) do call('ZCARD', T .. 'ready:' .. g.nodes[i].key) end
+local incomplete = {}
+for i, e in ipairs(list) do
+  local added = new_refs[i] or ''
+  if e.rec and #added > 0 then
+    if #e.h.refs + #added > 65535 then return refuse('TRARGS', 'refs of job ' .. e.id .. ' take over 65535 bytes') end
+    incomplete[i] = not blobs_complete(added)
+  end
+end
 
 local status, taken, taken_rows, committed = {}, {}, 0, 0
 local ids, values = {}, {}
@@ -59,7 +74,7 @@ local function advance_linear(e, rows, payload, added)
     h.flags = h.flags - F_CHECKPOINT
   end
   h.mask, h.rows, h.payload = mask, rows, payload
-  h.bytes = #payload + (#h.refs > 0 and refs_bytes(h.refs) or 0)
+  h.bytes = #h.refs > 0 and math.min(#payload + refs_bytes(h.refs), MOST) or #payload
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
   ids[#ids + 1] = e.id
   values[#values + 1] = build(h)
@@ -100,15 +115,17 @@ for i, e in ipairs(list) do
   local added = new_refs[i] or ''
   if not e.rec or band(e.h.mask, node.bit) > 0 then
     status[i] = 's'
-    taken[e.packed] = true
-  elseif #added > 0 and not blobs_complete(added) then
+    if e.mine then taken[e.packed] = true end
+  elseif incomplete[i] then
     status[i] = 'b'
     whole = false
   else
     local h = e.h
     taken[e.packed] = true
-    local rows = #ARGV[6] > 0 and unpackb('<I4', ARGV[6], 4 * i - 3) or h.rows
-    taken_rows = taken_rows + (g.linear and h.rows or fork_state(e.id, node).rows)
+    local had = state_of(g, e.id, h, node).rows
+    local rows = #ARGV[6] > 0 and unpackb('<I4', ARGV[6], 4 * i - 3) or MOST
+    if rows == MOST then rows = had end
+    taken_rows = taken_rows + had
     if #added > 0 then persist_refs(added) end
     if h.deadline > 0 and h.deadline <= NOW then
       status[i] = 'd'

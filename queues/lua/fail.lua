@@ -15,14 +15,15 @@ local g = graph(tonumber(ARGV[3]))
 if not g then return refuse('TRNOPIPE', ARGV[3]) end
 local node, max_attempts = g.nodes[tonumber(ARGV[4])], tonumber(ARGV[6])
 local list, whole = held_entries(fence, grant, ARGV[5])
-local status, taken, taken_rows = {}, {}, 0
+local status, taken, taken_rows, charged = {}, {}, 0, 0
 for i, e in ipairs(list) do
-  taken[e.packed] = true
+  if e.mine then taken[e.packed] = true end
   status[i] = 's'
   if e.rec and band(e.h.mask, node.bit) == 0 then
     local h = e.h
     local s = state_of(g, e.id, h, node)
     taken_rows = taken_rows + s.rows
+    charged = charged + 1
     s.attempts, s.suspect = math.min(s.attempts + 1, 255), 0
     add_history(e.id, h, ARGV[7 + 2 * i - 1])
     if s.attempts >= max_attempts then
@@ -41,7 +42,7 @@ for i, e in ipairs(list) do
   end
 end
 if grant then shrink_grant(fence, grant, node, taken, whole, taken_rows) end
-count(node.key .. '.failed', #list)
+count(node.key .. '.failed', charged)
 flush()
 local result = table.concat(status)
 remember(SESS, seq, result)

@@ -20,6 +20,8 @@ local F_KEYED, F_HISTORY, F_SUBSCRIBED, F_CHECKPOINT, F_UNTIL_ACK, F_HIGH = 1, 2
 -- A node's entry of a job in a pipeline that forks: attempts, strikes, releases, suspect, rows, bytes. Payload follows.
 local FORK = '<BBBBI4I4'
 local MAX_GEN = 100
+-- Byte counts stand in 4 bytes; more counts as this, in the record and in the load alike.
+local MOST = 4294967295
 local BATON_STEP = 64
 
 local function refuse(word, text) return redis.error_reply(word .. ' ' .. text) end
@@ -29,6 +31,11 @@ local function begin(oom_refuses)
   if not oom_refuses then call('HDEL', META, '') end
   local schema = call('HGET', META, 'schema')
   if schema ~= '1' then return refuse('TRSCHEMA', schema or 'none') end
+end
+-- A key of another type must stop a script before its first write: there is no rollback.
+local function check_types(hashes, zsets)
+  for _, key in ipairs(hashes) do call('HLEN', key) end
+  for _, key in ipairs(zsets) do call('ZCARD', key) end
 end
 
 local function slices(command, key, list)
@@ -119,9 +126,10 @@ end
 -- Load counters and ready entries are gathered, then written once by flush().
 local loads, readies, ready_order = {}, {}, {}
 local function count(field, delta) loads[field] = (loads[field] or 0) + delta end
+-- Wakes and replies are hints: a foreign key in their place must not stop the transition half way.
 local function wake(key)
   local k = T .. 'wake:' .. key
-  if call('LLEN', k) == 0 then call('RPUSH', k, 1) end
+  if redis.pcall('LLEN', k) == 0 then call('RPUSH', k, 1) end
 end
 local function make_ready(node, id, rank, rows, bytes)
   local z = readies[node.key]
@@ -154,7 +162,7 @@ end
 local function refs_bytes(refs)
   local total = 0
   for _, _, bytes in string.gmatch(refs, REF) do total = total + tonumber(bytes) end
-  return total
+  return math.min(total, MOST)
 end
 local function blobs_complete(refs)
   for name, chunks in string.gmatch(refs, REF) do
@@ -236,7 +244,7 @@ local function finish(g, id, h, status, node_index, rows, refs, payload)
     if #keyed > 0 then call('HDEL', KEYED, keyed) end
     return
   end
-  local bytes = #payload + refs_bytes(refs)
+  local bytes = math.min(#payload + refs_bytes(refs), MOST)
   local rec = pack(TERMINAL, byte(status), h.flags, h.attempts, h.gen, node_index, rows, bytes, h.keep_s, #refs)
     .. keyed .. refs .. payload
   dones[#dones + 1] = id
@@ -248,6 +256,7 @@ local function finish(g, id, h, status, node_index, rows, refs, payload)
   if subscribers then for client in string.gmatch(subscribers, '%w+') do reply_to(client, id, rec) end end
 end
 
+-- Writes what was gathered; afterwards a script may gather and flush again.
 local function flush()
   if #gone > 0 then del_fields(gone) end
   if #dones > 0 then slices('HSET', DONE, dones); slices('ZADD', DONEQ, doneq) end
@@ -257,10 +266,12 @@ local function flush()
   end
   for field, delta in pairs(loads) do if delta ~= 0 then call('HINCRBY', LOAD, field, delta) end end
   for _, client in ipairs(reply_order) do
-    call('RPUSH', T .. 'reply:' .. client, table.concat(replies[client]))
-    call('PEXPIRE', T .. 'reply:' .. client, 3600000)
+    local k = T .. 'reply:' .. client
+    if type(redis.pcall('RPUSH', k, table.concat(replies[client]))) == 'number' then call('PEXPIRE', k, 3600000) end
   end
   for i = 1, #doomed, 4000 do call('UNLINK', unpack(doomed, i, math.min(i + 3999, #doomed))) end
+  gone, dones, doneq, replies, reply_order, doomed = {}, {}, {}, {}, {}, {}
+  loads, readies, ready_order = {}, {}, {}
 end
 
 -- A grant: 'pid.node|rows|entries'. rows is what the load's held_rows still counts for it.
@@ -287,7 +298,7 @@ local function shrink_grant(fence, grant, node, taken, whole, rows)
     count(node.key .. '.held_rows', -rows)
   end
 end
--- The entries of an operation, each with its record when the fence still holds it: {id, packed, rec, h} or rec = nil.
+-- The entries of an operation: {id, packed, mine = the fence holds it, rec and h = its record when that still agrees}.
 local function held_entries(fence, grant, packed)
   local whole = grant ~= nil and grant.entries == packed
   local owned = {}
@@ -303,6 +314,7 @@ local function held_entries(fence, grant, packed)
   for i, e in ipairs(list) do
     local mine = grant and (whole or owned[e.packed])
     owned[e.packed] = nil
+    e.mine = mine
     if mine and recs[i] then
       local h = parse(recs[i])
       if h.gen == e.gen then e.rec = recs[i]; e.h = h end

@@ -62,7 +62,7 @@ end
 
 local status, taken, taken_rows = {}, {}, 0
 for i, e in ipairs(list) do
-  taken[e.packed] = true
+  if e.mine then taken[e.packed] = true end
   status[i] = 's'
   if e.rec and band(e.h.mask, node.bit) == 0 then
     local s = state_of(g, e.id, e.h, node)

@@ -21,8 +21,10 @@ for _, pid in ipairs(call('HKEYS', GRAPH)) do
         if recs[i] then
           local h = parse(recs[i])
           local s = state_of(g, id, h, node)
-          add(node.key .. '.ready_rows', s.rows)
-          add(node.key .. '.ready_bytes', s.bytes)
+          if s then
+            add(node.key .. '.ready_rows', s.rows)
+            add(node.key .. '.ready_bytes', s.bytes)
+          end
         end
       end
       at = at + 1000

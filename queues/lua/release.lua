@@ -14,7 +14,7 @@ local node = g and g.nodes[grant.node]
 local list, whole = held_entries(fence, grant, ARGV[3])
 local status, taken, taken_rows = {}, {}, 0
 for i, e in ipairs(list) do
-  taken[e.packed] = true
+  if e.mine then taken[e.packed] = true end
   status[i] = 's'
   if e.rec and band(e.h.mask, node.bit) == 0 then
     status[i] = 'r'

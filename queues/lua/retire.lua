@@ -10,10 +10,11 @@ local started, n = {}, 0
 for id, g in string.gmatch(ARGV[2], ENTRY) do started[id .. g] = true; n = n + 1 end
 local back, buried = 0, 0
 for _, fence in ipairs(call('HKEYS', GRANTS)) do
-  if sub(fence, 1, #ARGV[1]) == ARGV[1] then
+  if sub(fence, 1, #ARGV[1] + 1) == ARGV[1] .. '-' then
     local b, d = requeue(fence, started, n == 1, tonumber(ARGV[3]), ARGV[4])
     back, buried = back + b, buried + d
+    -- The next grant may hold another branch of the same job: it must find this one in the queues.
+    flush()
   end
 end
-flush()
 return {back, buried}

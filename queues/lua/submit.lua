@@ -6,7 +6,7 @@
 -- Returns statuses, one letter a job, then '|' and the ids of the jobs that keys named, each with ','.
 --   n new; d this id is live already; t this id ended already; k the key's job is live; e the key's job ended
 --   (its terminal record is pushed again); x the key was used with other content; b its blobs are incomplete
--- Refuses all: TRFULL rows|bytes|results (nothing written), TRNOPIPE. Out of memory refuses it too (rule 5).
+-- Refuses all, with nothing written: TRFULL rows|bytes|results, TRNOPIPE, TRARGS. Out of memory refuses it too (rule 5).
 local bad = begin(true)
 if bad then return bad end
 local SESS = KEYS[12]
@@ -17,26 +17,36 @@ local pid = tonumber(ARGV[2])
 local g = graph(pid)
 if not g then return refuse('TRNOPIPE', ARGV[2]) end
 
+-- A rank that is no number would be refused by the server half way.
+local MOST_MS = 2 ^ 50
 local ids = {}
 for i = 4, #ARGV, 3 do ids[#ids + 1] = ARGV[i] end
 local live = get_fields(ids, '')
 local ended = call('HMGET', DONE, unpack(ids))
 local status, named, fresh = {}, {}, {}
-local keys_here = {}
+local keys_here, ids_here = {}, {}
 local rows, bytes = 0, 0
 for i, id in ipairs(ids) do
   local head = ARGV[3 * i + 2]
   local j = {id = id, payload = ARGV[3 * i + 3]}
   j.boost, j.delay, j.deadline, j.rows, j.bytes, j.keep_s, j.flags, j.reflen = unpackb('<dddI4I4I4BI2', head)
   j.refs = sub(head, 40, 39 + j.reflen)
+  if not (math.abs(j.boost) < MOST_MS and math.abs(j.delay) < MOST_MS and math.abs(j.deadline) < MOST_MS) then
+    return refuse('TRARGS', 'job ' .. id .. ': boost, delay and deadline must be numbers below 2^50 ms')
+  end
   local s
-  if live[i] then s = 'd' elseif ended[i] then s = 't' end
+  if live[i] or ids_here[id] then s = 'd' elseif ended[i] then s = 't' end
   if not s and band(j.flags, F_KEYED) > 0 then
     j.key, j.content = sub(head, 40 + j.reflen, 55 + j.reflen), sub(head, 56 + j.reflen)
     local known = keys_here[j.key] or call('HGET', KEYED, j.key)
     if known then
-      named[#named + 1] = sub(known, 17)
       j.same = sub(known, 17)
+      j.ended = call('HGET', DONE, j.same)
+      -- A key whose job somebody deleted is free.
+      if not (j.ended or keys_here[j.key] or get_fields({j.same}, '')[1]) then known = nil end
+    end
+    if known then
+      named[#named + 1] = j.same
       s = sub(known, 1, 16) == j.content and 'k' or 'x'
     end
   end
@@ -44,15 +54,14 @@ for i, id in ipairs(ids) do
   if not s then
     s = 'n'
     fresh[#fresh + 1] = j
+    ids_here[id] = true
     if j.key then keys_here[j.key] = j.content .. id end
     if j.delay <= 0 then rows = rows + j.rows; bytes = bytes + j.bytes end
   end
   j.status = s
   status[i] = s
   if s == 'k' then
-    local v = call('HGET', DONE, j.same)
-    if v then status[i] = 'e'; reply_to(sub(id, 1, 8), j.same, v)
-    elseif sub(j.same, 1, 8) ~= sub(id, 1, 8) then j.subscribe = true end
+    if j.ended then status[i] = 'e'; reply_to(sub(id, 1, 8), j.same, j.ended) end
     fresh[-i] = j
   end
 end
@@ -70,6 +79,8 @@ if rows > 0 or bytes > 0 then
   if unread > tonumber(ARGV[3]) then return refuse('TRFULL', 'results - ' .. unread .. ' ' .. ARGV[3]) end
 end
 
+check_types({LOAD, KEYED}, {DELAYED, DEADLINE})
+for _, n in ipairs(g.nodes) do if n.needs == 0 then call('ZCARD', T .. 'ready:' .. n.key) end end
 local new_ids, values, due, deadlines, keyed, delayed = {}, {}, {}, {}, {}, {}
 for i, j in ipairs(fresh) do
   local at = NOW + math.max(j.delay, 0)
@@ -110,17 +121,21 @@ end
 if #keyed > 0 then slices('HSET', KEYED, keyed) end
 if #deadlines > 0 then slices('ZADD', DEADLINE, deadlines) end
 if #delayed > 0 then slices('ZADD', DELAYED, delayed) end
+-- Another client that names a live job hears of its end too, and the record is kept as long as the longest asks.
 for i = 1, #ids do
   local j = fresh[-i]
-  if j and j.subscribe and status[i] == 'k' then
+  if j and status[i] == 'k' then
+    local h = parse(get_fields({j.same}, '')[1])
     local key, field = extra(j.same, 's')
-    local subs = call('HGET', key, field) or ''
+    local subs = band(h.flags, F_SUBSCRIBED) > 0 and call('HGET', key, field) or ''
     local client = sub(j.id, 1, 8)
-    if not string.find(subs, client, 1, true) and #subs < 16 * 9 then
+    local joins = client ~= sub(j.same, 1, 8) and #subs < 16 * 9 and not string.find(subs, client, 1, true)
+    if joins then
       call('HSET', key, field, subs .. client .. ' ')
-      local rec = get_fields({j.same}, '')[1]
-      local h = parse(rec)
       h.flags = bor(h.flags, F_SUBSCRIBED)
+    end
+    if joins or j.keep_s > h.keep_s then
+      h.keep_s = math.max(h.keep_s, j.keep_s)
       put_fields({j.same}, {build(h)})
     end
   end
