@@ -86,7 +86,7 @@ def _as_array(name: str, kind: ColumnType, value: Any) -> Any:
         if not np.array_equal(cast.astype(object), array.astype(object)):
             raise _refuse(name, kind, value, f"it does not fit {kind.dtype}")
         return cast
-    if array.dtype.kind in "iuf" and want.kind not in "biuc" and not (array.dtype.kind == "b"):
+    if array.dtype.kind in "iuf" and want.kind not in "biuc" and array.dtype.kind != "b":
         return array.astype(want)
     if array.dtype.kind in "iufc" and want.kind == "c":
         return array.astype(want)

@@ -121,16 +121,15 @@ def _validate(source: Source, overrides: Mapping[str, str]) -> PipelineSpec | No
         for place, problem in found:
             source.report(place, _message(problem, place))
         data = copy.deepcopy(data)
-        if not all([_take_out(data, place) for place, problem in found if problem["type"] != "missing"]) or any(
-            problem["type"] == "missing" for _, problem in found
-        ):
+        # What is missing, or stands nowhere, leaves nothing to go on with.
+        if not all(problem["type"] != "missing" and _take_out(data, place) for place, problem in found):
             return None
     return None
 
 
 def _take_out(data: Any, place: Place) -> bool:
     for part in place[:-1]:
-        data = data[part] if isinstance(data, dict | list) and _holds(data, part) else None
+        data = data[part] if _holds(data, part) else None
     if not place or not _holds(data, place[-1]):
         return False
     if isinstance(data, dict):
@@ -140,7 +139,7 @@ def _take_out(data: Any, place: Place) -> bool:
     return True
 
 
-def _holds(data: Any, part: str | int) -> bool:
+def _holds(data: Any, part: Any) -> bool:
     if isinstance(data, dict):
         return part in data
     return isinstance(data, list) and isinstance(part, int) and part < len(data)

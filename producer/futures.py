@@ -87,7 +87,7 @@ class JobFuture(Generic[R]):
         if self._value is None:
             assert self._terminal is not None  # exception() returned: the job is done
             self._value = self._source.decode_result(self, self._terminal)
-        return self._value  # type: ignore[return-value]  # decode_result returned the row
+        return self._value
 
     def exception(self, timeout: float | None = None) -> JobError | None:
         """Waits, and returns the error with which the job ended, or None. Raises TimeoutError after `timeout` seconds."""

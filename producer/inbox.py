@@ -110,7 +110,8 @@ class Inbox:
                 if popped is not None:
                     self._take(popped[1])
                     lane_key = popped[0]
-                    for data in self._client.lpop(lane_key, 64) or ():
+                    more: Any = self._client.lpop(lane_key, 64)
+                    for data in more or ():
                         self._take(data)
                 elif not keys:
                     self._stopping.wait(0.05)

@@ -303,7 +303,7 @@ class Relay:
             columns.update(zip(refs, fetched, strict=True))
             if terminal.until_ack and not future.foreign:
                 self._inbox.ack(future.id)
-        table = {name: codec.decode(data) for name, data in columns.items() if not isinstance(data, Ref)}
+        table: dict[str, Any] = {name: codec.decode(data) for name, data in columns.items() if not isinstance(data, Ref)}
         return row_of_table(table)
 
     def look_up(self, job_id: str) -> str:
@@ -338,12 +338,14 @@ def find_status(registry: Registry, job_id: str) -> str:
     """waiting, delayed, running, done, failed, cancelled, expired or unknown, as the records say."""
     lane = registry.lanes[lane_of(job_id)]
     keys, client = lane.keys, registry.client
-    if record := client.hget(keys.done, job_id):
+    record: Any = client.hget(keys.done, job_id)
+    if record:
         return Terminal.decode(record).status
     if not client.hexists(keys.bucket(job_id), job_field(job_id)):
         return "unknown"
     token = job_id.encode()
-    for value in client.hvals(keys.grants):
+    grants: Any = client.hvals(keys.grants)
+    for value in grants:
         at = value.find(token)
         if at >= 0 and value[at + len(token)] >= 128:
             return "running"

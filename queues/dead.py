@@ -12,6 +12,7 @@ from torchrelay.errors import DecodeError
 from torchrelay.queues.job import HEAD, Failure, decode_payload
 from torchrelay.queues.keys import lane_of
 from torchrelay.queues.registry import Registry, run
+from torchrelay.queues.scripts import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def scan(registry: Registry, pipeline: str | None = None, *, redriven: bool = Fa
 
 def find(registry: Registry, job_id: str) -> DeadLetter | None:
     """One dead letter, or None."""
-    data = registry.client.hget(registry.lanes[lane_of(job_id)].keys.dead, job_id)
+    data: Any = registry.client.hget(registry.lanes[lane_of(job_id)].keys.dead, job_id)
     return DeadLetter.decode(job_id, data) if data else None
 
 
@@ -85,6 +86,7 @@ def _each_lane(registry: Registry, ids: list[str], *, drop: bool) -> dict[str, s
         mine = [i for i in ids if lane_of(i) == number]
         for at in range(0, len(mine), 128):
             part = mine[at : at + 128]
-            call = lane.drop_dead(part) if drop else lane.redrive(part)
-            out.update(zip(part, run(registry.client, call), strict=True))
+            call: Call[list[str]] = lane.drop_dead(part) if drop else lane.redrive(part)
+            answers: list[str] = run(registry.client, call)
+            out.update(zip(part, answers, strict=True))
     return out

@@ -62,12 +62,7 @@ def _ext_hook(code: int, data: bytes) -> Ref:
     if code != _REF_CODE:
         raise DecodeError(f"payload holds the unknown extension {code}", length=len(data))
     parts = msgpack.unpackb(data)
-    if not (
-        isinstance(parts, list)
-        and [type(p) for p in parts] == [str, int, int]
-        and parts[1] > 0
-        and parts[2] >= 0
-    ):
+    if not (isinstance(parts, list) and [type(p) for p in parts] == [str, int, int] and parts[1] > 0 and parts[2] >= 0):
         raise DecodeError("payload holds a malformed ref", length=len(data))
     return Ref(*parts)
 
@@ -93,12 +88,7 @@ def split_inline(columns: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[s
 
 
 def _checked(value: object, length: int) -> tuple[dict[str, Packed], bytes]:
-    if (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], dict)
-        and isinstance(value[1], bytes)
-    ):
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], dict) and isinstance(value[1], bytes):
         columns = value[0]
         for name, column in columns.items():
             if type(name) is not str or not isinstance(column, bytes | Ref):
@@ -131,9 +121,7 @@ def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
     except DecodeError:
         raise
     except Exception as error:
-        raise DecodeError(
-            f"result does not decode: {error}", length=len(data), offset=unpacker.tell()
-        ) from error
+        raise DecodeError(f"result does not decode: {error}", length=len(data), offset=unpacker.tell()) from error
     if unpacker.tell() != len(data):
         raise DecodeError("result is cut off", length=len(data), offset=unpacker.tell())
     return columns, meta
@@ -207,9 +195,7 @@ class Terminal:
             status, flags, attempts, generation, node, rows, _, _, reflen = TERMINAL.unpack_from(record)
             start = TERMINAL.size + (16 if flags & FLAG_KEYED else 0) + reflen
             until_ack = bool(flags & FLAG_UNTIL_ACK) and not flags & FLAG_KEYED
-            return cls(
-                _STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:]
-            )
+            return cls(_STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:])
         except (struct.error, KeyError) as error:
             raise DecodeError("terminal record does not decode", length=len(record)) from error
 

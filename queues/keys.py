@@ -133,7 +133,13 @@ def job_field(job_id: str) -> str:
 def lane_of(job_id: str) -> int:
     """The lane that a job id names; raises InputError for what is no job id."""
     stem, _, redrive = job_id.partition("~")
-    if len(stem) != 16 or not stem.isascii() or not stem.isalnum() or (redrive and not redrive.isdigit()) or len(redrive) > 4:
+    if (
+        len(stem) != 16
+        or not stem.isascii()
+        or not stem.isalnum()
+        or (redrive and not redrive.isdigit())
+        or len(redrive) > 4
+    ):
         raise InputError(f"{job_id[:40]!r} is not a job id: 16 letters and digits are expected; take it from future.id")
     return ID_ALPHABET.index(stem[7])
 

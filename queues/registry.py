@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import BrokerMisconfigured, PipelineNotFound
 from torchrelay.queues.keys import ControlKeys, LaneKeys
-from torchrelay.queues.scripts import Call, explain, script
+from torchrelay.queues.scripts import Arg, Call, explain, script
 from torchrelay.queues.transitions import Transitions, pack_graph
 
 T = TypeVar("T")
@@ -64,11 +64,12 @@ class WorkerReport:
 
 def run(client: redis.Redis, call: Call[T]) -> T:
     """Runs one idempotent call over a pooled connection. Operations that need a replay ring go through a Channel."""
+    send: Callable[..., Any] = client.execute_command
     try:
-        value: Any = client.execute_command(*call.command())
+        value: Any = send(*call.command())
     except NoScriptError:
         try:
-            value = client.execute_command(*call.command(with_source=True))
+            value = send(*call.command(with_source=True))
         except ResponseError as refusal:
             raise explain(call.script.name, str(refusal)) from refusal
     except ResponseError as refusal:
@@ -141,16 +142,17 @@ class Registry:
     def beat(self, report: WorkerReport, *, leave: bool = False) -> int:
         """Reports a worker alive for six seconds, or gone; returns how many are alive."""
         keys = (self.control.alive, self.control.workers)
-        args = [report.worker, 0 if leave else HEARTBEAT_TTL_MS, report.encode()]
+        args: list[Arg] = [report.worker, 0 if leave else HEARTBEAT_TTL_MS, report.encode()]
         return run(self.client, Call(script("heartbeat"), keys, args, int))
 
     def workers(self) -> list[WorkerReport]:
         """Workers whose heartbeat has not run out, by the server's clock."""
         seconds, micros = self.client.time()
-        alive = self.client.zrangebyscore(self.control.alive, seconds * 1000 + micros // 1000, "+inf")
+        alive: Any = self.client.zrangebyscore(self.control.alive, seconds * 1000 + micros // 1000, "+inf")
         if not alive:
             return []
-        reports = [WorkerReport.decode(v) for v in self.client.hmget(self.control.workers, alive) if v]
+        found: Any = self.client.hmget(self.control.workers, alive)
+        reports = [WorkerReport.decode(v) for v in found if v]
         return sorted((r for r in reports if r), key=lambda r: (r.node, r.worker))
 
     def loads(self) -> dict[str, int]:

@@ -108,7 +108,9 @@ def stop(start_dir: Path) -> bool:
         deadline = time.monotonic() + START_TIMEOUT_S
         while _answers(Path(known["socket"])) or (state_dir / "server.json").exists():
             if time.monotonic() > deadline:
-                raise BrokerUnavailable(f"the server (pid {known['pid']}) does not stop; see {state_dir / 'server.log'}")
+                raise BrokerUnavailable(
+                    f"the server (pid {known['pid']}) does not stop; see {state_dir / 'server.log'}"
+                )
             time.sleep(0.02)
     return True
 
@@ -171,7 +173,9 @@ def runtime_dir() -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "torchrelay" if base and Path(base).is_dir() else None
     if folder is None or len(str(folder)) > MAX_SOCKET_PATH - 24:
-        folder = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp") / f"torchrelay-{os.getuid()}"
+        folder = (
+            Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp") / f"torchrelay-{os.getuid()}"
+        )
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -255,7 +259,9 @@ def _start_watcher(state_dir: Path) -> None:
     program = server_program()
     socket_path = socket_path_of(state_dir)
     if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH:
-        raise ConfigError(f"the socket's path {socket_path} is over {MAX_SOCKET_PATH} bytes; set XDG_RUNTIME_DIR shorter")
+        raise ConfigError(
+            f"the socket's path {socket_path} is over {MAX_SOCKET_PATH} bytes; set XDG_RUNTIME_DIR shorter"
+        )
     (state_dir / "server.json").unlink(missing_ok=True)
     command = server_command(program, socket_path, state_dir)
     subprocess.Popen(

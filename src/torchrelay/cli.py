@@ -17,7 +17,6 @@ import typer
 
 from torchrelay import terminal
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.settings import Settings
 from torchrelay.errors import (
     BrokerError,
     ConfigError,
@@ -59,7 +58,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a value of the file. Repeatable.")
 ]
-CpuOption = Annotated[bool, typer.Option("--allow-cpu", help="Run `device: gpu` stages on the CPU where there is no GPU.")]
+CpuOption = Annotated[
+    bool, typer.Option("--allow-cpu", help="Run `device: gpu` stages on the CPU where there is no GPU.")
+]
 
 
 def _overrides(values: Sequence[str] | None) -> dict[str, str]:
@@ -82,7 +83,9 @@ def _pipeline_name(relay: Relay, pipeline: str, overrides: dict[str, str]) -> st
 
 
 @app.command()
-def check(files: Annotated[list[Path], typer.Argument(metavar="FILE...")], set_: SetOption = None, as_json: JsonOption = False) -> None:
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...")], set_: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Validate pipeline files, import their stages, and show what they would run.
 
     Example: [bold]torchrelay check pipeline.yaml[/bold]
@@ -159,7 +162,9 @@ def server_start(as_json: JsonOption = False) -> None:
     if as_json:
         terminal.print_json({"url": address.url, "pid": address.pid, "started": address.started})
     else:
-        terminal.out.print(f"{'started' if address.started else 'already runs'}: {address.url} (pid {address.pid})", soft_wrap=True)
+        terminal.out.print(
+            f"{'started' if address.started else 'already runs'}: {address.url} (pid {address.pid})", soft_wrap=True
+        )
 
 
 @server_app.command("stop")
@@ -216,7 +221,9 @@ def _rows(text: str, files: Sequence[str] | None) -> list[dict[str, Any]]:
 def submit(
     pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME[@VERSION], or a YAML file.")],
     row: Annotated[str, typer.Argument(metavar="JSON|-", help="One row, or - for JSON lines on standard input.")],
-    file: Annotated[list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")
+    ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "medium",
     key: Annotated[str | None, typer.Option(help="The same key and row give the same job.")] = None,
     deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="End the job when it takes longer.")] = None,
@@ -238,7 +245,14 @@ def submit(
         name = _pipeline_name(relay, pipeline, _overrides(set_))
         level: str | int = int(priority) if priority.isdigit() else priority
         futures = relay.submit_many(
-            name, rows, [key] if key else None, priority=level, deadline_s=deadline, delay_s=delay, keep_s=keep, wait_s=30.0
+            name,
+            rows,
+            [key] if key else None,
+            priority=level,
+            deadline_s=deadline,
+            delay_s=delay,
+            keep_s=keep,
+            wait_s=30.0,
         )
         if not wait:
             for future in futures:
@@ -319,7 +333,7 @@ def pipelines(redis: RedisOption = None, namespace: NamespaceOption = None, as_j
     """List the pipelines of the namespace with their versions; new jobs take the current one."""
     with _relay(redis, namespace) as relay:
         current = set(relay.registry.current().values())
-        rows = []
+        rows: list[dict[str, Any]] = []
         for ref in sorted(relay.registry.versions()):
             found = relay.registry.find(ref).pipeline
             stages = [n.name for n in found.graph.nodes]
@@ -327,7 +341,9 @@ def pipelines(redis: RedisOption = None, namespace: NamespaceOption = None, as_j
         if as_json:
             terminal.print_json(rows)
         else:
-            cells = [(r["pipeline"], r["version"], "current" if r["current"] else "", " ".join(r["stages"])) for r in rows]
+            cells = [
+                (r["pipeline"], r["version"], "current" if r["current"] else "", " ".join(r["stages"])) for r in rows
+            ]
             terminal.out.print(terminal.table(["pipeline", "version", "", "stages"], cells))
 
 
@@ -370,7 +386,9 @@ def dead_show(
         fields = letter.summary() | {"columns": ", ".join(letter.columns), "died_at": terminal.when(letter.died_at)}
         terminal.out.print(terminal.table(["", ""], fields.items()))
         for number, failure in enumerate(letter.history, 1):
-            terminal.out.print(f"\n[bold]error {number}[/bold] at {terminal.clean(failure.stage)} on {terminal.clean(failure.worker)}")
+            terminal.out.print(
+                f"\n[bold]error {number}[/bold] at {terminal.clean(failure.stage)} on {terminal.clean(failure.worker)}"
+            )
             for line in (failure.traceback or failure.message).splitlines():
                 terminal.out.print(terminal.clean(line), soft_wrap=True)
 

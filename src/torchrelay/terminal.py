@@ -52,7 +52,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str |
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         number = column.startswith("#")
-        made.add_column(column.removeprefix("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        made.add_column(
+            column.removeprefix("#"), justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     for row in rows:
         made.add_row(*[clean(cell) for cell in row])
     return made
@@ -66,7 +68,9 @@ def graph_view(pipeline: Pipeline) -> RenderableType:
         reads = "all columns" if node.inputs is None else ", ".join(node.inputs)
         gives = ", ".join(f"{c}: {t}" for c, t in node.outputs.items()) or "what it returns"
         after = ", ".join(names[p] for p in node.preds)
-        replicas = f"{spec.replicas.min}-{spec.replicas.max}" if spec.replicas.max > spec.replicas.min else spec.replicas.min
+        replicas = (
+            f"{spec.replicas.min}-{spec.replicas.max}" if spec.replicas.max > spec.replicas.min else spec.replicas.min
+        )
         rows.append((spec.name, after, reads, gives, spec.device, replicas, spec.batch.max_rows))
     inputs = ", ".join(f"{c}: {t}" for c, t in pipeline.input.items()) or "any columns"
     head = Text.assemble((pipeline.ref, "bold"), f"   input: {inputs}")

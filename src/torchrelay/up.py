@@ -44,7 +44,12 @@ class Fleet:
         self.close()
 
     def add(
-        self, pipeline: Pipeline, overrides: dict[str, str] | None = None, *, stage: str | None = None, device: str = "auto"
+        self,
+        pipeline: Pipeline,
+        overrides: dict[str, str] | None = None,
+        *,
+        stage: str | None = None,
+        device: str = "auto",
     ) -> None:
         """Adds one stage, or every stage with `replicas.min` workers each."""
         names = [s.name for s in pipeline.spec.stages]
