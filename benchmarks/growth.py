@@ -30,8 +30,7 @@ def hop_cost_us(lane: BareLane, hops: int) -> tuple[float, float]:
     """(wall, server) microseconds per hop, with the ready set kept at its size."""
     cpu = server_cpu_s(lane.client)
     done, seconds = lane.drain(limit=hops)
-    cost = 1e6 * seconds / done, 1e6 * (server_cpu_s(lane.client) - cpu) / done
-    return cost
+    return 1e6 * seconds / done, 1e6 * (server_cpu_s(lane.client) - cpu) / done
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Rows and tables against declared columns. Every check of values happens here, in the producer and in the worker.
 
-A row is {column: value}; a table has the batch axis: an array [N, ...] per stacked column, a list of N values per other.
+A row is {column: value}; a table has the batch axis: an array [N, ...] per stacked column, a list of N values per
+other.
 """
 
 from __future__ import annotations

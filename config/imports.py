@@ -103,7 +103,7 @@ def _load_file(where: str, base_dir: Path) -> Any:
         raise ConfigError(f"use {where!r}: cannot be loaded as a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    # The folder is on the path only while the file is imported, so that it finds its siblings and shadows nothing later.
+    # The folder is on the path only while the file is imported: it finds its siblings, and shadows nothing later.
     sys.path.insert(0, str(base_dir.resolve()))
     try:
         spec.loader.exec_module(module)
@@ -116,7 +116,7 @@ def _load_file(where: str, base_dir: Path) -> Any:
 
 
 def bind_args(target: Any, args: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a stage's `args`: unknown, missing, or of another type than annotated. Empty when all is well."""
+    """What is wrong with a stage's `args`: unknown, missing, or of another type than annotated. Empty when all fits."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""`Pipeline`: a pipeline file, checked as a whole, with its version. Importing stages is `check`'s and the workers' part."""
+"""`Pipeline`: a pipeline file, checked as a whole, with its version. It imports no stage: `check` and workers do."""
 
 from __future__ import annotations
 

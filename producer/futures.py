@@ -90,7 +90,7 @@ class JobFuture(Generic[R]):
         return self._value
 
     def exception(self, timeout: float | None = None) -> JobError | None:
-        """Waits, and returns the error with which the job ended, or None. Raises TimeoutError after `timeout` seconds."""
+        """Waits; returns the error with which the job ended, or None. Raises TimeoutError after `timeout` seconds."""
         if not self.done():
             self._source.await_terminal(self, None if timeout is None else time.monotonic() + timeout)
         if self._error is None and self._terminal is not None:

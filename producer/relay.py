@@ -38,8 +38,8 @@ _FOREIGN_POLL_S = (0.005, 0.5)
 class Relay:
     """A connection to a namespace. Use it as a context manager, or call `close()`. Thread-safe.
 
-    Without a URL it takes `$TORCHRELAY_REDIS_URL`, else the embedded server of the nearest `.torchrelay` folder upwards,
-    else it starts one. Nothing is opened before `start()`, `with`, or the first call.
+    Without a URL it takes `$TORCHRELAY_REDIS_URL`, else the embedded server of the nearest `.torchrelay` folder
+    upwards, else it starts one. Nothing is opened before `start()`, `with`, or the first call.
     """
 
     def __init__(self, url: str | None = None, *, namespace: str | None = None, lanes: int | None = None) -> None:

@@ -23,7 +23,8 @@ def write_blobs(
 ) -> dict[str, Ref]:
     """Writes blobs by name and returns their refs.
 
-    Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises QueueFull.
+    Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises
+    QueueFull.
     """
     refs: dict[str, Ref] = {}
     pipe = client.pipeline(transaction=False)

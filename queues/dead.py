@@ -17,7 +17,7 @@ from torchrelay.queues.scripts import Call
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One dead job. `died_at` is seconds since the epoch; `redriven_as` the id of the job that took its place, or ''."""
+    """One dead job. `died_at` is in seconds since the epoch; `redriven_as` the job that took its place, or ''."""
 
     job_id: str
     pipeline: str
@@ -55,7 +55,7 @@ class DeadLetter:
 
 
 def scan(registry: Registry, pipeline: str | None = None, *, redriven: bool = False) -> Iterator[DeadLetter]:
-    """Dead letters of every lane, of one pipeline (name or name@version) or all; `redriven` ones only when asked for."""
+    """Dead letters of one pipeline (name or name@version) or of all; with `redriven`, also those that run again."""
     for lane in registry.lanes:
         for field, data in registry.client.hscan_iter(lane.keys.dead, count=200):
             letter = DeadLetter.decode(field.decode(), data)

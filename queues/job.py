@@ -33,7 +33,7 @@ _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Where a column's bytes lie in Redis: a blob of `chunks` chunks and `nbytes` bytes, encoded as `codec` made them."""
+    """Where a column's bytes lie in Redis: a blob of `chunks` chunks and `nbytes` bytes, as `codec` encoded them."""
 
     name: str
     chunks: int

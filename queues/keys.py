@@ -1,7 +1,7 @@
 """Names of everything in Redis: one function per key, and the ids from which keys follow.
 
-Keys of a lane share the hash tag `{tr:<namespace>:<lane>}`, so that one script touches one slot of a Redis Cluster; keys
-of the namespace share `{tr:<namespace>:ctl}`. Imports nothing of Redis; performs no I/O.
+Keys of a lane share the hash tag `{tr:<namespace>:<lane>}`, so that one script touches one slot of a Redis Cluster;
+keys of the namespace share `{tr:<namespace>:ctl}`. Imports nothing of Redis; performs no I/O.
 """
 
 from __future__ import annotations

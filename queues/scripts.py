@@ -86,7 +86,8 @@ def explain(name: str, text: str) -> TorchrelayError:
         return NamespaceMissing("the server does not hold this namespace; it is new or lost its data; register again")
     if word == "TRSCHEMA":
         return BrokerMisconfigured(
-            f"the namespace has data of schema {rest}, this torchrelay speaks 1; use the version that wrote it, or another namespace"
+            f"the namespace has data of schema {rest}, this torchrelay speaks 1; "
+            "use the version that wrote it, or another namespace"
         )
     if word == "TRRETIRED":
         return WorkerRetired(f"worker {rest} was retired")

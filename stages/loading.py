@@ -27,7 +27,8 @@ def make_stage(obj: object, args: Mapping[str, Any] | None = None, name: str = "
     try:
         return cls(**(args or {}))
     except Exception as error:
-        raise StageLoadError(f"{_where(name)}{cls.__qualname__}.__init__ raised {type(error).__name__}: {error}") from error
+        what = f"{cls.__qualname__}.__init__ raised {type(error).__name__}: {error}"
+        raise StageLoadError(_where(name) + what) from error
 
 
 def stage_class(obj: object, name: str = "") -> type[Stage]:

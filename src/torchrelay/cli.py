@@ -1,6 +1,6 @@
 """The command line. Each command is thin: it parses, calls the room that does the work, and prints.
 
-Exit status: 0 done, 1 failed jobs, 2 usage or configuration, 3 the server cannot be reached, 4 no worker, 130 interrupted.
+Exit status: 0 done, 1 failed jobs, 2 usage or configuration, 3 no server to be reached, 4 no worker, 130 interrupted.
 """
 
 from __future__ import annotations

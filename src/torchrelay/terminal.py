@@ -117,8 +117,8 @@ def status_view(registry: Registry) -> RenderableType:
     for r in node_rows(registry):
         fill = "" if r["batch_fill"] is None else f"{100 * r['batch_fill']:.0f} %"
         state = "no worker" if not r["workers"] else ", ".join(r["states"])
-        rows.append((r["node"], r["waiting_rows"], r["running_rows"], r["committed"], r["failed_attempts"], r["workers"],
-                     state, fill))  # fmt: skip
+        numbers = (r["waiting_rows"], r["running_rows"], r["committed"], r["failed_attempts"], r["workers"])
+        rows.append((r["node"], *numbers, state, fill))
     columns = ["node", "#waiting", "#running", "#committed", "#failed tries", "#workers", "state", "#batch fill"]
     return table(columns, rows)
 
