@@ -35,7 +35,7 @@ class Claimer:
         self._channel = channel
         self._session = session
         self._numbers = count(1)
-        self._pending: deque[tuple[int, Pending[Grant]]] = deque()
+        self._pending: deque[tuple[int, str, Pending[Grant]]] = deque()
         self._empty_lanes = 0
         self._next_lane = 0
         self._clock_offset_ms = 0.0
@@ -43,7 +43,7 @@ class Claimer:
         self.window: deque[Held] = deque()
         self.window_rows = 0
         self.rows_per_s = 0.0
-        self.ready_left = 0
+        self.ready_left = 1
 
     def server_ms(self) -> float:
         """The server's clock, as the last claim told it."""
@@ -64,23 +64,28 @@ class Claimer:
         call = self._context.lanes[lane].claim(
             self._session, fence, self._context.incarnation, self._context.number, self._context.node.index, limits
         )
-        self._pending.append((lane, self._channel.send(call)))
+        self._pending.append((lane, fence, self._channel.send(call)))
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
         if not self._pending:
             return False
-        lane, pending = self._pending.popleft()
+        lane, _, pending = self._pending.popleft()
         grant = pending.result()
         now = time.monotonic()
         self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - now * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
-        self.ready_left = grant.left
+        self.ready_left = 0 if grant.gated else grant.left
         for entry in grant.entries:
             self.window.append(Held(lane, grant.fence, entry, now))
             self.window_rows += entry.rows
         self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
         return bool(grant.entries)
+
+    @property
+    def asked_fences(self) -> tuple[str, ...]:
+        """Fences of claims whose answer was not read yet: the server may have granted them already."""
+        return tuple(fence for _, fence, _ in self._pending)
 
     def idle(self) -> bool:
         """Whether every lane was found empty in turn."""
@@ -92,6 +97,7 @@ class Claimer:
         limit = self._next_due_s if timeout_s is None else min(timeout_s, self._next_due_s)
         self._channel.block_pop(keys, limit)
         self._empty_lanes = 0
+        self.ready_left = 1
 
     def take(self, rows: int) -> list[Held]:
         """Up to so many rows from the head of the window, in order; at least one job. A suspect comes alone."""

@@ -66,9 +66,7 @@ class StageLoop:
                     self._serve(batch)
                 self.committer.flush()
             self._report(state=progress.DRAINING)
-            left = self.claimer.surrender()
-            self._note()
-            self.committer.release(left)
+            self.committer.release(self.claimer.surrender())
             self.committer.drain()
         finally:
             self._channel.close()
@@ -86,7 +84,7 @@ class StageLoop:
                 return []
         deadline = self.claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
         while self.claimer.window_rows < rules.max_rows and not self._stopping():
-            if self._top_up():
+            if self.claimer.ready_left and self._top_up():
                 continue
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -173,7 +171,7 @@ class StageLoop:
                 batches=self._batches,
                 busy_s=self._busy_s,
                 failures=self.committer.failures,
-                fences=self.committer.fences,
+                fences=(*self.committer.fences, *self.claimer.asked_fences),
                 started=b"".join([w.held.entry.packed for w in works]),
             )
         )
