@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 _COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 
@@ -42,10 +42,11 @@ class LineFormatter(logging.Formatter):
         return f"{line}\n{_clean(trace)}" if trace else line
 
 
-def set_up_logs(style: Literal["text", "json"], **fields: Any) -> None:
-    """Sends torchrelay's logs to stderr in this style, with these fields on every line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(style, sys.stderr.isatty(), fields))
+def set_up_logs(style: Literal["text", "json"], stream: TextIO | None = None, **fields: Any) -> None:
+    """Sends torchrelay's logs to `stream` (stderr) in this style, with these fields on every line."""
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter(style, stream.isatty(), fields))
     root = logging.getLogger("torchrelay")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

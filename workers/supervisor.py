@@ -1,5 +1,5 @@
 """Keeps one child at work: starts it, renews its leases while it makes progress, ends it when it hangs, retires it when
-it dies. Knows neither torch nor CUDA."""
+it dies. Knows neither torch nor CUDA. With `output`, what the child logs goes there instead of to standard error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TextIO
 
 import redis
 
@@ -47,11 +48,14 @@ class WorkerPlan:
 class Supervisor:
     """Runs one worker until `stop()` or until it cannot load. `run()` blocks; call it from any thread."""
 
-    def __init__(self, plan: WorkerPlan, registry: Registry, url: str, settings: Settings) -> None:
+    def __init__(
+        self, plan: WorkerPlan, registry: Registry, url: str, settings: Settings, output: TextIO | None = None
+    ) -> None:
         self._plan = plan
         self._registry = registry
         self._url = url
         self._settings = settings
+        self._output = output
         self._upkeep = Upkeep(registry)
         self._changed = threading.Event()
         self._stopping = False
@@ -146,7 +150,10 @@ class Supervisor:
             log=self._settings.log,
         )
         command = [sys.executable, "-m", "torchrelay.workers.child"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path.cwd())
+        stderr = None if self._output is None else subprocess.PIPE
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr, cwd=Path.cwd())
+        if child.stderr is not None:
+            threading.Thread(target=self._copy_output, args=(child.stderr,), daemon=True).start()
         self._child = child
         assert child.stdin is not None  # asked for by PIPE
         with contextlib.suppress(BrokenPipeError):
@@ -154,6 +161,12 @@ class Supervisor:
             child.stdin.flush()
         threading.Thread(target=self._announce_exit, args=(child,), daemon=True).start()
         return child
+
+    def _copy_output(self, lines: IO[bytes]) -> None:
+        assert self._output is not None  # only then is the child's output a pipe
+        with lines:
+            for line in lines:
+                self._output.write(line.decode(errors="replace"))
 
     def _announce_exit(self, child: subprocess.Popen[bytes]) -> None:
         child.wait()

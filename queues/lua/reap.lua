@@ -1,7 +1,7 @@
 -- reap: takes back grants whose lease ran out, by the server's clock. Makes no suspects (rule 14).
 -- ARGV[1] most grants at a time
 -- The tick guards against outages: after a gap over 3 s, or a clock that went back, leases move by the gap instead.
--- Returns {jobs made ready, 1 when leases were moved, due delayed entries?, due deadlines?, due results?}.
+-- Returns {jobs made ready, leases that were moved, due delayed entries?, due deadlines?, due results?}.
 local bad = begin()
 if bad then return bad end
 local tick = tonumber(call('HGET', META, 'tick') or NOW)
@@ -9,8 +9,8 @@ call('HSET', META, 'tick', NOW)
 local gap = NOW - tick
 local moved, back = 0, 0
 if gap > 3000 or gap < 0 then
-  moved = 1
   local all = call('ZRANGE', LEASE, 0, -1, 'WITHSCORES')
+  moved = #all / 2
   for i = 1, #all, 2 do call('ZADD', LEASE, tonumber(all[i + 1]) + gap, all[i]) end
 else
   for _, fence in ipairs(call('ZRANGEBYSCORE', LEASE, '-inf', NOW, 'LIMIT', 0, tonumber(ARGV[1]))) do

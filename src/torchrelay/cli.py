@@ -219,7 +219,7 @@ def _rows(text: str, files: Sequence[str] | None) -> list[dict[str, Any]]:
 
 @app.command()
 def submit(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME[@VERSION], or a YAML file.")],
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME\\[@VERSION], or a YAML file.")],
     row: Annotated[str, typer.Argument(metavar="JSON|-", help="One row, or - for JSON lines on standard input.")],
     file: Annotated[
         list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")

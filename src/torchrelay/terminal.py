@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -121,6 +122,23 @@ def status_view(registry: Registry) -> RenderableType:
         rows.append((r["node"], *numbers, state, fill))
     columns = ["node", "#waiting", "#running", "#committed", "#failed tries", "#workers", "state", "#batch fill"]
     return table(columns, rows)
+
+
+class _ConsoleStream(io.TextIOBase):
+    """A stream whose lines appear above a live table on the same console."""
+
+    def write(self, text: str) -> int:
+        if line := text.rstrip("\n"):
+            out.print(Text.from_ansi(line), soft_wrap=True)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return out.is_terminal
+
+
+def above_the_table() -> TextIO:
+    """Where logs go while a live table is shown, so that neither spoils the other."""
+    return _ConsoleStream()  # type: ignore[return-value]  # it is one for all that logging asks
 
 
 def when(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from rich.live import Live
 
@@ -25,9 +25,17 @@ _LINE_EVERY_S = 10.0
 class Fleet:
     """Workers to start. `start()` connects and starts them; `stop()` drains; `wait()` returns the exit status."""
 
-    def __init__(self, url: str | None = None, namespace: str | None = None, *, allow_cpu: bool = False) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        namespace: str | None = None,
+        *,
+        allow_cpu: bool = False,
+        output: TextIO | None = None,
+    ) -> None:
         self.settings = Settings.load(url=url, namespace=namespace)
         self._allow_cpu = allow_cpu
+        self.output = output
         self._pipelines: list[Pipeline] = []
         self._plans: list[WorkerPlan] = []
         self.supervisors: list[Supervisor] = []
@@ -71,7 +79,7 @@ class Fleet:
         for pipeline in self._pipelines:
             self.registry.register(pipeline)
         for plan in self._plans:
-            supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings)
+            supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings, self.output)
             thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
             self.supervisors.append(supervisor)
             self._threads.append(thread)
@@ -108,7 +116,9 @@ class Fleet:
 
 def run_fleet(fleet: Fleet, *, live: bool) -> int:
     """Runs until SIGINT or SIGTERM, or until a worker gives up; returns the exit status."""
-    set_up_logs(fleet.settings.log)
+    if live:
+        fleet.output = terminal.above_the_table()
+    set_up_logs(fleet.settings.log, fleet.output)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
