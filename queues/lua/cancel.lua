@@ -6,6 +6,7 @@ if bad then return bad end
 if #ARGV == 0 then return '' end
 local recs = get_fields(ARGV, '')
 local ended = call('HMGET', DONE, unpack(ARGV))
+check_types({LOAD}, {DELAYED, DEADLINE, DONEQ})
 local status, seen = {}, {}
 for i, id in ipairs(ARGV) do
   if seen[id] then status[i] = 't'

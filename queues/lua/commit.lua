@@ -25,7 +25,7 @@ if #ARGV ~= 7 + #list or #ARGV[6] % (4 * #list) ~= 0 or (#ARGV[7] > 0 and #new_r
   return refuse('TRARGS', #list .. ' entries do not match what came with them')
 end
 check_types({LOAD, DONE}, {LEASE, DEADLINE, DELAYED, DONEQ})
-for _, i in ipairs(node.succs) do call('ZCARD', T .. 'ready:' .. g.nodes[i].key) end
+for _, i in ipairs(node.succs) do check_ready({g.nodes[i]}) end
 local incomplete = {}
 for i, e in ipairs(list) do
   local added = new_refs[i] or ''

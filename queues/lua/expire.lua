@@ -4,6 +4,7 @@
 local bad = begin()
 if bad then return bad end
 local due = call('ZRANGEBYSCORE', DEADLINE, '-inf', NOW, 'LIMIT', 0, tonumber(ARGV[1]))
+check_types({LOAD, DONE}, {DELAYED, DONEQ})
 local recs = get_fields(due, '')
 for i, id in ipairs(due) do
   if recs[i] then

@@ -15,6 +15,8 @@ local g = graph(tonumber(ARGV[3]))
 if not g then return refuse('TRNOPIPE', ARGV[3]) end
 local node, max_attempts = g.nodes[tonumber(ARGV[4])], tonumber(ARGV[6])
 local list, whole = held_entries(fence, grant, ARGV[5])
+check_types({LOAD, DONE, DEAD}, {LEASE, DELAYED, DEADLINE, DONEQ})
+if node then check_ready({node}) end
 local status, taken, taken_rows, charged = {}, {}, 0, 0
 for i, e in ipairs(list) do
   if e.mine then taken[e.packed] = true end

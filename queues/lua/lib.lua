@@ -37,6 +37,10 @@ local function check_types(hashes, zsets)
   for _, key in ipairs(hashes) do call('HLEN', key) end
   for _, key in ipairs(zsets) do call('ZCARD', key) end
 end
+local function check_ready(nodes)
+  for _, n in ipairs(nodes) do call('ZCARD', T .. 'ready:' .. n.key) end
+end
+local function sound(node) return type(redis.pcall('ZCARD', T .. 'ready:' .. node.key)) == 'number' end
 
 local function slices(command, key, list)
   for i = 1, #list, 4000 do call(command, key, unpack(list, i, math.min(i + 3999, #list))) end
@@ -202,7 +206,8 @@ local function state_of(g, id, h, node)
 end
 local function leave_queues(g, id, h)
   for _, n in ipairs(open_nodes(g, h.mask)) do
-    if call('ZREM', T .. 'ready:' .. n.key, id) == 1 then
+    -- pcall: a foreign key in one pipeline's place must not stop what ends jobs of all.
+    if redis.pcall('ZREM', T .. 'ready:' .. n.key, id) == 1 then
       local s = state_of(g, id, h, n)
       count(n.key .. '.ready_rows', -s.rows)
       count(n.key .. '.ready_bytes', -s.bytes)
@@ -355,10 +360,16 @@ end
 -- A grant whose worker is gone: entries that still match go back to ready. started: entries that were being computed.
 local function requeue(fence, started, solo, max_strikes, err)
   local grant = read_grant(fence)
-  call('ZREM', LEASE, fence)
-  if not grant then return 0, 0 end
+  if not grant then
+    call('ZREM', LEASE, fence)
+    return 0, 0
+  end
   local g = graph(grant.pid)
   local node = g.nodes[grant.node]
+  check_types({LOAD, DONE, DEAD}, {DELAYED, DEADLINE, DONEQ})
+  -- Behind a foreign key the grant stays, and stops no other grant's return.
+  if not sound(node) then return 0, 0 end
+  call('ZREM', LEASE, fence)
   local list = held_entries(fence, grant, grant.entries)
   local back, buried = 0, 0
   for _, e in ipairs(list) do
@@ -387,17 +398,19 @@ end
 
 -- Delayed entries whose time has come become ready. Returns how many.
 local function promote_due(limit)
+  check_types({LOAD}, {})
   local due = call('ZRANGEBYSCORE', DELAYED, '-inf', NOW, 'LIMIT', 0, limit)
   for _, member in ipairs(due) do
-    call('ZREM', DELAYED, member)
     local id, index = string.match(member, '^([%w~]+)|(%d+)$')
     local rec = get_fields({id}, '')[1]
-    if rec then
-      local h = parse(rec)
-      local g = graph(h.pid)
-      local node = g.nodes[tonumber(index)]
-      local s = state_of(g, id, h, node)
-      make_ready(node, id, h.rank, s.rows, s.bytes)
+    local h = rec and parse(rec)
+    local g = h and graph(h.pid)
+    local node = g and g.nodes[tonumber(index)]
+    -- Behind a foreign key in the ready set's place it stays delayed, and disturbs no other node's claims.
+    if not node or sound(node) then
+      call('ZREM', DELAYED, member)
+      local s = node and state_of(g, id, h, node)
+      if s then make_ready(node, id, h.rank, s.rows, s.bytes) end
     end
   end
   return #due

@@ -14,6 +14,8 @@ local grant = read_grant(fence)
 local g = grant and graph(grant.pid)
 local node = g and g.nodes[grant.node]
 local list, whole = held_entries(fence, grant, ARGV[3])
+check_types({LOAD, DONE, DEAD}, {LEASE, DELAYED, DEADLINE, DONEQ})
+if g then check_ready(g.nodes) end
 
 -- Intermediate blobs of the generation that ends are freed; the input's refs are kept.
 local function keep_inputs(refs)

@@ -4,10 +4,12 @@
 -- returns the same new id. What was redriven stays listed for a week with its history.
 local bad = begin()
 if bad then return bad end
+check_types({LOAD, DEAD}, {DONEQ})
 local out = {}
 local function revive(id, d)
   local h = parse(d[3])
   local g = graph(h.pid)
+  check_ready(g.nodes)
   local base, n = string.match(id, '^(%w+)~(%d+)$')
   local new = (base or id) .. '~' .. (tonumber(n or 0) + 1)
   h.attempts, h.strikes, h.releases, h.suspect, h.gen, h.deadline = 0, 0, 0, 0, 0, 0

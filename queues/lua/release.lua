@@ -12,6 +12,8 @@ local grant = read_grant(fence)
 local g = grant and graph(grant.pid)
 local node = g and g.nodes[grant.node]
 local list, whole = held_entries(fence, grant, ARGV[3])
+check_types({LOAD}, {LEASE})
+if node then check_ready({node}) end
 local status, taken, taken_rows = {}, {}, 0
 for i, e in ipairs(list) do
   if e.mine then taken[e.packed] = true end

@@ -80,7 +80,7 @@ if rows > 0 or bytes > 0 then
 end
 
 check_types({LOAD, KEYED}, {DELAYED, DEADLINE})
-for _, n in ipairs(g.nodes) do if n.needs == 0 then call('ZCARD', T .. 'ready:' .. n.key) end end
+for _, n in ipairs(g.nodes) do if n.needs == 0 then check_ready({n}) end end
 local new_ids, values, due, deadlines, keyed, delayed = {}, {}, {}, {}, {}, {}
 for i, j in ipairs(fresh) do
   local at = NOW + math.max(j.delay, 0)

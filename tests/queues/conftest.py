@@ -7,7 +7,8 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import msgpack
 import pytest
@@ -66,7 +67,9 @@ class Worker:
         self.session = Session(incarnation)
         self.fences = 0
 
-    def ask(self, node: int, jobs: int = 256, *, rows: int = 10**6, nbytes: int = 1 << 20, lease_ms: int = 60_000) -> Any:
+    def ask(
+        self, node: int, jobs: int = 256, *, rows: int = 10**6, nbytes: int = 1 << 20, lease_ms: int = 60_000
+    ) -> Any:
         """The call of a claim, not sent yet."""
         self.fences += 1
         fence = f"{self.incarnation}-{self.fences:x}"
@@ -88,7 +91,9 @@ class Worker:
     def commit(self, grant: Grant, node: int, entries: Sequence[Entry] | None = None, **more: Any) -> str:
         return self.lane.run(self.committing(grant, node, entries, **more))
 
-    def fail(self, grant: Grant, node: int, entries: Sequence[Entry] | None = None, *, delay_ms: float = 0, most: int = 3) -> str:
+    def fail(
+        self, grant: Grant, node: int, entries: Sequence[Entry] | None = None, *, delay_ms: float = 0, most: int = 3
+    ) -> str:
         given = grant.entries if entries is None else entries
         charges = [(e.packed, delay_ms, WHY) for e in given]
         return self.lane.run(self.lane.t.fail(self.session, grant.fence, self.pipeline, node, charges, most))
@@ -116,8 +121,8 @@ class Worker:
 class Lane:
     """One lane of a namespace of its own, with a client that submits to it."""
 
-    CHAIN = {"s1": (0,), "s2": (1,), "s3": (2,)}
-    DIAMOND = {"a": (0,), "b": (1,), "c": (1,), "d": (2, 3)}
+    CHAIN: ClassVar = {"s1": (0,), "s2": (1,), "s3": (2,)}
+    DIAMOND: ClassVar = {"a": (0,), "b": (1,), "c": (1,), "d": (2, 3)}
     WHY = WHY
 
     def __init__(self, client: redis.Redis, namespace: str) -> None:
@@ -154,9 +159,15 @@ class Lane:
 
     def job(self, *, payload: bytes | None = None, ids: IdSource | None = None, **options: Any) -> NewJob:
         data = encode_payload({"x": b"input"}) if payload is None else payload
-        return NewJob((ids or self.ids).take(), data, options.pop("rows", 1), options.pop("nbytes", len(data)), **options)
+        return NewJob(
+            (ids or self.ids).take(), data, options.pop("rows", 1), options.pop("nbytes", len(data)), **options
+        )
 
-    def submitting(self, pipeline: int, jobs: Sequence[NewJob], *, session: Session | None = None, budget: int = 1 << 40) -> Any:
+    replace = staticmethod(replace)
+
+    def submitting(
+        self, pipeline: int, jobs: Sequence[NewJob], *, session: Session | None = None, budget: int = 1 << 40
+    ) -> Any:
         return self.t.submit(session or self.session, pipeline, jobs, budget)
 
     def push(self, pipeline: int, jobs: Sequence[NewJob], **more: Any) -> Submitted:
@@ -230,7 +241,7 @@ class Lane:
     def drain(self, pipeline: int) -> None:
         """Works until nothing is ready at any node."""
         worker = self.worker(pipeline)
-        while any([worker.step(n.index) for n in self.graphs[pipeline].nodes]):
+        while sum(len(worker.step(n.index)) for n in self.graphs[pipeline].nodes):
             pass
 
     def audit(self) -> None:
@@ -261,7 +272,9 @@ class Audit:
         self.delayed = Counter(m.decode() for m in r.zrange(keys.delayed, 0, -1))
         self.deadlines = {i.decode(): s for i, s in r.zrange(keys.tag + "deadline", 0, -1, withscores=True)}
         self.done = {i.decode(): v for i, v in r.hgetall(keys.done).items()}
-        self.dead = {i.decode(): msgpack.unpackb(v, strict_map_key=False, raw=True) for i, v in r.hgetall(keys.dead).items()}
+        self.dead = {
+            i.decode(): msgpack.unpackb(v, strict_map_key=False, raw=True) for i, v in r.hgetall(keys.dead).items()
+        }
         self.held: Counter[tuple[str, int, int]] = Counter()
         for value in r.hvals(keys.grants):
             place, _, tokens = value.split(b"|", 2)

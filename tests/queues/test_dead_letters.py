@@ -70,7 +70,7 @@ def test_stale_failures_are_not_charged(lane, chain):
 
 @pytest.mark.parametrize("shape", ["CHAIN", "DIAMOND"])
 def test_redrive_starts_where_the_job_died(lane, shape):
-    """A redriven job runs from the node where it died, with the outputs made before; repeating it makes no second one."""
+    """A redriven job runs from the node where it died, with the outputs made before, and exists once."""
     pipeline = lane.define(getattr(lane, shape))
     [job] = lane.submit(pipeline, rows=2)
     worker = lane.worker(pipeline)

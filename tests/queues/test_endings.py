@@ -1,4 +1,4 @@
-"""How jobs end other than by their last commit, and how what they leave is forgotten: cancel, deadline, keys, ack, sweep."""
+"""Ends other than the last commit, and how what jobs leave is forgotten: cancel, deadline, keys, ack, sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The path of a job through its nodes: order, replays, fences, partial commits. The fixture `lane` audits each test's end."""
+"""The path of a job through its nodes: order, replays, fences, partial commits. `lane` audits the end of each test."""
 
 from __future__ import annotations
 
