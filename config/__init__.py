@@ -1,7 +1,19 @@
 """What an operator writes: settings and pipeline files, validated. Imports neither redis nor torch."""
 
+from torchrelay.config.graph import Graph, Node
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.settings import Settings
-from torchrelay.config.spec import StageSpec
+from torchrelay.config.settings import Settings, parse_bytes
+from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.types import ColumnType, parse_type
 
-__all__ = ["Pipeline", "Settings", "StageSpec"]
+__all__ = [
+    "ColumnType",
+    "Graph",
+    "Node",
+    "Pipeline",
+    "PipelineSpec",
+    "Settings",
+    "StageSpec",
+    "parse_bytes",
+    "parse_type",
+]

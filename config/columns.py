@@ -6,13 +6,14 @@ other.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from torchrelay.config.types import ColumnType
+from torchrelay.config.types import COLUMN_NAME, ColumnType
 from torchrelay.errors import InputError
 
 Column = np.ndarray[Any, np.dtype[Any]] | list[Any]
@@ -74,24 +75,40 @@ def _number(name: str, kind: ColumnType, value: Any) -> Any:
 def _as_array(name: str, kind: ColumnType, value: Any) -> Any:
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise _refuse(name, kind, value, str(error)) from error
     if array.dtype == object:
         raise _refuse(name, kind, value, "it is ragged or holds other things than numbers")
     if array.size == 0 and array.dtype == np.float64:
         return array.astype(kind.np_dtype)
-    # Python's numbers have no width of their own: what is exact in the column's dtype is taken.
-    want = kind.np_dtype
-    if array.dtype.kind in "iu" and want.kind in "iu":
-        cast = array.astype(want)
-        if not np.array_equal(cast.astype(object), array.astype(object)):
+    # Python's numbers have no width of their own: what the column's dtype can hold is taken, and floats may round.
+    want, have = kind.np_dtype, array.dtype.kind
+    if have in "iu" and want.kind in "iu":
+        limits = np.iinfo(want)
+        if array.size and not (limits.min <= int(array.min()) and int(array.max()) <= limits.max):
             raise _refuse(name, kind, value, f"it does not fit {kind.dtype}")
-        return cast
-    if array.dtype.kind in "iuf" and want.kind not in "biuc" and array.dtype.kind != "b":
         return array.astype(want)
-    if array.dtype.kind in "iufc" and want.kind == "c":
-        return array.astype(want)
-    return array
+    if want.kind in "biu" or have not in "iufc" or (have == "c" and want.kind != "c"):
+        return array
+    with np.errstate(all="ignore"):
+        cast = array.astype(want)
+    if have in "iu" and not _same_ints(cast, array):
+        raise _refuse(name, kind, value, f"{kind.dtype} cannot hold it exactly; pass a float if rounding is meant")
+    if have in "fc" and not np.isfinite(_wide(cast))[np.isfinite(array)].all():
+        raise _refuse(name, kind, value, f"it does not fit {kind.dtype}")
+    return cast
+
+
+def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _same_ints(cast: np.ndarray[Any, Any], ints: np.ndarray[Any, Any]) -> bool:
+    back = _wide(cast).real
+    if ints.size == 0 or max(-int(ints.min()), int(ints.max())) <= 2**53:
+        return np.array_equal(back, ints)
+    # Beyond 2**53 numpy compares after rounding; Python compares an int with a float exactly.
+    return bool(back.ravel().tolist() == ints.ravel().tolist())
 
 
 def _cast(name: str, kind: ColumnType, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -100,9 +117,13 @@ def _cast(name: str, kind: ColumnType, array: np.ndarray[Any, Any]) -> np.ndarra
         return array
     if array.dtype.newbyteorder("=") == want:
         return array.astype(want)
-    if not np.can_cast(array.dtype, want, casting="safe"):
+    same_kind = (array.dtype.kind == "b") == (want.kind == "b")
+    if not same_kind or not np.can_cast(array.dtype, want, casting="safe"):
         raise _refuse(name, kind, array, f"convert it yourself: .astype({kind.dtype!r})")
-    return array.astype(want)
+    cast = array.astype(want)
+    if array.dtype.kind in "iu" and want.kind not in "iu" and not _same_ints(cast, array):
+        raise _refuse(name, kind, array, f"{kind.dtype} cannot hold it exactly")
+    return cast
 
 
 def _named_dims(types: Types, values: Mapping[str, Any], row: int | None = None) -> None:
@@ -123,6 +144,12 @@ def _has_names(types: Types) -> bool:
     return any(isinstance(d, str) for kind in types.values() for d in kind.shape)
 
 
+def _check_named(types: Types, table: Mapping[str, Column], rows: int) -> None:
+    if _has_names(types):
+        for i in range(rows):
+            _named_dims(types, {n: c[i] for n, c in table.items()}, i)
+
+
 def _check_names(types: Types, given: Mapping[str, Any], what: str) -> None:
     for name in given:
         if name not in types:
@@ -136,8 +163,10 @@ def table_of_row(types: Types | None, row: Mapping[str, Any]) -> dict[str, Colum
 
     Raises InputError naming the column, what came and what was expected.
     """
+    if type(row) is not dict and not isinstance(row, Mapping):
+        raise InputError(f"a row is a mapping of column to value, {describe(row)} came")
     if not types:
-        if not row or not all(isinstance(n, str) and n.isidentifier() and len(n) <= 64 for n in row):
+        if not row or not all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in row):
             raise InputError(f"a row needs columns named like variables, not {list(row)!r:.80}")
         return {n: v[None] if isinstance(v, np.ndarray) and v.dtype != object else [v] for n, v in row.items()}
     table: dict[str, Column] = {}
@@ -147,7 +176,7 @@ def table_of_row(types: Types | None, row: Mapping[str, Any]) -> dict[str, Colum
             if type(value) is not str or kind.dtype != "str":
                 value = check_value(name, kind, value)
         elif kind.has_default:
-            value = kind.default
+            value = copy.deepcopy(kind.default) if kind.dtype == "json" else kind.default
         elif kind.nullable:
             value = None
         else:
@@ -161,30 +190,43 @@ def table_of_row(types: Types | None, row: Mapping[str, Any]) -> dict[str, Colum
     return table
 
 
+def _length(name: str, column: Any) -> int:
+    """N of a column; raises InputError for what is no column, such as one text or a 0-d array."""
+    if hasattr(column, "__len__") and not isinstance(column, str | bytes | bytearray | Mapping | Set):
+        try:
+            return len(column)
+        except TypeError:
+            pass  # a 0-d array has the method and no length
+    raise InputError(f"column {name!r}: an array or a list of one value per row is expected, {describe(column)} came")
+
+
 def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> Column:
     """A column of N values, stacked or a list; raises InputError with the row where one value does not fit."""
-    if not hasattr(column, "__len__") or isinstance(column, str | bytes | dict):
-        raise InputError(
-            f"column {name!r}: an array or a list of one value per row is expected, {describe(column)} came"
-        )
-    if rows is not None and len(column) != rows:
-        raise InputError(f"column {name!r}: {rows} rows are expected, {len(column)} came")
-    if kind.stacked:
-        if not isinstance(column, np.ndarray):
-            values = [check_value(name, kind, v) for v in column]
-            return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
-        whole = ColumnType(kind.dtype, (len(column), *kind.shape))
+    length = _length(name, column)
+    if rows is not None and length != rows:
+        raise InputError(f"column {name!r}: {rows} rows are expected, {length} came")
+    if not kind.stacked:
+        return [_check_row(name, kind, value, i) for i, value in enumerate(column)]
+    whole = ColumnType(kind.dtype, (length, *kind.shape))
+    if isinstance(column, np.ndarray):
         try:
             return _cast(name, kind, column) if column.shape == whole.shape else check_value(name, whole, column)
         except InputError as error:
-            raise InputError(f"{error} (of {len(column)} rows)") from None
-    out = []
-    for i, value in enumerate(column):
+            raise InputError(f"{error} (of {length} rows)") from None
+    if not kind.shape and set(map(type, column)) in ({int}, {float}, {bool}):
         try:
-            out.append(check_value(name, kind, value))
-        except InputError as error:
-            raise InputError(f"row {i}: {error}") from None
-    return out
+            return np.asarray(check_value(name, whole, column))
+        except InputError:
+            pass  # the loop below finds the row
+    values = [_check_row(name, kind, value, i) for i, value in enumerate(column)]
+    return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
+
+
+def _check_row(name: str, kind: ColumnType, value: Any, i: int) -> Any:
+    try:
+        return check_value(name, kind, value)
+    except InputError as error:
+        raise InputError(f"row {i}: {error}") from None
 
 
 def _ints(kind: ColumnType) -> tuple[int, ...]:
@@ -193,12 +235,17 @@ def _ints(kind: ColumnType) -> tuple[int, ...]:
 
 def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str, Column], int]:
     """(columns, N) of a table, every column N long; raises InputError."""
-    lengths = {name: len(c) for name, c in table.items() if hasattr(c, "__len__")}
+    if not isinstance(table, Mapping):
+        raise InputError(f"a table is a mapping of column to N values, {describe(table)} came")
+    lengths = {name: _length(name, c) for name, c in table.items()}
     rows = next(iter(lengths.values()), 0)
     for name, length in lengths.items():
         if length != rows:
             raise InputError(f"column {name!r} has {length} rows, {next(iter(lengths))!r} has {rows}")
     if not types:
+        for name in table:
+            if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
+                raise InputError(f"columns are named like variables, not {name!r:.80}")
         return {n: c if isinstance(c, np.ndarray) else list(c) for n, c in table.items()}, rows
     _check_names(types, table, "the pipeline's input")
     out: dict[str, Column] = {}
@@ -209,9 +256,7 @@ def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str
             out[name] = check_column(name, kind, [kind.default] * rows, rows)
         else:
             raise InputError(f"column {name!r} is missing; {kind} is expected")
-    if _has_names(types):
-        for i in range(rows):
-            _named_dims(types, {n: c[i] for n, c in out.items()}, i)
+    _check_named(types, out, rows)
     return out, rows
 
 
@@ -223,11 +268,11 @@ def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[
         )
     out: dict[str, Column] = {}
     for name, column in outputs.items():
-        if not isinstance(name, str) or not name.isidentifier():
+        if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
             raise InputError(f"stage {stage!r} returned a column named {name!r:.60}; names are like variables")
-        if not hasattr(column, "__len__") or isinstance(column, str | bytes | dict) or len(column) != rows:
-            raise InputError(f"stage {stage!r}: column {name!r} needs {rows} rows, {describe(column)} came")
         try:
+            if _length(name, column) != rows:
+                raise InputError(f"column {name!r} needs {rows} rows, {describe(column)} came")
             if name in types:
                 column = check_column(name, types[name], column, rows)
             elif types:
@@ -240,6 +285,10 @@ def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[
     for name in types:
         if name not in out:
             raise InputError(f"stage {stage!r} did not return column {name!r}, which it declares")
+    try:
+        _check_named(types, out, rows)
+    except InputError as error:
+        raise InputError(f"stage {stage!r}: {error}") from None
     return out
 
 
@@ -248,5 +297,5 @@ def row_of_table(table: Mapping[str, Sequence[Any] | Column], i: int = 0) -> dic
     row: dict[str, Any] = {}
     for name, column in table.items():
         value = column[i]
-        row[name] = value.item() if isinstance(value, np.generic) and value.dtype.kind in "biufc" else value
+        row[name] = value.item() if isinstance(value, np.generic) else value
     return row

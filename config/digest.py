@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrelay.config.imports import resolve_inside, source_digest
 from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.errors import ConfigError
 
 VERSION_LENGTH = 8
 
@@ -42,7 +43,8 @@ def _stage(stage: StageSpec, base_dir: Path, after: bool) -> dict[str, Any]:
         "torch": stage.torch.model_dump(exclude_defaults=True),
         "pad": stage.batch.pad,
     }
-    out |= {k: v for k, v in optional.items() if v}
+    # `inputs: []` reads nothing, while no `inputs` reads all: the one is no default of the other.
+    out |= {k: v for k, v in optional.items() if v or v == []}
     if stage.weights is not None:
         out["weights"] = file_digest(resolve_inside(stage.weights, base_dir, "weights")).hex()
     return out
@@ -50,5 +52,8 @@ def _stage(stage: StageSpec, base_dir: Path, after: bool) -> dict[str, Any]:
 
 def file_digest(path: Path) -> bytes:
     """blake2b of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

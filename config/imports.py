@@ -8,10 +8,12 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 import typing
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def resolve_inside(name: str, base_dir: Path, what: str) -> Path:
     path = base_dir / name
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{what} {name!r:.120}: there is no such file in {base_dir}") from error
     if not real.is_relative_to(base_dir.resolve()):
         raise ConfigError(f"{what} {name!r:.120}: is a link that leads out of {base_dir}")
@@ -53,16 +55,35 @@ def source_digest(use: str, base_dir: Path) -> bytes:
     """Digest of the source file that holds the stage, without importing it."""
     where, _ = split_use(use)
     if where.endswith(".py"):
-        return hashlib.blake2b(resolve_inside(where, base_dir, "use").read_bytes(), digest_size=16).digest()
+        content = _bytes_of(resolve_inside(where, base_dir, "use"), use)
+    else:
+        spec = _find_module(where)
+        if spec is None:
+            raise ConfigError(f"use {use!r:.120}: module {where!r} is not found; is it installed here?")
+        origin = Path(spec.origin) if spec.origin else None
+        content = _bytes_of(origin, use) if origin and origin.is_file() else (spec.origin or where).encode()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _bytes_of(path: Path, use: str) -> bytes:
     try:
-        spec = importlib.util.find_spec(where)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(f"use {use!r:.120}: module {where!r} is not found: {error}") from error
-    if spec is None:
-        raise ConfigError(f"use {use!r:.120}: module {where!r} is not found; is it installed here?")
-    if spec.origin is None or not Path(spec.origin).is_file():
-        return hashlib.blake2b((spec.origin or where).encode(), digest_size=16).digest()
-    return hashlib.blake2b(Path(spec.origin).read_bytes(), digest_size=16).digest()
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"use {use!r:.120}: {path} cannot be read: {error.strerror}") from error
+
+
+def _find_module(where: str) -> ModuleSpec | None:
+    """What importlib would find. Its own find_spec runs the parent packages of a dotted name: here nothing runs."""
+    head, *rest = where.split(".")
+    try:
+        spec = importlib.util.find_spec(head)
+        for i, _ in enumerate(rest, 2):
+            if spec is None or spec.submodule_search_locations is None:
+                return None
+            spec = PathFinder.find_spec(".".join(where.split(".")[:i]), spec.submodule_search_locations)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    return spec
 
 
 def import_use(use: str, base_dir: Path) -> Any:
@@ -108,10 +129,11 @@ def _load_file(where: str, base_dir: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise
     finally:
-        sys.path.remove(str(base_dir.resolve()))
+        if str(base_dir.resolve()) in sys.path:
+            sys.path.remove(str(base_dir.resolve()))
     return module
 
 
@@ -153,14 +175,11 @@ def _wrong_type(name: str, annotation: Any, value: Any) -> str | None:
     if annotation in (inspect.Parameter.empty, Any) or isinstance(annotation, str):
         return None
     try:
-        # JSON-like strictness: YAML's 1 serves as a float and a list as a tuple, "1" does not serve as an int.
-        TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=False)
-        if isinstance(value, str) and annotation in (int, float, bool):
-            return f"argument {name!r} must be {annotation.__name__}, not the text {value!r:.60}"
-        if isinstance(value, bool) and annotation in (int, float):
-            return f"argument {name!r} must be {annotation.__name__}, not {value}"
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        # Strict as for JSON, at any depth: 1 serves as a float and a list as a tuple, "1" does not serve as an int.
+        adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         return f"argument {name!r}: {error.errors()[0]['msg']} ({value!r:.60} came)"
-    except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
+    except (PydanticSchemaGenerationError, PydanticUserError, TypeError, ValueError):
         return None
     return None

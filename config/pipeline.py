@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,14 +16,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from torchrelay.config.digest import version_of
-from torchrelay.config.graph import Graph, build_graph
-from torchrelay.config.imports import resolve_inside, split_use
+from torchrelay.config.graph import Graph
+from torchrelay.config.graph_build import build_graph
+from torchrelay.config.imports import resolve_inside, source_digest
 from torchrelay.config.spec import COMING, PipelineSpec, StageSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.config.yaml_source import Place, Source, read_source
 from torchrelay.errors import ConfigError
 
 RECORD_FORMAT = 1
+_VERSION = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,17 @@ class Pipeline:
         """
         path = Path(path)
         source = read_source(path)
+        base_dir = path.resolve().parent
         spec = _validate(source, overrides or {})
         graph = None
         if spec is not None:
             wrong_keys = bool(source.problems)
             graph = build_graph(spec, source.report, columns=not wrong_keys)
-            _check_files(spec, path.parent, source)
+            _check_files(spec, base_dir, source)
         if source.problems or spec is None or graph is None:
             lines = source.lines() or (f"{path}:1:1: the file is empty; a pipeline has `pipeline:` and `stages:`",)
             raise ConfigError("\n".join(lines), lines)
-        return cls(spec.pipeline, version_of(spec, path.parent), spec, graph, path.resolve(), source.marks)
+        return cls(spec.pipeline, version_of(spec, base_dir), spec, graph, path.resolve(), source.marks)
 
     @property
     def ref(self) -> str:
@@ -86,7 +90,8 @@ class Pipeline:
 
     def record(self) -> str:
         """What the registry keeps: enough for a producer without the files, and never an import path to follow."""
-        content = {"format": RECORD_FORMAT, "version": self.version, "spec": self.spec.model_dump(mode="json")}
+        # Not pydantic's JSON, which turns inf and nan into null.
+        content = {"format": RECORD_FORMAT, "version": self.version, "spec": self.spec.model_dump()}
         return json.dumps(content, sort_keys=True)
 
     @classmethod
@@ -94,13 +99,15 @@ class Pipeline:
         """The pipeline of a registry record; raises ConfigError for a record that this version cannot read."""
         try:
             content = json.loads(text)
+            if content["format"] != RECORD_FORMAT or not _VERSION.fullmatch(content["version"]):
+                raise ValueError("it is of another format")
             spec = PipelineSpec.model_validate(content["spec"])
             problems: list[str] = []
             graph = build_graph(spec, lambda place, message: problems.append(message))
             if graph is None:
                 raise ValueError("; ".join(problems))
-            return cls(spec.pipeline, str(content["version"]), spec, graph)
-        except (ValueError, KeyError, TypeError) as error:
+            return cls(spec.pipeline, content["version"], spec, graph)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"a registered pipeline cannot be read by this torchrelay: {error}") from error
 
 
@@ -110,32 +117,53 @@ def _validate(source: Source, overrides: Mapping[str, str]) -> PipelineSpec | No
     if not isinstance(source.data, dict):
         source.report((), "a pipeline file is a mapping with `pipeline:` and `stages:`")
         return None
-    _apply(source, overrides)
-    data = source.data
+    data = copy.deepcopy(source.data)
+    changed = _apply(source, data, overrides)
     # Wrong keys are reported and taken out, so that what else is wrong with the file is reported in the same run.
+    taken: set[Place] = set()
     for _ in range(8):
         try:
             return PipelineSpec.model_validate(data)
         except ValidationError as error:
-            found = [(tuple(p for p in e["loc"] if _is_key(p)), e) for e in error.errors()]
+            found = [(_place(e["loc"], data, e["type"] == "missing"), e) for e in error.errors()]
         for place, problem in found:
-            source.report(place, _message(problem, place))
-        data = copy.deepcopy(data)
-        # What is missing, or stands nowhere, leaves nothing to go on with.
-        if not all(problem["type"] != "missing" and _take_out(data, place) for place, problem in found):
+            if place not in taken:
+                origin = next((f"--set {o}: " for at, o in changed.items() if place[: len(at)] == at), "")
+                source.report(place, origin + _message(problem, place, data))
+        if any(problem["type"] == "missing" for _, problem in found):
             return None
+        for place, _ in found:
+            whole = _removable(place)
+            if whole is None or not (whole in taken or _take_out(data, whole)):
+                return None
+            taken.add(whole)
     return None
+
+
+def _place(loc: tuple[str | int, ...], data: Any, missing: bool) -> Place:
+    """The path of keys in the file; pydantic's paths also hold words of its own, such as the form of `inputs`."""
+    out: Place = ()
+    for i, part in enumerate(loc):
+        if _holds(data, part):
+            out, data = (*out, part), data[part]
+        elif missing and i == len(loc) - 1:
+            out = (*out, part)
+    return out
+
+
+def _removable(place: Place) -> Place | None:
+    """What goes when this is wrong: an item goes with its list. None when nothing sensible would be left."""
+    while place and isinstance(place[-1], int):
+        place = place[:-1]
+    return None if place in ((), ("stages",)) or place[-1] == "after" else place
 
 
 def _take_out(data: Any, place: Place) -> bool:
     for part in place[:-1]:
         data = data[part] if _holds(data, part) else None
-    if not place or not _holds(data, place[-1]):
+    if not _holds(data, place[-1]):
         return False
-    if isinstance(data, dict):
-        del data[place[-1]]
-    else:
-        data[place[-1]] = None
+    del data[place[-1]]
     return True
 
 
@@ -145,42 +173,58 @@ def _holds(data: Any, part: Any) -> bool:
     return isinstance(data, list) and isinstance(part, int) and part < len(data)
 
 
-def _is_key(part: str | int) -> bool:
-    """pydantic puts names of union members into its paths; only keys of the file are places."""
-    return isinstance(part, int) or (not part.startswith(("list[", "dict[", "function-")) and "[" not in part)
-
-
-def _apply(source: Source, overrides: Mapping[str, str]) -> None:
-    """`stage.batch.max_rows` -> the value in that stage's mapping."""
-    stages = source.data.get("stages")
+def _apply(source: Source, data: Any, overrides: Mapping[str, str]) -> dict[Place, str]:
+    """Puts `stage.batch.max_rows` into that stage's mapping; returns which places came from which override."""
+    changed: dict[Place, str] = {}
+    stages = data.get("stages")
+    names = [s.get("name") if isinstance(s, dict) else None for s in stages] if isinstance(stages, list) else []
     for dotted, text in overrides.items():
         name, *keys = dotted.split(".")
-        stage = next((s for s in stages or () if isinstance(s, dict) and s.get("name") == name), None)
-        if stage is None or not keys:
-            source.report((), f"--set {dotted}: there is no stage {name!r}")
+        if name not in names or not all(keys) or not keys:
+            near = difflib.get_close_matches(name, [n for n in names if isinstance(n, str)], 1)
+            hint = f"did you mean {near[0]!r}?" if near else "write STAGE.KEY=VALUE"
+            source.report((), f"--set {dotted:.120}: there is no such stage or key; {hint}")
             continue
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            source.report((), f"--set {dotted:.120}: {text!r:.80} is no YAML value; put quotes inside the quotes")
+            continue
+        place: Place = ("stages", names.index(name))
+        inner = stages[place[1]]
         for key in keys[:-1]:
-            inner = stage.get(key)
-            stage[key] = inner = dict(inner) if isinstance(inner, dict) else {}
-            stage = inner
-        stage[keys[-1]] = yaml.safe_load(text)
+            if not isinstance(inner.get(key), dict):
+                inner[key] = {}
+            inner = inner[key]
+        inner[keys[-1]] = value
+        changed[(*place, *keys)] = dotted
+    return changed
 
 
-def _message(problem: Any, place: Place) -> str:
+def _message(problem: Any, place: Place, data: Any) -> str:
     kind, value = problem["type"], problem.get("input")
     key = place[-1] if place else ""
     if kind == "extra_forbidden":
         return _unknown_key(str(key), place)
     if kind == "missing":
-        return f"{key!r} is missing"
+        return f"{_dotted(place, data)} is missing; add it"
     if kind == "string_pattern_mismatch":
-        return f"{value!r:.80} is no allowed name: letters, digits and _ (stages and pipelines: small letters, and -)"
+        rule = "letters, digits and _, at most 64 (pipelines and stages: small letters, digits, - and _)"
+        return f"{_dotted(place, data)}: {value!r:.80} is no allowed name; write {rule}"
     text = problem["msg"].removeprefix("Value error, ")
-    return f"{_dotted(place)}: {text}" + ("" if kind == "value_error" else f" ({value!r:.80} came)")
+    if kind in ("model_type", "dict_type"):
+        text = "a mapping of keys to values is expected"
+    return f"{_dotted(place, data)}: {text}" + ("" if kind == "value_error" else f" ({value!r:.80} came)")
 
 
-def _dotted(place: Place) -> str:
-    return ".".join(str(p) for p in place) or "file"
+def _dotted(place: Place, data: Any) -> str:
+    """`stage 'encode': batch.max_rows` rather than stages.0.batch.max_rows."""
+    if place[:1] == ("stages",) and len(place) > 1:
+        stage = data["stages"][place[1]]
+        name = stage.get("name") if isinstance(stage, dict) else None
+        who = f"stage {name!r:.80}" if isinstance(name, str) else f"stage number {int(place[1]) + 1}"
+        return f"{who}: {'.'.join(map(str, place[2:]))}".removesuffix(": ")
+    return ".".join(str(p) for p in place) or "the file"
 
 
 def _fields(place: Place) -> list[str]:
@@ -205,9 +249,7 @@ def _unknown_key(key: str, place: Place) -> str:
 def _check_files(spec: PipelineSpec, base_dir: Path, source: Source) -> None:
     for i, stage in enumerate(spec.stages):
         try:
-            where, _ = split_use(stage.use)
-            if where.endswith(".py"):
-                resolve_inside(where, base_dir, "use")
+            source_digest(stage.use, base_dir)
         except ConfigError as error:
             source.report(("stages", i, "use"), str(error))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -10,8 +11,8 @@ from typing import Any, Literal
 
 from torchrelay.errors import ConfigError
 
-_NAMESPACE = re.compile(r"^[A-Za-z0-9_.-]{1,64}$")
-_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
+_NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]i?B?|B)?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -20,7 +21,7 @@ def parse_bytes(value: int | str) -> int:
     """A number of bytes from 4096, "512MiB", "2GB" and the like; raises ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = _BYTES.match(value) if isinstance(value, str) else None
+    match = _BYTES.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ConfigError(f'{value!r:.60} is no size; write bytes or for example "512MiB"')
     unit = (match[2] or "").upper().removesuffix("B")
@@ -49,18 +50,19 @@ class Settings:
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, what: str) -> None:
             if not ok:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} {value!r:.80} must be {what} (argument, or TORCHRELAY_{name.upper()})")
+                # A URL may hold a password, so it is never shown.
+                value = "" if name == "redis_url" else f" {getattr(self, name)!r:.80}"
+                raise ConfigError(f"{name}{value} must be {what} (argument, or TORCHRELAY_{name.upper()})")
 
         url = self.redis_url
         need(
             "redis_url",
-            url is None or url.startswith(("redis://", "rediss://", "unix://")),
+            url is None or (isinstance(url, str) and url.startswith(("redis://", "rediss://", "unix://"))),
             "redis://, rediss:// or unix://",
         )
         need(
             "namespace",
-            isinstance(self.namespace, str) and bool(_NAMESPACE.match(self.namespace)),
+            isinstance(self.namespace, str) and bool(_NAMESPACE.fullmatch(self.namespace)),
             "1 to 64 of A-Za-z0-9_.-",
         )
         need("lanes", _whole(self.lanes, 1, 62), "a whole number from 1 to 62")
@@ -79,7 +81,12 @@ class Settings:
         environment = os.environ if environment is None else environment
         if "url" in overrides:
             overrides["redis_url"] = overrides.pop("url")
-        known = {f.name for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
+        for name in overrides:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
+                raise ConfigError(f"unknown setting {name!r:.60}; {hint}")
         values: dict[str, Any] = {}
         for name in known:
             text = environment.get(f"TORCHRELAY_{name.upper()}")
@@ -100,5 +107,8 @@ def _from_text(name: str, text: str) -> Any:
         except ValueError:
             raise ConfigError(f"TORCHRELAY_{name.upper()} {text!r:.60} is not a whole number") from None
     if name == "results_max_bytes":
-        return parse_bytes(text)
+        try:
+            return parse_bytes(int(text) if text.strip().isdecimal() else text)
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"TORCHRELAY_{name.upper()}: {error}") from None
     return text

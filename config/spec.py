@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from torchrelay.config.settings import parse_bytes
 from torchrelay.config.types import parse_type
@@ -41,6 +50,16 @@ def _count(value: Any) -> Any:
     return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _number(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        raise ValueError(f"a number is expected, {value!r:.80} came")
+    return value
+
+
+def _form(value: Any) -> str:
+    return "list" if isinstance(value, list) else "mapping"
+
+
 Name = Annotated[str, Field(pattern=NAME)]
 Column = Annotated[str, Field(pattern=COLUMN)]
 Source = Annotated[str, Field(pattern=SOURCE)]
@@ -57,7 +76,8 @@ class BatchSpec(_Model):
 
     max_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     max_wait_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
-    pad: dict[Column, float | int | bool] = {}
+    # Any, because a union of int and float would report each number's problem once per member.
+    pad: dict[Column, Annotated[Any, AfterValidator(_number)]] = {}
 
 
 class ReplicasSpec(_Model):
@@ -105,7 +125,12 @@ class StageSpec(_Model):
     name: Name
     use: Annotated[str, Field(min_length=3, max_length=400)]
     after: Annotated[list[str] | None, BeforeValidator(_one_or_many)] = None
-    inputs: list[Column] | dict[Column, Source] | None = None
+    inputs: (
+        Annotated[
+            Annotated[list[Column], Tag("list")] | Annotated[dict[Column, Source], Tag("mapping")], Discriminator(_form)
+        ]
+        | None
+    ) = None
     outputs: dict[Column, TypeText] = {}
     device: Literal["cpu", "gpu"] = "cpu"
     args: dict[str, Any] = {}
@@ -129,5 +154,5 @@ class PipelineSpec(_Model):
 
     pipeline: Name
     input: dict[Column, TypeText] = {}
-    output: list[Column] | None = None
+    output: Annotated[list[Column], Field(min_length=1)] | None = None
     stages: Annotated[list[StageSpec], AfterValidator(_few)]

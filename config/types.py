@@ -9,8 +9,9 @@ str = en          a default
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -42,19 +43,25 @@ NUMERIC: dict[str, np.dtype[Any]] = {n: np.dtype(n) for n in _NUMPY_NAMES} | {
 }
 OBJECTS = ("str", "bytes", "json")
 _TYPE = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:\[([^\]]*)\])?\s*(\?)?\s*$")
-_DIM_NAME = re.compile(r"^[A-Za-z_]\w*$")
+_DIM_NAME = re.compile(r"[A-Za-z_]\w*")
+_DIM_SIZE = re.compile(r"[0-9]{1,12}")
+COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MAX_NDIM = 16
 
 
 @dataclass(frozen=True)
 class ColumnType:
-    """What one row holds in a column. `shape` dims: int fixed, str equal within a row, None ragged."""
+    """What one row holds in a column. `shape` dims: int fixed, str equal within a row, None ragged.
+
+    `literal` is the text of the default; two types are equal by it, because arrays do not compare to one bool.
+    """
 
     dtype: str
     shape: tuple[int | str | None, ...] = ()
     nullable: bool = False
     has_default: bool = False
-    default: Any = None
+    default: Any = field(default=None, compare=False)
+    literal: str = ""
 
     @cached_property
     def is_numeric(self) -> bool:
@@ -74,7 +81,7 @@ class ColumnType:
     def __str__(self) -> str:
         dims = ", ".join("*" if d is None else str(d) for d in self.shape)
         text = self.dtype + (f"[{dims}]" if self.shape else "") + ("?" if self.nullable else "")
-        return f"{text} = {self.default}" if self.has_default else text
+        return f"{text} = {self.literal or _literal(self.default)}" if self.has_default else text
 
 
 def parse_type(text: str) -> ColumnType:
@@ -100,23 +107,26 @@ def parse_type(text: str) -> ColumnType:
     column = ColumnType(dtype, shape, question is not None)
     if not equals:
         return column
-    return ColumnType(dtype, shape, question is not None, True, _default(text, column, tail.strip()))
+    literal = tail.strip()
+    return ColumnType(dtype, shape, question is not None, True, _default(text, column, literal), literal)
 
 
 def _dim(text: str, dim: str) -> int | str | None:
     if dim == "*":
         return None
-    if dim.isdigit() and int(dim) < 2**40:
+    if _DIM_SIZE.fullmatch(dim):
         return int(dim)
-    if _DIM_NAME.match(dim):
+    if _DIM_NAME.fullmatch(dim):
         return dim
-    raise ConfigError(f"type {text!r:.80}: dim {dim!r} is neither a number, a name nor *")
+    raise ConfigError(f"type {text!r:.80}: dim {dim!r:.40} is neither a number, a name nor *")
 
 
 def _default(text: str, column: ColumnType, literal: str) -> Any:
     try:
         value = yaml.safe_load(literal)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if column.dtype not in ("str", "bytes"):
+            raise ConfigError(f"type {text!r:.80}: the default is no YAML value; write for example = 0") from error
         value = literal
     if column.dtype == "str" and not isinstance(value, str | type(None)):
         value = literal
@@ -127,7 +137,23 @@ def _default(text: str, column: ColumnType, literal: str) -> Any:
     from torchrelay.config.columns import check_value  # columns imports this module
     from torchrelay.errors import InputError
 
+    if value is None:
+        return None
     try:
-        return value if value is None else check_value("default", column, value)
-    except InputError as error:
+        if column.dtype == "json":
+            json.dumps(value)
+        checked = check_value("default", column, value)
+    except (InputError, TypeError, ValueError) as error:
         raise ConfigError(f"type {text!r:.80}: {error}") from error
+    if isinstance(checked, np.ndarray):
+        # All rows share it.
+        checked.setflags(write=False)
+    return checked
+
+
+def _literal(default: Any) -> str:
+    """A default that did not come from text, as YAML writes it."""
+    if isinstance(default, bytes):
+        return default.decode("utf-8", "replace")
+    plain = default.tolist() if isinstance(default, np.ndarray | np.generic) else default
+    return json.dumps(plain, ensure_ascii=False, default=str)

@@ -13,6 +13,7 @@ import yaml
 from torchrelay.errors import ConfigError
 
 MAX_BYTES = 1 << 20
+_TAGS = frozenset(f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null", "map", "seq"))
 Place = tuple[str | int, ...]
 
 
@@ -43,7 +44,13 @@ def read_source(path: Path) -> Source:
     """Reads the file; problems inside it are in `problems`. Raises ConfigError when it cannot be read at all."""
     source = Source(path)
     text = _text_of(path)
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        at = (before.count("\n") + 1, error.position - before.rfind("\n"))
+        source.problems.append((at, f"not valid YAML: character {chr(error.character)!r} is not allowed; take it out"))
+        return source
     try:
         node = loader.get_single_node()
         if node is not None:
@@ -89,14 +96,28 @@ class _Reader:
         self._aliases += 1
         if self._aliases > 20_000 or len(place) > 64:
             raise yaml.YAMLError("too many or too deeply nested values")
+        if node.tag not in _TAGS:
+            return self._refused(node, place)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*place, i)) for i, item in enumerate(node.value)]
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            self._source.report(place, f"tag {node.tag!r:.80} is not allowed; write plain values")
+        if not isinstance(node, yaml.ScalarNode):
+            return self._refused(node, place)
+        try:
+            return self._loader.construct_object(node)
+        except ValueError:
+            self._source.report(
+                place, f"{node.value!r:.80} is no number that can be read; put it in quotes if it is text"
+            )
             return None
-        return self._loader.construct_object(node)
+
+    def _refused(self, node: yaml.Node, place: Place) -> None:
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            self._source.report(place, f"{node.value!r:.80} reads as a date; put it in quotes")
+        else:
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            self._source.report(place, f"tag {tag!r:.80} is not allowed; write plain values")
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
         out: dict[str, Any] = {}

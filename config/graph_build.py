@@ -1,0 +1,143 @@
+"""Works out a pipeline's graph from its spec, and reports every problem of its order with its place in the file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from torchrelay.config.flow import Report, check_columns
+from torchrelay.config.graph import Graph, Node
+from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.types import parse_type
+
+
+def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> Graph | None:
+    """The graph, or None after reporting what is wrong with it; `columns` False leaves the columns unchecked."""
+    names = [s.name for s in spec.stages]
+    ok = _check_names(names, report)
+    _check_tuning(spec.stages, report)
+    preds = _predecessors(spec, names, report)
+    if preds is None or not ok or not _acyclic(spec, preds, report):
+        return None
+    graph = _with_columns(spec, preds)
+    if columns:
+        check_columns(spec, graph, report)
+    return graph
+
+
+def _check_names(names: list[str], report: Report) -> bool:
+    ok = True
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            report(("stages", i, "name"), f"stage {name!r} stands twice; rename one")
+            ok = False
+        if name == "input":
+            report(
+                ("stages", i, "name"), "a stage cannot be named 'input', which means the pipeline's input; rename it"
+            )
+            ok = False
+    return ok
+
+
+def _check_tuning(stages: Sequence[StageSpec], report: Report) -> None:
+    for i, stage in enumerate(stages):
+        low, high = stage.replicas.min, stage.replicas.max
+        if high < low:
+            report(
+                ("stages", i, "replicas"),
+                f"stage {stage.name!r}: replicas.max ({high}) is below replicas.min ({low}); raise max or lower min",
+            )
+        base, cap = stage.retry.backoff_s
+        if cap < base:
+            report(
+                ("stages", i, "retry", "backoff_s"),
+                f"stage {stage.name!r}: backoff_s has its cap ({cap}) below its base ({base}); write [base, cap]",
+            )
+
+
+def _predecessors(spec: PipelineSpec, names: list[str], report: Report) -> list[tuple[int, ...]] | None:
+    explicit = any(s.after is not None for s in spec.stages)
+    ok = True
+    preds: list[tuple[int, ...]] = []
+    for i, stage in enumerate(spec.stages):
+        if not explicit:
+            preds.append((i,))
+        elif stage.after is None:
+            text = f"stage {stage.name!r} has no `after` while others do; add `after: input` or a stage's name"
+            report(("stages", i), text)
+            ok = False
+        elif not stage.after:
+            text = f"stage {stage.name!r} comes after nothing, so it is never reached; write `after: input`"
+            report(("stages", i, "after"), text)
+            ok = False
+        else:
+            unknown = [o for o in stage.after if o != "input" and o not in names]
+            for other in unknown:
+                near = difflib.get_close_matches(other, [*names, "input"], 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"stages are {', '.join(names)}, and input"
+                text = f"stage {stage.name!r} comes after the unknown stage {other!r:.80}; {hint}"
+                report(("stages", i, "after", stage.after.index(other)), text)
+                ok = False
+            mine = {0 if o == "input" else names.index(o) + 1 for o in stage.after if o not in unknown}
+            preds.append(tuple(sorted(mine)))
+    return preds if ok else None
+
+
+def _acyclic(spec: PipelineSpec, preds: list[tuple[int, ...]], report: Report) -> bool:
+    done: set[int] = {0}
+    left = set(range(1, len(preds) + 1))
+    while ready := {i for i in left if all(p in done for p in preds[i - 1])}:
+        done |= ready
+        left -= ready
+    if left:
+        cycle = _one_cycle(left, preds)
+        text = " -> ".join(spec.stages[i - 1].name for i in [*cycle, cycle[0]])
+        report(("stages", cycle[0] - 1), f"stages wait for each other in a circle: {text}; take one `after` out")
+        for i in sorted(left - set(cycle)):
+            report(("stages", i - 1), f"stage {spec.stages[i - 1].name!r} is never reached: it waits for that circle")
+    return not left
+
+
+def _one_cycle(left: set[int], preds: list[tuple[int, ...]]) -> list[int]:
+    path = [min(left)]
+    while True:
+        back = next(p for p in preds[path[-1] - 1] if p in left)
+        if back in path:
+            return path[path.index(back) :][::-1]
+        path.append(back)
+
+
+def _inputs(stage: StageSpec) -> dict[str, str] | None:
+    if stage.inputs is None or isinstance(stage.inputs, dict):
+        return stage.inputs
+    return {c: c for c in stage.inputs}
+
+
+def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:
+    count = len(preds)
+    succs = [tuple(j for j in range(1, count + 1) if i in preds[j - 1]) for i in range(1, count + 1)]
+    inputs = [_inputs(s) for s in spec.stages]
+    outputs = [{c: parse_type(t) for c, t in s.outputs.items()} for s in spec.stages]
+    result = frozenset(spec.output) if spec.output is not None else None
+    bare = [
+        Node(i, spec.stages[i - 1].name, preds[i - 1], succs[i - 1], inputs[i - 1], outputs[i - 1], None)
+        for i in range(1, count + 1)
+    ]
+    typed = {c: parse_type(t) for c, t in spec.input.items()}
+    draft = Graph(tuple(bare), result, typed)
+    nodes = tuple(
+        Node(n.index, n.name, n.preds, n.succs, n.inputs, n.outputs, _keeps(draft, n, result)) for n in draft.nodes
+    )
+    return Graph(nodes, result, typed)
+
+
+def _keeps(graph: Graph, node: Node, result: frozenset[str] | None) -> frozenset[str] | None:
+    """What must stay after a node: read by a descendant, or part of the result. A terminal node keeps its result."""
+    if not node.succs and result is None:
+        return None
+    keeps = set(result or ())
+    for later in graph.descendants(node.index):
+        if later.inputs is None:
+            return None
+        keeps |= {s.rpartition(".")[2] for s in later.inputs.values()}
+    return frozenset(keeps)
