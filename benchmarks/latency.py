@@ -52,9 +52,9 @@ def main() -> None:
         client = server.client()
         with fleet, Relay(server.url, namespace="bench") as relay:
             relay.registry.wait_served(pipeline, 30.0)
-            one_round(relay, client, pipeline.ref, 20)
+            one_round(relay, client, pipeline.name, 20)
             for _ in range(options.rounds):
-                infers, pings = one_round(relay, client, pipeline.ref, calls)
+                infers, pings = one_round(relay, client, pipeline.name, calls)
                 p50.append((quantile(infers, 0.5), quantile(pings, 0.5)))
                 p99.append((quantile(infers, 0.99), quantile(pings, 0.99)))
     for label, pairs in (("p50", p50), ("p99", p99)):

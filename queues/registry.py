@@ -22,6 +22,7 @@ from torchrelay.queues.transitions import Transitions, pack_graph
 
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 6_000
+_CURRENT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Registry:
         self.control = ControlKeys(namespace)
         self.lanes: tuple[Transitions, ...] = tuple(Transitions(LaneKeys(namespace, i)) for i in range(lanes))
         self._by_ref: dict[str, Registered] = {}
+        self._current: dict[str, tuple[float, str]] = {}
 
     def open(self) -> bool:
         """Opens every lane; True when this call created the namespace. Raises BrokerMisconfigured for other lanes."""
@@ -112,11 +114,12 @@ class Registry:
             run(self.client, lane.define(number, graph))
         registered = Registered(pipeline, number)
         self._by_ref[pipeline.ref] = registered
+        self._current.pop(pipeline.name, None)
         return registered
 
     def find(self, name: str) -> Registered:
-        """`name` or `name@version`; the current version of a bare name is read anew each time."""
-        ref = name if "@" in name else _text(self.client.hget(self.control.current, name))
+        """`name` or `name@version`; which version a bare name means is read anew every second."""
+        ref = name if "@" in name else self._current_ref(name)
         if ref in self._by_ref:
             return self._by_ref[ref]
         record = self.client.hget(self.control.records, ref) if ref else None
@@ -130,6 +133,13 @@ class Registry:
         registered = Registered(Pipeline.from_record(_text(record)), int(number))
         self._by_ref[ref] = registered
         return registered
+
+    def _current_ref(self, name: str) -> str:
+        read_at, ref = self._current.get(name, (0.0, ""))
+        if not ref or time.monotonic() - read_at > _CURRENT_S:
+            ref = _text(self.client.hget(self.control.current, name))
+            self._current[name] = (time.monotonic(), ref)
+        return ref
 
     def current(self) -> dict[str, str]:
         """Pipeline name -> name@version that new jobs take."""
