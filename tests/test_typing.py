@@ -1,0 +1,40 @@
+"""The public names as type checkers see them: a wrong annotation breaks users' builds, not ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USAGE = "tests/typing/usage.py"
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+def test_mypy_strict_accepts_a_program_over_the_public_names():
+    """The program of tests/typing/usage.py passes mypy --strict, with the exact types that it asserts."""
+    done = _run("mypy", "--strict", "--follow-imports=silent", USAGE)
+    assert 0 == done.returncode, done.stdout + done.stderr
+
+
+def test_pyright_accepts_a_program_over_the_public_names():
+    """The same program passes pyright."""
+    try:
+        started = _run("pyright", "--version")
+    except subprocess.TimeoutExpired:
+        started = None
+    if started is None or started.returncode:
+        # Its package on PyPI fetches the checker itself at the first run, which needs a network.
+        reason = "pyright does not start here: " + (started.stderr[-300:] if started else "no answer")
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    done = _run("pyright", "--pythonpath", sys.executable, USAGE)
+    assert 0 == done.returncode, done.stdout + done.stderr
