@@ -1,0 +1,54 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.errors import ConfigError
+from torchrelay.producer.relay import Relay
+
+EXIT_FAILED, EXIT_USAGE, EXIT_BROKER, EXIT_NO_WORKER, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
+
+RedisOption = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="The server; else $TORCHRELAY_REDIS_URL, else the embedded one."),
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Separates users of one server; else $TORCHRELAY_NAMESPACE.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Override a value of the file. Repeatable.")
+]
+CpuOption = Annotated[
+    bool, typer.Option("--allow-cpu", help="Run `device: gpu` stages on the CPU where there is no GPU.")
+]
+
+
+def overrides_of(values: Sequence[str] | None) -> dict[str, str]:
+    pairs = [v.partition("=") for v in values or ()]
+    for key, equals, _ in pairs:
+        if not equals or "." not in key:
+            raise ConfigError(f"--set {key!r}: write it as STAGE.KEY=VALUE, for example --set encode.batch.max_rows=64")
+    return {key: value for key, _, value in pairs}
+
+
+def open_relay(redis: str | None, namespace: str | None) -> Relay:
+    return Relay(redis, namespace=namespace).start()
+
+
+def pipeline_name(relay: Relay, pipeline: str, overrides: dict[str, str]) -> str:
+    """NAME[@VERSION], or a file, which is registered."""
+    if pipeline.endswith((".yaml", ".yml")) or "/" in pipeline:
+        return relay.register(Pipeline.load(Path(pipeline), overrides))
+    return pipeline
+
+
+def vars_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass with slots or without."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
