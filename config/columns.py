@@ -209,10 +209,10 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
         return [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     whole = ColumnType(kind.dtype, (length, *kind.shape))
     if isinstance(column, np.ndarray):
-        try:
-            return _cast(name, kind, column) if column.shape == whole.shape else check_value(name, whole, column)
-        except InputError as error:
-            raise InputError(f"{error} (of {length} rows)") from None
+        if column.shape != whole.shape:
+            came = f"{column.dtype}{list(column.shape[1:])}"
+            raise InputError(f"column {name!r}: {kind} is expected in each of {length} rows, {came} came")
+        return _cast(name, whole, column)
     if not kind.shape and set(map(type, column)) in ({int}, {float}, {bool}):
         try:
             return np.asarray(check_value(name, whole, column))

@@ -1,0 +1,75 @@
+"""The version: what changes results changes it, tuning and defaults do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.config.conftest import Load
+
+BASE = """pipeline: p
+input: {x: "int64[*]"}
+stages:
+  - name: a
+    use: s.py:Stage
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "batch: {max_rows: 7, max_wait_ms: 3}",
+        "replicas: {min: 2, max: 3}",
+        "retry: {attempts: 9, backoff_s: [1, 2]}",
+        "timeout_s: 5",
+        "queue: {max_rows: 5, max_bytes: 1GiB}",
+        "device: gpu",
+        "args: {}",
+        "outputs: {}",
+        "torch: {channels_last: false}",
+        "# a comment",
+    ],
+)
+def test_tuning(load: Load, line: str) -> None:
+    """Tuning, and what is at its default, keeps the version."""
+    assert load(BASE + f"    {line}\n").version == load(BASE).version
+
+
+def test_results(load: Load, folder: Path) -> None:
+    """Everything that changes results gives a version of its own."""
+    (folder / "w.bin").write_bytes(b"1")
+    texts = [
+        BASE,
+        BASE.replace("pipeline: p", "pipeline: q"),
+        BASE.replace("int64", "int32"),
+        BASE.replace("name: a", "name: b"),
+        BASE.replace(":Stage", ":plain"),
+        BASE + "output: [x]\n",
+        *(
+            BASE + f"    {line}\n"
+            for line in [
+                "inputs: []",
+                "inputs: [x]",
+                "outputs: {y: str}",
+                "args: {size: 2}",
+                "args: {size: 3}",
+                "torch: {dtype: float16}",
+                "batch: {pad: {x: 0}}",
+                "batch: {pad: {x: 1}}",
+                "weights: w.bin",
+            ]
+        ),
+    ]
+    versions = [load(t).version for t in texts]
+    assert len(set(versions)) == len(texts)
+    (folder / "w.bin").write_bytes(b"2")
+    assert load(texts[-1]).version != versions[-1]
+    (folder / "s.py").write_text("class Stage: pass")
+    assert load(BASE).version != versions[0]
+
+
+def test_stable(load: Load) -> None:
+    """The order of keys and arguments does not count."""
+    one = load(BASE + "    args: {size: 1, rate: 2}\n").version
+    assert load(BASE + "    args: {rate: 2, size: 1}\n").version == one
