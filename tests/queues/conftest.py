@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,7 @@ from torchrelay.queues.job import (
     split_entries,
     split_reply,
 )
-from torchrelay.queues.keys import IdSource, LaneKeys
+from torchrelay.queues.keys import IdSource, LaneKeys, new_token
 from torchrelay.queues.transitions import (
     ClaimLimits,
     Grant,
@@ -351,8 +349,8 @@ def make_lane(redis_client: redis.Redis) -> Iterator[Callable[[], Lane]]:
     made: list[Lane] = []
 
     def make(client: redis.Redis | None = None) -> Lane:
-        namespace = "q" + "".join(random.choices(string.ascii_lowercase, k=10))
-        made.append(Lane(client or redis_client, namespace))
+        # Not by `random`: hypothesis seeds it alike for each example.
+        made.append(Lane(client or redis_client, "q" + new_token(10)))
         return made[-1]
 
     yield make

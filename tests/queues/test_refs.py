@@ -1,4 +1,4 @@
-"""Columns that travel out of band: when blobs become permanent, when they are freed, what happens when they are lost."""
+"""Columns that travel out of band: when blobs become permanent, when they are freed, and what if they are lost."""
 
 from __future__ import annotations
 

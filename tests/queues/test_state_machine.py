@@ -1,0 +1,382 @@
+"""Random sequences of every transition, with replays and late commits, against a model of plain dicts."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.queues.model import Job, Model
+from torchrelay.queues.job import FLAG_KEYED, HEAD, Entry
+from torchrelay.queues.scripts import WorkerRetired
+from torchrelay.queues.transitions import Grant, Output
+
+PICK = st.integers(0, 10**6)
+FEW = st.integers(0, 255)
+BLOBS = st.sampled_from(["", "", "next", "result"])
+
+
+def subset(items: list[Any], mask: int) -> list[Any]:
+    """Those whose bit is set; all of them when none is."""
+    return [x for i, x in enumerate(items) if mask >> i & 1] or list(items)
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """One lane with a chain and a diamond; two live workers at a time."""
+
+    make_lane: ClassVar[Any]
+
+    @initialize()
+    def start(self) -> None:
+        self.lane = type(self).make_lane()
+        self.lane.define(self.lane.CHAIN)
+        self.lane.define(self.lane.DIAMOND)
+        self.model = Model(self.lane.graphs)
+        self.workers = [self.lane.worker(1) for _ in range(2)]
+        self.given: list[tuple[Any, Grant, int, int]] = []
+        self.answered: list[tuple[Any, Any, Any]] = []
+        self.submits = 0
+        for number in (1, 2, 1, 2):
+            kinds = [(0.0, "", False), (100_000.0, "ab"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
+            self.submitted(number, kinds, "x", False, False)
+
+    def teardown(self) -> None:
+        if hasattr(self, "lane"):
+            for number in self.lane.graphs:
+                self.lane.redis.zadd(
+                    self.lane.keys.delayed,
+                    dict.fromkeys(self.lane.redis.zrange(self.lane.keys.delayed, 0, -1), 1) or {"x": 1},
+                )
+                self.lane.run(self.lane.t.promote())
+                for fence in list(self.model.grants):
+                    self.give_up_lease(fence)
+                while any(self.lane.ready(number, n.index) for n in self.lane.graphs[number].nodes):
+                    self.lane.drain(number)
+            self.lane.audit()
+            self.lane.channel.close()
+
+    def run(self, owner: Any, call: Any, again: bool) -> Any:
+        """Runs an operation, twice when its answer is to be lost; both answers must agree."""
+        answer = self.lane.run(call)
+        if again:
+            assert self.lane.run(call) == answer
+        self.answered.append((owner, call, answer))
+        return answer
+
+    @rule(
+        number=st.sampled_from([1, 2]),
+        kinds=st.lists(
+            st.tuples(
+                st.sampled_from([0.0, 100_000.0, 200_000.0]), st.sampled_from(["", "", "", "a", "b"]), st.booleans()
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        content=st.sampled_from("xy"),
+        delayed=st.sampled_from([False, False, True]),
+        again=st.booleans(),
+    )
+    def submit(self, **options: Any) -> None:
+        self.submitted(**options)
+
+    def submitted(
+        self, number: int, kinds: list[tuple[float, str, bool]], content: str, delayed: bool, again: bool
+    ) -> None:
+        # A second apart by rank, so that the order does not hang on how fast the test runs.
+        self.submits += 1
+        jobs, expected, named = [], "", []
+        keys = {k: v for k, v in self.model.keys.items()}
+        for boost, key, deadline in kinds:
+            digests = hashlib.md5(key.encode()).digest() + hashlib.md5(content.encode()).digest() if key else b""
+            job = self.lane.job(
+                boost_ms=boost - 1000.0 * self.submits,
+                delay_ms=3_600_000.0 if delayed else 0.0,
+                deadline_ms=36_000_000.0 if deadline else 0.0,
+                flags=FLAG_KEYED if key else 0,
+                key_digests=digests,
+            )
+            jobs.append(job)
+            if key and key in keys:
+                old_content, old = keys[key]
+                named.append(old)
+                expected += "x" if old_content != content else "e" if old in self.model.ended else "k"
+                if expected[-1] == "e":
+                    self.model.replies.append(old)
+            else:
+                expected += "n"
+                if key:
+                    keys[key] = (content, job.id)
+        answer = self.run(self.lane.session, self.lane.submitting(number, jobs), again)
+        assert (answer.statuses, answer.named) == (expected, named)
+        for job, status, (_, key, _) in zip(jobs, expected, kinds, strict=True):
+            if status == "n":
+                rank = HEAD.unpack_from(self.lane.record(job.id))[0]
+                self.model.add(Job(job.id, number, rank, key or None), content, "delayed" if delayed else "ready")
+
+    def places(self) -> list[tuple[int, int]]:
+        """Where something is ready."""
+        return [(p, n.index) for p, g in self.lane.graphs.items() for n in g.nodes if self.model.ready(p, n.index)]
+
+    def granted(self, which: int, number: int, node: int, most: int, again: bool) -> None:
+        worker = self.workers[which % len(self.workers)]
+        worker.pipeline = number
+        call = worker.ask(node, most)
+        grant = self.lane.run(call)
+        expected = self.model.claim(worker.incarnation, call.args[1], number, node, most)
+        assert [self.key(e) for e in grant.entries] == expected
+        for entry in grant.entries:
+            spot = self.model.live[entry.job_id].spots[node]
+            assert (entry.attempts, entry.strikes, entry.suspect) == (spot.attempts, spot.strikes, spot.suspect)
+        if grant.entries:
+            self.given.append((worker, grant, number, node))
+            if again:
+                replay = self.lane.run(call)
+                assert (replay.fence, replay.entries) == (grant.fence, grant.entries)
+
+    @precondition(lambda self: self.places())
+    @rule(which=PICK, most=st.integers(1, 5), again=st.booleans())
+    def claim(self, which: int, most: int, again: bool) -> None:
+        number, node = self.places()[which % len(self.places())]
+        self.granted(which, number, node, most, again)
+
+    @rule(number=st.sampled_from([1, 2]), node=st.integers(1, 3))
+    def claim_anywhere(self, number: int, node: int) -> None:
+        self.granted(0, number, node, 2, False)
+
+    @precondition(lambda self: self.places())
+    @rule(which=PICK, most=st.integers(1, 5), blob=BLOBS, rounds=st.integers(1, 4))
+    def work(self, which: int, most: int, blob: str, rounds: int) -> None:
+        """Several hops without a mishap, so that jobs get far."""
+        for turn in range(rounds):
+            if places := self.places():
+                number, node = places[(which + turn) % len(places)]
+                before = len(self.given)
+                self.granted(which, number, node, most, False)
+                if len(self.given) > before:
+                    self.committed(*self.given[-1], self.given[-1][1].entries, blob, False)
+
+    @precondition(lambda self: self.places())
+    @rule(which=PICK, most=st.sampled_from([1, 1, 3]), times=st.integers(1, 4))
+    def crash(self, which: int, most: int, times: int) -> None:
+        """Workers claim at one node and die computing, one after the other."""
+        number, node = self.places()[which % len(self.places())]
+        for _ in range(times):
+            before = len(self.given)
+            self.granted(which, number, node, most, False)
+            if len(self.given) > before:
+                worker, grant, *_ = self.given[-1]
+                self.died(worker, number, node, grant.entries, False)
+
+    @staticmethod
+    def key(entry: Entry) -> tuple[str, int]:
+        return entry.job_id, entry.packed[-1] - 128
+
+    def pick(self, which: int, mask: int) -> tuple[Any, Grant, int, int, list[Entry]]:
+        """Some entries of a grant, mostly of one that still holds something, else of any late one."""
+        held = [g for g in self.given if g[1].fence in self.model.grants]
+        known = held if held and which % 4 else self.given[-6:]
+        worker, grant, number, node = known[which % len(known)]
+        worker.pipeline = number
+        return worker, grant, number, node, subset(grant.entries, mask)
+
+    def committed(
+        self, worker: Any, grant: Grant, number: int, node: int, entries: list[Entry], blob: str, again: bool
+    ) -> None:
+        outputs, expected = [], ""
+        for made in worker.outputs(node, entries):
+            added, ref = None, ""
+            if blob:
+                job_id = made.token[:-1].decode()
+                later = sum(1 << (s - 1) for s in self.lane.graphs[number].nodes[node - 1].succs)
+                added = (f"{job_id}.{node}.{grant.fence}.{len(self.answered)}", later if blob == "next" else 0)
+                self.lane.blob(added[0])
+                ref = f"{added[0]}:1:5:{added[1]},"
+            outputs.append(Output(made.token, made.payload, refs=ref))
+            expected += self.model.commit(grant.fence, node, (made.token[:-1].decode(), made.token[-1] - 128), added)
+        call = self.lane.t.commit(worker.session, grant.fence, number, node, outputs)
+        assert self.run(worker.session, call, again) == expected
+
+    @precondition(lambda self: self.given)
+    @rule(which=PICK, mask=FEW, blob=BLOBS, again=st.booleans())
+    def commit(self, which: int, mask: int, blob: str, again: bool) -> None:
+        self.committed(*self.pick(which, mask), blob, again)
+
+    @precondition(lambda self: self.given)
+    @rule(which=PICK, mask=FEW, most=st.integers(1, 3), delayed=st.booleans(), again=st.booleans())
+    def fail(self, which: int, mask: int, most: int, delayed: bool, again: bool) -> None:
+        worker, grant, number, node, entries = self.pick(which, mask)
+        charges = [(e.packed, 3_600_000.0 if delayed else 0.0, self.lane.WHY) for e in entries]
+        call = self.lane.t.fail(worker.session, grant.fence, number, node, charges, most)
+        expected = "".join(self.model.fail(grant.fence, node, self.key(e), most, delayed) for e in entries)
+        assert self.run(worker.session, call, again) == expected
+
+    @precondition(lambda self: self.given)
+    @rule(which=PICK, mask=FEW, again=st.booleans())
+    def release(self, which: int, mask: int, again: bool) -> None:
+        worker, grant, _, node, entries = self.pick(which, mask)
+        call = self.lane.t.release(worker.session, grant.fence, [e.packed for e in entries])
+        expected = "".join(self.model.release(grant.fence, node, self.key(e)) for e in entries)
+        assert self.run(worker.session, call, again) == expected
+
+    @precondition(lambda self: self.given)
+    @rule(which=PICK, mask=FEW, again=st.booleans())
+    def lose(self, which: int, mask: int, again: bool) -> None:
+        worker, grant, _, _, entries = self.pick(which, mask)
+        call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY)
+        expected = "".join(self.model.lose(grant.fence, self.key(e)) for e in entries)
+        assert self.run(worker.session, call, again) == expected
+
+    @precondition(lambda self: self.given)
+    @rule(which=PICK, mask=FEW, again=st.booleans())
+    def retire(self, which: int, mask: int, again: bool) -> None:
+        worker, _, number, node, entries = self.pick(which, mask)
+        if worker in self.workers:
+            self.died(worker, number, node, entries, again)
+
+    def died(self, worker: Any, number: int, node: int, entries: list[Entry], again: bool) -> None:
+        assert worker.die(entries) == self.model.retire(worker.incarnation, {self.key(e) for e in entries})
+        if again:
+            assert worker.die(entries) == [0, 0]
+        worker.pipeline = number
+        with pytest.raises(WorkerRetired):
+            worker.claim(node)
+        self.workers[self.workers.index(worker)] = self.lane.worker(1)
+
+    def give_up_lease(self, fence: str) -> None:
+        seconds, micros = self.lane.redis.time()
+        self.lane.redis.hset(self.lane.keys.meta, "tick", seconds * 1000 + micros // 1000)
+        self.lane.redis.zadd(self.lane.keys.lease, {fence: 1})
+        back, _ = self.model.return_grant(fence)
+        assert self.lane.run(self.lane.t.reap())[:2] == [back, 0]
+
+    @precondition(lambda self: self.model.grants)
+    @rule(which=PICK)
+    def lease_runs_out(self, which: int) -> None:
+        self.give_up_lease(sorted(self.model.grants)[which % len(self.model.grants)])
+
+    @precondition(lambda self: self.model.grants)
+    @rule()
+    def renew(self) -> None:
+        fences = sorted(self.model.grants)
+        for fence, (held, revoked) in zip(fences, self.lane.run(self.lane.t.renew(60_000, fences)), strict=True):
+            grant = self.model.grants[fence]
+            gone = [e for e in grant.entries if e[0] not in self.model.live or self.model.live[e[0]].gen != e[1]]
+            assert (held, [(t[:-1].decode(), t[-1] - 128) for t in revoked]) == (True, gone)
+
+    @precondition(lambda self: any(s.at == "delayed" for j in self.model.live.values() for s in j.spots.values()))
+    @rule()
+    def delays_are_over(self) -> None:
+        members = self.lane.redis.zrange(self.lane.keys.delayed, 0, -1)
+        self.lane.redis.zadd(self.lane.keys.delayed, dict.fromkeys(members, 1))
+        assert self.lane.run(self.lane.t.promote()) == [len(members), -1]
+        for job in self.model.live.values():
+            for spot in job.spots.values():
+                spot.at = "ready" if spot.at == "delayed" else spot.at
+
+    @precondition(lambda self: len(self.model.live) > 3)
+    @rule(which=PICK)
+    def deadline_passes(self, which: int) -> None:
+        """Moves a job's deadline into the past; who meets the job next must end it."""
+        job = list(self.model.live.values())[which % len(self.model.live)]
+        record = self.lane.record(job.id)
+        if HEAD.unpack_from(record)[1] > 0:
+            patched = record[:8] + struct.pack("<d", 1.0) + record[16:]
+            self.lane.redis.hset(self.lane.keys.bucket(job.id), job.id[14:], patched)
+            self.lane.redis.zadd(self.lane.keys.tag + "deadline", {job.id: 1})
+            job.overdue = True
+
+    @rule()
+    def expire(self) -> None:
+        overdue = [j for j in self.model.live.values() if j.overdue]
+        assert self.lane.run(self.lane.t.expire()) == len(overdue)
+        for job in overdue:
+            self.model.end(job, "expired")
+
+    @precondition(lambda self: len(self.model.live) > 3)
+    @rule(which=PICK)
+    def cancel(self, which: int) -> None:
+        known = [*self.model.live, *self.model.ended]
+        job_id = known[which % len(known)]
+        live = self.model.live.get(job_id)
+        assert self.lane.run(self.lane.t.cancel([job_id])) == ("w" if live else "t")
+        if live:
+            self.model.end(live, "cancelled")
+
+    @precondition(lambda self: self.model.ended)
+    @rule(which=PICK)
+    def sweep(self, which: int) -> None:
+        job_id = list(self.model.ended)[which % len(self.model.ended)]
+        self.lane.redis.zadd(self.lane.keys.tag + "doneq", {job_id: 1})
+        assert self.lane.run(self.lane.t.sweep()) == 1
+        self.model.forget(job_id)
+
+    @precondition(lambda self: self.model.dead)
+    @rule(which=PICK)
+    def redrive(self, which: int) -> None:
+        job_id = list(self.model.dead)[which % len(self.model.dead)]
+        expected = self.model.redrive(job_id)
+        assert self.lane.run(self.lane.t.redrive([job_id, job_id])) == [expected, expected]
+
+    @precondition(lambda self: self.model.dead)
+    @rule(which=PICK)
+    def drop(self, which: int) -> None:
+        job_id = list(self.model.dead)[which % len(self.model.dead)]
+        assert self.lane.run(self.lane.t.drop_dead([job_id, job_id])) == [self.model.drop(job_id), ""]
+
+    @precondition(lambda self: self.answered)
+    @rule(which=PICK)
+    def late_replay(self, which: int) -> None:
+        """An operation of a while ago arrives again: it answers as it did, and writes nothing."""
+        owner, call, answer = self.answered[-1 - which % min(len(self.answered), 8)]
+        newest = max(c.args[0] for o, c, _ in self.answered if o is owner)
+        if newest - call.args[0] < 8:
+            assert self.lane.run(call) == answer
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "lane"):
+            return
+        lane, model = self.lane, self.model
+        lane.audit()
+        for number, graph in lane.graphs.items():
+            for node in graph.nodes:
+                assert lane.ready(number, node.index) == model.ready(number, node.index)
+        assert {i.decode() for i in lane.redis.hkeys(lane.keys.done)} == set(model.ended)
+        assert all(lane.status(i) == status for i, status in model.ended.items())
+        assert sorted(i for i, _ in lane.replies()) == sorted(model.replies)
+        assert {i.decode() for i in lane.redis.hkeys(lane.keys.dead)} == set(model.dead)
+        assert {f.decode() for f in lane.redis.hkeys(lane.keys.grants)} == set(model.grants)
+        assert {n for n, ttl in lane.blobs().items() if ttl == -1} == model.blobs()
+        assert len(model.commits) == len(set(model.commits))
+        committed = sum(
+            lane.load(f"{lane.node_key(p, n.index)}.committed") for p, g in lane.graphs.items() for n in g.nodes
+        )
+        assert committed == len(model.commits)
+
+
+def test_any_sequence_of_transitions_agrees_with_the_model(make_lane) -> None:
+    """Ready order, ends, replies, grants, dead letters and blobs follow the model after every step; recount is clean."""
+    LaneMachine.make_lane = staticmethod(make_lane)
+    run_state_machine_as_test(
+        LaneMachine,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=40,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+            print_blob=True,
+        ),
+    )
