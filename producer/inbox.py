@@ -143,9 +143,12 @@ class Inbox:
         calls: list[tuple[Callable[[Any], object], JobFuture[Any]]] = []
         with self.settled:
             for job_id, outcome in outcomes:
-                for future in self._futures.pop(job_id, ()):
+                futures = self._futures.pop(job_id, ())
+                for future in futures:
                     calls += [(fn, future) for fn in future.settle(outcome)]
-                if isinstance(outcome, Terminal) and outcome.until_ack and not outcome.has_refs:
+                # What nobody here waits for, such as a job redriven elsewhere, is left for those who do.
+                mine = any(not f.foreign for f in futures)
+                if mine and isinstance(outcome, Terminal) and outcome.until_ack and not outcome.has_refs:
                     self._acks.append(job_id)
             self.settled.notify_all()
         for fn, future in calls:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
 import redis
 
 from torchrelay.config.columns import Column
@@ -18,6 +17,7 @@ from torchrelay.queues.transitions import Output
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.committer import Committer
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.patience import patiently
 
 
 @dataclass(slots=True)
@@ -37,8 +37,8 @@ class Assembler:
     def __init__(self, context: NodeContext, client: redis.Redis) -> None:
         self._context = context
         self._client = client
-        node = context.node
-        self._sources = None if node.inputs is None else {local: _split(source) for local, source in node.inputs.items()}
+        inputs = context.node.inputs
+        self._sources = None if inputs is None else {local: _split(source) for local, source in inputs.items()}
         self._stage_of = {n.index: n.name for n in context.pipeline.graph.nodes} | {0: "input"}
 
     def open(self, held: Held) -> Work:
@@ -53,7 +53,7 @@ class Assembler:
             columns = {**columns, **part} if columns else part
         wanted = self._inputs(columns, by_stage)
         refs = [c for c in wanted.values() if isinstance(c, Ref)]
-        fetched = iter(read_blobs(self._client, self._context.lanes[held.lane], refs)) if refs else iter(())
+        fetched = iter(self._fetch(held.lane, refs)) if refs else iter(())
         table: dict[str, Column] = {}
         for local, packed in wanted.items():
             value = codec.decode(next(fetched) if isinstance(packed, Ref) else packed)
@@ -61,8 +61,10 @@ class Assembler:
                 raise DecodeError(f"column {local!r} does not hold the job's {held.entry.rows} rows")
             table[local] = value  # type: ignore[assignment]  # the codec gives arrays and lists
         riding = self._riding(columns)
-        fields = msgpack.unpackb(meta) if meta else {}
-        return Work(held, table, riding, meta, fields)
+        return Work(held, table, riding, meta, _fields(meta))
+
+    def _fetch(self, lane: int, refs: list[Ref]) -> list[bytes]:
+        return patiently(lambda: read_blobs(self._client, self._context.lanes[lane], refs))
 
     def _riding(self, columns: dict[str, Packed]) -> dict[str, Packed]:
         node = self._context.node
@@ -100,12 +102,21 @@ class Assembler:
         return Output(held.entry.packed, encode_payload(columns, work.meta), None, refs)
 
 
+def _fields(meta: bytes) -> dict[str, Any]:
+    fields = codec.decode(meta) if meta else {}
+    if not isinstance(fields, dict):
+        raise DecodeError("the job's meta is no mapping", length=len(meta))
+    return fields
+
+
 def _split(source: str) -> tuple[str, str]:
     stage, dot, column = source.rpartition(".")
     return (stage, column) if dot else ("", source)
 
 
-def open_all(assembler: Assembler, batch: Sequence[Held]) -> tuple[list[Work], list[tuple[Held, DecodeError]], list[Held]]:
+def open_all(
+    assembler: Assembler, batch: Sequence[Held]
+) -> tuple[list[Work], list[tuple[Held, DecodeError]], list[Held]]:
     """(ready, undecodable with why, lost) of a batch: one bad job harms no other."""
     ready: list[Work] = []
     bad: list[tuple[Held, DecodeError]] = []

@@ -1,7 +1,8 @@
 """The process that loads a stage and runs its loop. Started by the supervisor as `python -m torchrelay.workers.child`.
 
 Its orders come as one JSON line on standard input, which then stays open: when it closes, the supervisor is gone, and
-the child gives its work back and ends. Exit status: 0 drained, 3 the stage does not load, 4 retired, 1 anything else.
+the child gives its work back and ends. Exit status: 0 drained, 2 it can never start, 3 the stage does not load,
+4 retired, 5 the server is away, 1 anything else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import redis
+
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.spec import StageSpec
@@ -32,7 +35,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.progress import ProgressPage
 
 log = logging.getLogger("torchrelay.worker")
-EXIT_DRAINED, EXIT_FAILED, EXIT_LOAD, EXIT_RETIRED = 0, 1, 3, 4
+EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER = range(6)
 _ORPHAN_GRACE_S = 5.0
 
 
@@ -160,12 +163,18 @@ def main() -> int:
     except WorkerRetired:
         log.warning("this worker was retired while it was away; ending")
         return EXIT_RETIRED
-    except (ConfigError, StageLoadError, DeviceError) as error:
+    except (ConfigError, DeviceError) as error:
         log.error("%s", error)
+        return EXIT_CONFIG
+    except SystemExit as error:
+        log.error("stage %r ended the process with status %s while it loaded", orders.stage, error.code)
         return EXIT_LOAD
-    except BrokerUnavailable as error:
-        log.error("%s", error)
-        return EXIT_FAILED
+    except StageLoadError as error:
+        log.error("%s", error, exc_info=error.__cause__)
+        return EXIT_LOAD
+    except (BrokerUnavailable, redis.ConnectionError, redis.TimeoutError) as error:
+        log.error("the server is away: %s", error)
+        return EXIT_BROKER
     except TorchrelayError:
         log.exception("the worker cannot go on")
         return EXIT_FAILED

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
@@ -27,6 +29,15 @@ class Held:
     claimed_at: float
 
 
+class _Asked(NamedTuple):
+    """A claim under way, and time.monotonic() when it was sent."""
+
+    lane: int
+    fence: str
+    at: float
+    pending: Pending[Grant]
+
+
 class Claimer:
     """The window of held jobs in rank order. `rows_per_s` is what the loop measured, 0 before it has."""
 
@@ -35,11 +46,12 @@ class Claimer:
         self._channel = channel
         self._session = session
         self._numbers = count(1)
-        self._pending: deque[tuple[int, str, Pending[Grant]]] = deque()
+        self._pending: deque[_Asked] = deque()
         self._empty_lanes = 0
         self._next_lane = 0
         self._clock_offset_ms = 0.0
         self._next_due_s = _POLL_S
+        self._expected_at = math.inf
         self.window: deque[Held] = deque()
         self.window_rows = 0
         self.rows_per_s = 0.0
@@ -57,27 +69,26 @@ class Claimer:
         self._next_lane = (lane + 1) % len(self._context.lanes)
         max_rows = self._context.spec.batch.max_rows
         rows = max(max_rows, min(int(self.rows_per_s * _WINDOW_S), MAX_JOBS_PER_CALL))
-        limits = ClaimLimits(
-            min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms
-        )
+        limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(
             self._session, fence, self._context.incarnation, self._context.number, self._context.node.index, limits
         )
-        self._pending.append((lane, fence, self._channel.send(call)))
+        self._pending.append(_Asked(lane, fence, time.monotonic(), self._channel.send(call)))
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
         if not self._pending:
             return False
-        lane, _, pending = self._pending.popleft()
-        grant = pending.result()
+        asked = self._pending.popleft()
+        grant = asked.pending.result()
         now = time.monotonic()
-        self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - now * 1000.0
+        # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
+        self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - asked.at * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
         self.ready_left = 0 if grant.gated else grant.left
         for entry in grant.entries:
-            self.window.append(Held(lane, grant.fence, entry, now))
+            self.window.append(Held(asked.lane, grant.fence, entry, now))
             self.window_rows += entry.rows
         self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
         return bool(grant.entries)
@@ -85,7 +96,11 @@ class Claimer:
     @property
     def asked_fences(self) -> tuple[str, ...]:
         """Fences of claims whose answer was not read yet: the server may have granted them already."""
-        return tuple(fence for _, fence, _ in self._pending)
+        return tuple(asked.fence for asked in self._pending)
+
+    def expect(self, wait_s: float) -> None:
+        """A job of this node is due again in so many seconds: later than the last claim could know."""
+        self._expected_at = min(self._expected_at, time.monotonic() + wait_s + 0.001)
 
     def idle(self) -> bool:
         """Whether every lane was found empty in turn."""
@@ -94,8 +109,10 @@ class Claimer:
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
         keys = [lane.keys.wake(self._context.key) for lane in self._context.lanes]
-        limit = self._next_due_s if timeout_s is None else min(timeout_s, self._next_due_s)
-        self._channel.block_pop(keys, limit)
+        limit = min(self._next_due_s, self._expected_at - time.monotonic())
+        self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
+        if time.monotonic() >= self._expected_at:
+            self._expected_at = math.inf
         self._empty_lanes = 0
         self.ready_left = 1
 

@@ -16,6 +16,7 @@ from torchrelay.queues.job import Failure, Ref
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.patience import patiently
 
 log = logging.getLogger("torchrelay.worker")
 # Finished jobs of a grant wait this long for the rest of it, so that one script commits them together.
@@ -25,7 +26,7 @@ _MAX_COMMIT_BYTES = 1 << 20
 
 
 class Committer:
-    """Sends commits without waiting for each; `flush()` and `drain()` bound what is outstanding."""
+    """Sends commits without waiting for each, eight at most; `flush()` and `drain()` bound what waits here."""
 
     def __init__(self, context: NodeContext, channel: Channel, session: Session, client: redis.Redis) -> None:
         self._context = context
@@ -40,8 +41,8 @@ class Committer:
 
     @property
     def fences(self) -> tuple[str, ...]:
-        """Grants with jobs that were not given back yet."""
-        return tuple(fence for _, fence in self._open)
+        """Grants with jobs that were not given back yet, as far as the server answered."""
+        return tuple({fence for _, fence in self._open} | {fence for _, _, fence in self._sent})
 
     def opened(self, held: Iterable[Held]) -> None:
         """Notes jobs that were taken into the window."""
@@ -50,7 +51,7 @@ class Committer:
 
     def write_blobs(self, lane: int, blobs: dict[str, bytes]) -> dict[str, Ref]:
         """Writes output columns that are too large to travel inline."""
-        return write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True)
+        return patiently(lambda: write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True))
 
     def commit(self, held: Held, output: Output) -> None:
         """Queues one job's output; `flush()` decides when it goes."""
@@ -64,8 +65,6 @@ class Committer:
         for grant in list(self._outputs):
             if everything or len(self._outputs[grant]) >= self._open[grant]:
                 self._send(grant, self._outputs.pop(grant))
-        while len(self._sent) > _IN_FLIGHT:
-            self._settle()
         while self._sent and self._sent[0][0].done:
             self._settle()
 
@@ -84,6 +83,8 @@ class Committer:
 
     def _send_part(self, lane: int, fence: str, outputs: list[Output]) -> None:
         context = self._context
+        while len(self._sent) >= _IN_FLIGHT:
+            self._settle()
         call = context.lanes[lane].commit(self._session, fence, context.number, context.node.index, outputs)
         self._sent.append((self._channel.send(call), [o.token for o in outputs], fence))
 
@@ -103,16 +104,22 @@ class Committer:
                 fields = {"job": token[:-1].decode(), "fence": fence, "why": words.get(status, status)}
                 log.info("output not committed", extra={"fields": fields})
 
-    def fail(self, failed: Sequence[tuple[Held, Failure]]) -> None:
-        """Charges an attempt to each job; retries wait with full jitter, as the stage's `retry` says."""
+    def fail(self, failed: Sequence[tuple[Held, Failure]]) -> float:
+        """Charges an attempt to each job; retries wait with full jitter, as the stage's `retry` says.
+
+        Returns the shortest of those waits, in seconds.
+        """
         retry = self._context.spec.retry
         base_s, cap_s = retry.backoff_s
+        shortest_s = cap_s
         for grant in {(h.lane, h.fence) for h, _ in failed}:
             mine = [(h, why) for h, why in failed if (h.lane, h.fence) == grant]
             charges = []
             for h, why in mine:
                 limit_s = min(cap_s, base_s * 2.0 ** min(h.entry.attempts, 30))
-                charges.append((h.entry.packed, random.uniform(0.0, limit_s) * 1000.0, why))
+                wait_s = random.uniform(0.0, limit_s)
+                shortest_s = min(shortest_s, wait_s)
+                charges.append((h.entry.packed, wait_s * 1000.0, why))
                 fields = {"job": h.entry.job_id, "attempt": h.entry.attempts + 1, "error": why.error_type}
                 log.warning("job failed: %s", why.message[:300], extra={"fields": fields})
             context = self._context
@@ -122,6 +129,7 @@ class Committer:
             self._channel.run(call)
             self._closed(grant, len(mine))
         self.failures += len(failed)
+        return shortest_s
 
     def lose(self, lost: Sequence[Held], why: Failure) -> None:
         """Restarts jobs whose bytes are gone."""

@@ -12,8 +12,11 @@ _COLOURS = {"WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[31m"}
 
 
 def _clean(text: str) -> str:
-    """Control characters from jobs or servers must not steer a terminal."""
-    return "".join(c if c >= " " or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+    """Control characters from jobs or servers must not steer a terminal, nor their lines pass for ours."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown).replace("\n", "\n    ")
 
 
 class LineFormatter(logging.Formatter):

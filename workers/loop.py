@@ -6,22 +6,27 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import redis
 
 from torchrelay.config.columns import Column
+from torchrelay.errors import InputError
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Failure
+from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Session
 from torchrelay.workers import progress
 from torchrelay.workers.assemble import Assembler, Work, open_all
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Committer
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
 
 log = logging.getLogger("torchrelay.worker")
+_SLOW_S = 0.02
 
 
 class Runs(Protocol):
@@ -50,9 +55,11 @@ class StageLoop:
         self._page = page
         self._stopping = stopping
         self._channel = channel
+        self._client = client
         self.claimer = Claimer(context, channel, session)
         self.committer = Committer(context, channel, session, client)
         self._assembler = Assembler(context, client)
+        self._loaded_at = -1
         self._jobs = self._rows = self._batches = 0
         self._busy_s = 0.0
 
@@ -61,6 +68,7 @@ class StageLoop:
         self._report()
         try:
             while not self._stopping():
+                self._load_scripts()
                 batch = self._next_batch()
                 if batch:
                     self._serve(batch)
@@ -68,8 +76,19 @@ class StageLoop:
             self._report(state=progress.DRAINING)
             self.committer.release(self.claimer.surrender())
             self.committer.drain()
+        except Exception:
+            # What ends the loop here is no fault of the jobs under way: none of them is a suspect.
+            self._report()
+            raise
         finally:
             self._channel.close()
+
+    def _load_scripts(self) -> None:
+        """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""
+        if self._loaded_at != self._channel.reconnects:
+            self._loaded_at = self._channel.reconnects
+            for name in ("claim", "commit", "fail", "release"):
+                patiently(partial(self._client.script_load, script(name).source))
 
     def _next_batch(self) -> list[Held]:
         """Jobs for one forward: a full batch, or what came within `max_wait_ms`. Empty after an idle second."""
@@ -117,22 +136,30 @@ class StageLoop:
             batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
         ready, bad, lost = open_all(self._assembler, batch)
         if bad:
-            self.committer.fail([(h, self._failure(error)) for h, error in bad])
+            self._fail([(h, self._failure(error)) for h, error in bad])
         if lost:
             self.committer.lose(lost, self._failure(None, "BytesLost", "the bytes of an input column are gone"))
         if ready:
+            if self._slow(sum(w.held.entry.rows for w in ready)):
+                # What is finished must not wait for a long forward to end.
+                self.committer.drain()
             self._forward(ready)
+
+    def _slow(self, rows: int) -> bool:
+        rate = self.claimer.rows_per_s
+        return rate == 0 or rows / rate > _SLOW_S
 
     def _forward(self, works: list[Work]) -> None:
         """Computes and commits; a batch that raises is halved until the jobs that raise stand alone."""
         self._report(works)
         started = time.monotonic()
+        rows = [w.held.entry.rows for w in works]
         try:
-            outputs = self._runner.run([w.table for w in works], [w.held.entry.rows for w in works], [w.fields for w in works])
-        except Exception as error:
+            outputs = self._runner.run([w.table for w in works], rows, [w.fields for w in works])
+        except (Exception, SystemExit) as error:
             self._busy_s += time.monotonic() - started
             if len(works) == 1:
-                self.committer.fail([(works[0].held, self._failure(error))])
+                self._fail([(works[0].held, self._failure(error))])
             else:
                 middle = len(works) // 2
                 self._forward(works[:middle])
@@ -140,8 +167,17 @@ class StageLoop:
             return
         elapsed = time.monotonic() - started
         for work, output in zip(works, outputs, strict=True):
-            self.committer.commit(work.held, self._assembler.close(work, output, self.committer))
+            self._commit(work, output)
         self._account(works, elapsed, time.monotonic() - started)
+
+    def _commit(self, work: Work, output: Mapping[str, Column]) -> None:
+        try:
+            closed = self._assembler.close(work, output, self.committer)
+        except InputError as error:
+            # The stage returned something that cannot travel: its failure, as if it had raised.
+            self._fail([(work.held, self._failure(error))])
+            return
+        self.committer.commit(work.held, closed)
 
     def _account(self, works: list[Work], busy_s: float, total_s: float) -> None:
         rows = sum(w.held.entry.rows for w in works)
@@ -153,6 +189,9 @@ class StageLoop:
         claimer = self.claimer
         claimer.rows_per_s = rate if claimer.rows_per_s == 0 else 0.8 * claimer.rows_per_s + 0.2 * rate
         self._report()
+
+    def _fail(self, failed: Sequence[tuple[Held, Failure]]) -> None:
+        self.claimer.expect(self.committer.fail(failed))
 
     def _failure(self, error: BaseException | None, kind: str = "", message: str = "") -> Failure:
         trace = "".join(traceback.format_exception(error)) if error else ""

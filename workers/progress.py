@@ -48,6 +48,7 @@ class ProgressPage:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), PAGE_BYTES)
         self._sequence = 0
+        self._last = Progress()
 
     @classmethod
     def create(cls) -> ProgressPage:
@@ -86,12 +87,14 @@ class ProgressPage:
             data = self._map[8:PAGE_BYTES]
             if (before == self._map[0:8] and before[0] % 2 == 0) or dead:
                 break
+        else:
+            return self._last  # the writer was stopped in the middle of its words
         *numbers, fences_length, started_length = _HEAD.unpack_from(data)
         state, since, beat, jobs, rows, batches, busy_s, failures = numbers
         at = _HEAD.size
         fences = data[at : at + fences_length].decode("ascii", "replace")
         started = data[at + fences_length : at + fences_length + started_length]
-        return Progress(
+        self._last = Progress(
             min(state, 2),
             since,
             beat,
@@ -103,6 +106,7 @@ class ProgressPage:
             tuple(fences.split(",")) if fences else (),
             started,
         )
+        return self._last
 
     def close(self, *, unlink: bool = False) -> None:
         self._map.close()

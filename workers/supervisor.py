@@ -24,8 +24,8 @@ from torchrelay.errors import BrokerError, StageLoadError
 from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry, WorkerReport, run
-from torchrelay.workers.child import EXIT_DRAINED, EXIT_LOAD, Orders
-from torchrelay.workers.progress import STATES, Progress, ProgressPage
+from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.progress import DRAINING, STATES, Progress, ProgressPage
 from torchrelay.workers.upkeep import Upkeep
 
 log = logging.getLogger("torchrelay.supervisor")
@@ -33,6 +33,8 @@ HEARTBEAT_S = 2.0
 GRACE_S = 30.0
 _LOOK_S = 0.25
 _LOADS_BEFORE_BREAKER = 3
+# A child between forwards may wait half a minute for the server, twice.
+_SILENT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,16 @@ class Supervisor:
         self._changed.set()
 
     def run(self) -> int:
-        """0 after a drain; 1 when the stage failed to load three times in a row (`error` says why)."""
-        failed_loads, pause_s = 0, 0.5
+        """0 after a drain; 1 when the stage cannot start, or failed to load three times in a row (`error` says why)."""
+        failed_loads, pause_s = 0, 0.25
         try:
             while not self._stopping:
                 status, was_ready = self._live_once()
                 if self._stopping or status == EXIT_DRAINED:
                     break
-                failed_loads = 0 if was_ready else failed_loads + 1
-                if failed_loads >= _LOADS_BEFORE_BREAKER or (status == EXIT_LOAD and failed_loads >= 1):
+                # While the server is away nothing can be said about the stage.
+                failed_loads = 0 if was_ready else failed_loads + (status != EXIT_BROKER)
+                if failed_loads >= _LOADS_BEFORE_BREAKER or status == EXIT_CONFIG:
                     self.error = StageLoadError(
                         f"stage {self._plan.stage!r} does not start (exit status {status}); its reason is logged above"
                     )
@@ -127,6 +130,8 @@ class Supervisor:
         was_ready = last.state > 0
         page.close(unlink=True)
         status = child.returncode
+        if status == EXIT_DRAINED and last.state != DRAINING:
+            status = EXIT_FAILED  # the stage ended the process, in good order or so it says
         if status != EXIT_DRAINED:
             if not self._stopping:
                 log.warning("the worker ended with status %s", status, extra={"fields": {"worker": self.name}})
@@ -193,11 +198,14 @@ class Supervisor:
             self._changed.clear()
 
     def _hung(self, progress: Progress) -> bool:
-        since = progress.forward_since
-        return since > 0 and time.monotonic() - since > self._timeout_s
+        """Whether a forward is past its time-out, or a loaded child has said nothing for much longer than it may."""
+        now = time.monotonic()
+        if progress.forward_since > 0:
+            return now - progress.forward_since > self._timeout_s
+        return progress.state > 0 and now - progress.beat > self._timeout_s + _SILENT_S
 
     def _dump_stack(self, child: subprocess.Popen[bytes]) -> None:
-        log.error("a forward ran past timeout_s (%g s); its stack follows, then the worker is ended", self._timeout_s)
+        log.error("nothing moved within timeout_s (%g s); the stack follows, then the worker is ended", self._timeout_s)
         if hasattr(signal, "SIGUSR1"):
             child.send_signal(signal.SIGUSR1)
             time.sleep(0.2)
@@ -242,7 +250,8 @@ class Supervisor:
     def _retire(self, last: Progress, status: int) -> None:
         """Gives back what the dead child held, at once; tries until the server answers or a lease's time is over."""
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
-        why = Failure(self._plan.stage, "WorkerDied", f"the worker died ({name}) while it computed this job alone", "", self.name)
+        message = f"the worker died ({name}) while it computed this job alone"
+        why = Failure(self._plan.stage, "WorkerDied", message, "", self.name)
         deadline = time.monotonic() + self._settings.lease_ms / 1000.0
         while True:
             try:

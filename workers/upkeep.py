@@ -36,7 +36,9 @@ class Upkeep:
                 if back:
                     log.warning("took back %d jobs whose lease ran out", back)
                 if moved:
-                    log.warning("the lane was not kept for a while: %d leases were moved, nothing was taken back", moved)
+                    log.warning(
+                        "the lane was not kept for a while: %d leases were moved, nothing was taken back", moved
+                    )
                 while delayed and run(client, lane.promote())[0] == 256:
                     pass
                 while late and run(client, lane.expire()) == 256:

@@ -13,7 +13,8 @@ from tests.conftest import wait_until
 from torchrelay.queues.registry import Registry, WorkerReport, run
 
 # A row's `do` is an order: raise, die (the process ends), hang, "wait PATH" (until the file is there),
-# "raise-until PATH", "hang-until PATH", "sleep SECONDS", "return-junk". Each forward is logged as "pid n,n,n" before it obeys.
+# "raise-until PATH", "hang-until PATH", "sleep SECONDS", "exit STATUS", "return-junk".
+# Each forward is logged as "pid n,n,n" before it obeys.
 CODE = """
     import os
     import time
@@ -37,7 +38,9 @@ CODE = """
                 if verb == "raise" or (verb == "raise-until" and not Path(rest).exists()):
                     raise ValueError(f"told to raise \\x1b[31m[bold] {rest}")
                 if verb == "die":
-                    os._exit(7)
+                    os._exit(int(rest or 7))
+                if verb == "exit":
+                    raise SystemExit(int(rest))
                 if verb == "hang" or (verb == "hang-until" and not Path(rest).exists()):
                     time.sleep(3600)
                 if verb == "sleep":
@@ -145,7 +148,7 @@ def alive(pid: int) -> bool:
 
 
 def assert_settled(registry: Registry, committed: dict[str, int]) -> None:
-    """Nothing waits or runs, no grant is left, every counter agrees with the records, and each node committed so often."""
+    """Nothing waits or runs, no grant is left, counters agree with the records, and each node committed so often."""
     loads = registry.loads()
     left = {k: v for k, v in loads.items() if k.endswith(("ready_rows", "ready_bytes", "held_rows")) and v}
     assert left == {}
