@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class Spot:
-    """A job at one open node: where it is (ready, delayed or the fence that holds it) and the node's counters."""
+    """A job at one open node: where it is (ready, delayed, or the fence that holds it), and the counters."""
 
     at: str = "ready"
     attempts: int = 0
@@ -22,7 +22,7 @@ class Spot:
 
 @dataclass
 class Job:
-    """A live job. `blobs` are (name, consumers) of intermediate and result blobs, `restart` the mask to restart from."""
+    """A live job. `blobs` are (name, consumers) of what stages made, `restart` the mask to restart from."""
 
     id: str
     pipeline: int

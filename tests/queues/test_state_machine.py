@@ -97,7 +97,7 @@ class LaneMachine(RuleBasedStateMachine):
         # A second apart by rank, so that the order does not hang on how fast the test runs.
         self.submits += 1
         jobs, expected, named = [], "", []
-        keys = {k: v for k, v in self.model.keys.items()}
+        keys = dict(self.model.keys)
         for boost, key, deadline in kinds:
             digests = hashlib.md5(key.encode()).digest() + hashlib.md5(content.encode()).digest() if key else b""
             job = self.lane.job(
@@ -367,7 +367,7 @@ class LaneMachine(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_transitions_agrees_with_the_model(make_lane) -> None:
-    """Ready order, ends, replies, grants, dead letters and blobs follow the model after every step; recount is clean."""
+    """After every step ready order, ends, replies, grants, dead letters and blobs are the model's; recount is clean."""
     LaneMachine.make_lane = staticmethod(make_lane)
     run_state_machine_as_test(
         LaneMachine,
