@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrelay.config.columns import check_outputs, check_table, row_of_table, table_of_row
@@ -24,6 +24,7 @@ def one(text: str, value: Any) -> Any:
     return table_of_row(types(a=text), {"a": value})["a"]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["int8", "int32", "int64", "uint8", "uint64"]), st.integers(-(2**70), 2**70))
 def test_ints_exact(dtype: str, value: int) -> None:
     """An int comes out as it went in, or is refused: it never wraps."""
@@ -35,6 +36,7 @@ def test_ints_exact(dtype: str, value: int) -> None:
             one(dtype, value)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["float16", "float32", "float64", "bfloat16", "complex64"]), st.integers(-(2**64), 2**63))
 def test_ints_in_float_columns(dtype: str, value: int) -> None:
     """A float column takes an int that it can hold exactly, and no other."""
@@ -48,6 +50,7 @@ def test_ints_in_float_columns(dtype: str, value: int) -> None:
         assert int(column.astype(np.complex128)[0].real) == value
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32), max_size=5))
 def test_floats_carried(values: list[float]) -> None:
     """Floats of the column's width, NaN and Inf included, are carried as they are."""
@@ -151,6 +154,7 @@ def test_named_dims() -> None:
         table_of_row(declared, {"image": two, "mask": three.astype(bool)})
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.text(max_size=5), st.lists(st.integers(0, 255)))))
 def test_table_is_its_rows(rows: list[tuple[int, str, list[int]]]) -> None:
     """A table checks to the same values as its rows one by one."""

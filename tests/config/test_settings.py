@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as checked
 from hypothesis import strategies as st
 
 from torchrelay.config.settings import Settings, parse_bytes
@@ -70,6 +71,7 @@ def test_sizes(text: int | str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
+@checked(deadline=None)
 @given(st.one_of(st.text(max_size=30), st.integers(max_value=-1), st.booleans(), st.none(), st.just("9" * 400)))
 def test_sizes_refused(value: object) -> None:
     """What is no size is a ConfigError and nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrelay.config.types import NUMERIC, ColumnType, parse_type
@@ -13,6 +13,7 @@ from torchrelay.errors import ConfigError
 DIMS = st.lists(st.one_of(st.integers(0, 10**6), st.sampled_from(["H", "W", "n_1"]), st.none()), max_size=5)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([*NUMERIC, "str", "bytes", "json"]), DIMS, st.booleans())
 def test_text_round_trip(dtype: str, dims: list[int | str | None], nullable: bool) -> None:
     """Every type is read back from its own text as the same type."""
@@ -104,6 +105,7 @@ def test_refused(text: str, says: str) -> None:
         parse_type(text)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text(text: str) -> None:
     """No text makes the parser raise anything but ConfigError."""
