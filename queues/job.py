@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from torchrelay.errors import DecodeError
+from torchrelay.errors import DecodeError, InputError
 
 HEAD = struct.Struct("<ddIIIIHBBBBBBH")
 FORK = struct.Struct("<BBBBII")
@@ -28,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 MAX_ROWS = 2**31 - 1
 
 _REF_CODE = 2
+_SEPARATORS = re.compile("[:,;]")
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 
 
@@ -45,7 +46,14 @@ class Ref:
         return cls(name, max(1, -(-nbytes // CHUNK_BYTES)), nbytes)
 
     def text(self, consumers: int) -> str:
-        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result."""
+        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result.
+
+        Raises InputError for a name that the list cannot hold.
+        """
+        if _SEPARATORS.search(self.name):
+            raise InputError(
+                f"column of {self.name[:100]!r} is too large to travel inline, and its name has one of : , ;"
+            )
         return f"{self.name}:{self.chunks}:{self.nbytes}:{consumers},"
 
 

@@ -158,6 +158,29 @@ def test_suspects_are_granted_alone(lane, chain):
     assert [g.entries[0].strikes for g in grants] == [0, 0, 0, 0]
 
 
+def test_a_window_stops_before_a_suspect(lane, chain):
+    """A suspect behind others waits for a batch of its own."""
+    lane.submit(chain, 2)
+    worker = lane.worker(chain)
+    worker.die(worker.claim(1).entries)
+    ahead = lane.submit(chain, 2, boost_ms=60_000.0)
+    successor = lane.worker(chain)
+    assert [e.job_id for e in successor.claim(1).entries] == ahead
+    assert [e.suspect for e in successor.claim(1).entries] == [True]
+
+
+def test_raising_clears_suspicion_and_release_charges_nothing(lane, chain):
+    """A suspect that raises did not kill its worker; a job that is given back has no attempt more."""
+    lane.submit(chain, 2)
+    worker = lane.worker(chain)
+    worker.die(worker.claim(1).entries)
+    worker = lane.worker(chain)
+    assert worker.fail(worker.claim(1), 1) == "r"
+    assert worker.release(worker.claim(1)) == "r"
+    entries = worker.claim(1).entries + worker.claim(1).entries
+    assert [(e.attempts, e.strikes, e.suspect) for e in entries] == [(1, 0, False), (0, 0, True)]
+
+
 def test_only_started_jobs_become_suspects(lane, chain):
     """What a dead worker held but was not computing goes back unmarked."""
     lane.submit(chain, 4)

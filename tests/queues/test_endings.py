@@ -216,6 +216,7 @@ def test_keys_are_free_after_the_sweep(lane, chain):
     lane.drain(chain)
     lane.redis.zadd(lane.keys.tag + "doneq", {first.id: 1})
     assert lane.run(lane.t.sweep()) == 1
+    assert lane.redis.hlen(lane.keys.tag + "keys") == 0
     assert lane.push(chain, [keyed(lane, "doc", "other")]).statuses == "n"
 
 

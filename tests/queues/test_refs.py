@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgpack
 import pytest
 
-from torchrelay.errors import BrokerMisconfigured
-from torchrelay.queues.job import FLAG_UNTIL_ACK
+from torchrelay.errors import BrokerMisconfigured, InputError
+from torchrelay.queues.job import FLAG_UNTIL_ACK, Ref
 from torchrelay.queues.transitions import Output
 
 
@@ -286,6 +286,23 @@ def test_refs_that_do_not_fit_a_record_are_refused(lane, chain):
     with pytest.raises(Exception, match="65535"):
         worker.commit(grant, 1, refs="".join(ref(n, 2) for n in names))
     assert worker.commit(grant, 1) == "k"
+
+
+def test_names_that_the_list_of_refs_cannot_hold_are_refused():
+    """A large column whose name has a separator in it is an InputError that says so."""
+    for name in ("a:b", "a,b", "a;b"):
+        with pytest.raises(InputError, match="has one of"):
+            Ref.of(f"0000000000000000.0.in.{name}", 5).text(1)
+
+
+def test_refs_of_any_script_are_recorded_and_freed(lane, chain):
+    """A column name outside ASCII names its blob like any other."""
+    job = lane.job()
+    name = lane.blob(f"{job.id}.0.in.größe文")
+    assert lane.push(chain, [lane.replace(job, refs=ref(name, 1))]).statuses == "n"
+    assert lane.blobs() == {name: -1}
+    lane.drain(chain)
+    assert lane.blobs() == {}
 
 
 def test_huge_byte_counts_do_not_drift(lane, chain):
