@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -197,10 +197,10 @@ class Relay:
         in_flight: int = 256,
         on_error: Literal["raise"] = "raise",
         **options: Any,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         """Results of all rows, in their order, with at most `in_flight` jobs under way; waits while the queue is full.
 
-        The first job that fails raises its JobError and cancels those under way, as does leaving the iteration.
+        The first job that fails raises its JobError and cancels those under way, as does closing the generator.
         """
         if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
             raise InputError(f"in_flight {in_flight!r} must be a whole number from 1")
@@ -211,7 +211,7 @@ class Relay:
 
     def _map(
         self, pipeline: str, rows: Iterator[Row], in_flight: int, options: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Generator[dict[str, Any], None, None]:
         waiting: deque[JobFuture[dict[str, Any]]] = deque()
         # Refilling in steps keeps the round trips few; a step of a quarter keeps three quarters under way.
         step = max(1, in_flight // 4)
