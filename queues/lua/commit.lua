@@ -21,7 +21,8 @@ if not node then return refuse('TRARGS', 'node ' .. ARGV[4] .. ' of ' .. g.ref) 
 local list, whole = held_entries(fence, grant, ARGV[5])
 local new_refs = {}
 for r in string.gmatch(ARGV[7], '([^;]*);') do new_refs[#new_refs + 1] = r end
-if #ARGV ~= 7 + #list or #ARGV[6] % (4 * #list) ~= 0 or (#ARGV[7] > 0 and #new_refs ~= #list) then
+local fits = #ARGV == 7 + #list and (#ARGV[6] == 0 or #ARGV[6] == 4 * #list) and (#ARGV[7] == 0 or #new_refs == #list)
+if not fits then
   return refuse('TRARGS', #list .. ' entries do not match what came with them')
 end
 check_types({LOAD, DONE}, {LEASE, DEADLINE, DELAYED, DONEQ})

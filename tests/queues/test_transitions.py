@@ -221,6 +221,7 @@ def test_malformed_commit_is_refused_before_it_writes(lane, chain):
         lane.run(lane.t.commit(worker.session, grant.fence, chain, 9, worker.outputs(1, grant.entries)))
     with pytest.raises(PipelineNotFound):
         lane.run(lane.t.commit(worker.session, grant.fence, 99, 1, worker.outputs(1, grant.entries)))
+    assert worker.commit(grant, 1, []) == ""
     assert worker.commit(grant, 1) == "kk"
 
 
