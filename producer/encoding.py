@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from torchrelay.config.columns import Column, table_of_row
+from torchrelay.config.columns import table_of_row
 from torchrelay.errors import InputError
 from torchrelay.queues import codec
 from torchrelay.queues.job import FLAG_HIGH, FLAG_KEYED, FLAG_UNTIL_ACK, Packed, Ref, encode_payload, split_inline
@@ -64,6 +64,13 @@ def _seconds(name: str, value: object, least: float) -> float:
     return float(value)
 
 
+def parse_wait(value: object) -> float:
+    """How long to wait for room, in seconds; infinity is one's own choice."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise InputError(f"wait_s {value!r:.60} must be a number of seconds from 0")
+    return float(value)
+
+
 def key_digest(pipeline: str, key: object) -> bytes:
     """16 bytes that stand for the caller's key within a pipeline. Any text of 1 to 1024 characters is a key."""
     if not isinstance(key, str) or not 1 <= len(key) <= 1024:
@@ -86,17 +93,22 @@ class JobEncoder:
         self._graph = registered.pipeline.graph
         self._boost = boost_ms_per_point
 
-    def table(self, row: Mapping[str, Any]) -> dict[str, Column]:
-        """One row as a table of one, checked against the declared columns."""
+    def columns(self, row: Mapping[str, Any]) -> dict[str, bytes]:
+        """One row as a table of one: checked against the declared columns, and each column encoded."""
         if not isinstance(row, Mapping):
             raise InputError(f"a row is a mapping of column to value, not {type(row).__name__}")
-        return table_of_row(self._types, row)
+        encoded: dict[str, bytes] = {}
+        for name, column in table_of_row(self._types, row).items():
+            try:
+                encoded[name] = codec.encode(column)
+            except InputError as error:
+                raise InputError(f"column {name!r}: {error}") from error
+        return encoded
 
     def encode(
-        self, job_id: str, table: Mapping[str, Column], rows: int, options: SubmitOptions, digest: bytes = b""
+        self, job_id: str, encoded: Mapping[str, bytes], rows: int, options: SubmitOptions, digest: bytes = b""
     ) -> tuple[NewJob, dict[str, bytes]]:
         """The job, and the blobs to write before it: name -> bytes."""
-        encoded = {name: codec.encode(column) for name, column in table.items()}
         inline, large = split_inline(encoded)
         columns: dict[str, Packed] = dict(inline)
         blobs: dict[str, bytes] = {}

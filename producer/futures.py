@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class JobFuture(Generic[R]):
         self.id = job_id
         self.pipeline = pipeline
         self.foreign = foreign
-        self.submitted_at = time.monotonic()
+        self.submitted_at = math.inf  # time.monotonic() once the server took it
         self._source = source
         self._terminal: Terminal | None = None
         self._error: JobError | None = None
@@ -60,11 +61,10 @@ class JobFuture(Generic[R]):
         self._callbacks: list[Callable[[JobFuture[R]], object]] | None = None
 
     def __repr__(self) -> str:
-        return f"<JobFuture {self.id} of {self.pipeline}: {self._known() or 'pending'}>"
+        state = self._known() or ("gone" if self._error is not None else "pending")
+        return f"<JobFuture {self.id}{' of ' if self.pipeline else ''}{self.pipeline}: {state}>"
 
     def _known(self) -> str | None:
-        if self._error is not None:
-            return "failed" if self._terminal is None else self._terminal.status
         return self._terminal.status if self._terminal is not None else None
 
     def done(self) -> bool:
@@ -99,7 +99,7 @@ class JobFuture(Generic[R]):
 
     def cancel(self) -> bool:
         """Ends the job unless it has ended; True when this call did it. A batch that runs now is not interrupted."""
-        return not self.done() and self._source.cancel_job(self.id)
+        return self._terminal is None and self._source.cancel_job(self.id)
 
     def add_done_callback(self, fn: Callable[[JobFuture[R]], object]) -> None:
         """Calls `fn(future)` once it is done: in the receiving thread, or at once when it is done already."""

@@ -10,11 +10,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import redis
 
-from torchrelay.errors import BrokerError, JobError, ResultExpired
+from torchrelay.errors import BrokerError, JobError, ResultExpired, TorchrelayError
 from torchrelay.producer.futures import JobFuture
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Terminal, split_reply
@@ -54,8 +55,21 @@ class Inbox:
     def close(self) -> None:
         """Sends the last acknowledgements and ends the thread."""
         self._stopping.set()
+        self._wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+
+    def _wake(self) -> None:
+        """An empty reply ends the thread's wait at once."""
+        if self._thread is None or not self._reply_keys:
+            return
+        pipe = self._client.pipeline(transaction=False)
+        pipe.rpush(self._reply_keys[0], b"")
+        pipe.pexpire(self._reply_keys[0], 60_000)
+        try:
+            pipe.execute()
+        except (redis.RedisError, OSError):
+            log.debug("the server is away; the receiving thread ends when it notices")
 
     def watch(self, futures: Iterable[JobFuture[Any]]) -> None:
         """Registers futures before their jobs are sent, so that no reply comes too early."""
@@ -104,35 +118,43 @@ class Inbox:
     def _run(self) -> None:
         next_look = time.monotonic() + RECONCILE_S
         while not self._stopping.is_set():
-            try:
-                keys = self._reply_keys
-                popped = self._channel.block_pop(keys, 0.2 if self._acks else 1.0) if keys else None
-                if popped is not None:
-                    self._take(popped[1])
-                    lane_key = popped[0]
-                    more: Any = self._client.lpop(lane_key, 64)
-                    for data in more or ():
-                        self._take(data)
-                elif not keys:
-                    self._stopping.wait(0.05)
-                self._flush_acks(all_of_them=popped is None)
-                if time.monotonic() > next_look or self._channel.reconnects != self._reconnects:
-                    self._reconnects = self._channel.reconnects
-                    next_look = time.monotonic() + RECONCILE_S
-                    self._reconcile_old()
-            except (BrokerError, redis.RedisError, OSError) as error:
-                log.warning("receiving results: %s; trying again", error)
-                self._stopping.wait(0.5)
+            self._attempt(self._receive)
+            reconnected = self._channel.reconnects != self._reconnects
+            if reconnected or time.monotonic() > next_look:
+                self._reconnects = self._channel.reconnects
+                next_look = time.monotonic() + RECONCILE_S
+                # After an outage a reply may have been lost on its way, whatever its age.
+                self._attempt(partial(self._reconcile_older, 0.0 if reconnected else RECONCILE_S))
         try:
             self._flush_acks(all_of_them=True)
         except (BrokerError, redis.RedisError, OSError):
             log.debug("the last acknowledgements were not sent; the results expire by themselves")
         self._channel.close()
 
-    def _reconcile_old(self) -> None:
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Whatever happens to the server or in its data, this thread goes on."""
+        try:
+            step()
+        except (TorchrelayError, redis.RedisError, OSError) as error:
+            log.warning("receiving results: %s; trying again", error)
+            self._stopping.wait(0.5)
+
+    def _receive(self) -> None:
+        keys = self._reply_keys
+        popped = self._channel.block_pop(keys, 0.2 if self._acks else 1.0) if keys else None
+        if popped is not None:
+            self._take(popped[1])
+            more: Any = self._client.lpop(popped[0], 64)
+            for data in more or ():
+                self._take(data)
+        elif not keys:
+            self._stopping.wait(0.05)
+        self._flush_acks(all_of_them=popped is None)
+
+    def _reconcile_older(self, age_s: float) -> None:
         now = time.monotonic()
         with self.settled:
-            old = [f for fs in self._futures.values() for f in fs if now - f.submitted_at > RECONCILE_S]
+            old = [f for fs in self._futures.values() for f in fs if now - f.submitted_at >= age_s]
         if old:
             self.reconcile(old)
 

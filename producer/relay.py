@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import threading
 import time
 import warnings
@@ -18,21 +20,32 @@ import redis
 from torchrelay.config.columns import row_of_table
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BytesLost, InputError, ResultExpired
-from torchrelay.producer.encoding import JobEncoder, SubmitOptions, key_digest
+from torchrelay.errors import (
+    BrokerError,
+    BytesLost,
+    InputError,
+    PipelineNotFound,
+    ResultExpired,
+)
+from torchrelay.producer.encoding import JobEncoder, SubmitOptions, key_digest, parse_wait
 from torchrelay.producer.futures import JobFuture
 from torchrelay.producer.inbox import Inbox
+from torchrelay.producer.lookups import find_status, reached
 from torchrelay.producer.submitter import Draft, Submitter
 from torchrelay.queues import codec
 from torchrelay.queues.blobs import read_blobs
+from torchrelay.queues.channel import LOST
 from torchrelay.queues.connection import open_broker
 from torchrelay.queues.job import Ref, Terminal, decode_payloads
-from torchrelay.queues.keys import job_field, lane_of
+from torchrelay.queues.keys import lane_of
 from torchrelay.queues.registry import Registered, Registry, run
 
 Row = Mapping[str, Any]
 _WARN_AFTER_S = 5.0
 _FOREIGN_POLL_S = (0.005, 0.5)
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(@[0-9a-f]{8})?")
+
+log = logging.getLogger("torchrelay.producer")
 
 
 class Relay:
@@ -77,11 +90,13 @@ class Relay:
     def close(self) -> None:
         """Sends the last acknowledgements and disconnects. Jobs go on; `job(id)` finds them from anywhere."""
         with self._lock:
-            if self._opened and not self._closed:
+            first, self._closed = not self._closed, True
+            if self._opened and first:
                 self._inbox.close()
+                with self.settled:
+                    self.settled.notify_all()
                 self._submitter.close()
                 self._broker.close()
-            self._closed = True
 
     @property
     def registry(self) -> Registry:
@@ -99,8 +114,8 @@ class Relay:
         Raises ConfigError with every problem of the file.
         """
         loaded = pipeline if isinstance(pipeline, Pipeline) else Pipeline.load(Path(pipeline))
-        registered = self.registry.register(loaded)
-        return registered.pipeline.ref
+        with reached():
+            return self.registry.register(loaded).pipeline.ref
 
     def submit(
         self,
@@ -127,7 +142,7 @@ class Relay:
         """
         options = SubmitOptions.parse(priority, deadline_s, delay_s, keep_s, meta)
         keys = None if key is None else [key]
-        return self._submit(pipeline, [row], keys, options, wait_s)[0]
+        return self._submit(pipeline, [row], keys, options, parse_wait(wait_s))[0]
 
     def submit_many(
         self,
@@ -148,7 +163,7 @@ class Relay:
         in as `accepted`.
         """
         options = SubmitOptions.parse(priority, deadline_s, delay_s, keep_s, meta)
-        return self._submit(pipeline, rows, keys, options, wait_s)
+        return self._submit(pipeline, rows, keys, options, parse_wait(wait_s))
 
     def _submit(
         self, pipeline: str, rows: Iterable[Row], keys: Sequence[str] | None, options: SubmitOptions, wait_s: float
@@ -157,7 +172,7 @@ class Relay:
         drafts: list[Draft] = []
         for i, row in enumerate(rows):
             try:
-                drafts.append(Draft(encoder.table(row), 1))
+                drafts.append(Draft(encoder.columns(row), 1))
             except InputError as error:
                 raise InputError(f"row {i}: {error}") from None if i or len(drafts) else error
         if keys is not None:
@@ -165,9 +180,10 @@ class Relay:
                 raise InputError(f"{len(drafts)} rows need {len(drafts)} keys, a sequence; {len(keys)} came")
             for draft, key in zip(drafts, keys, strict=True):
                 draft.digest, draft.key = key_digest(encoder.registered.pipeline.name, key), key
-        with self._lock:
-            futures = self._submitter.send(encoder, drafts, options, wait_s)
+        with self._lock, reached():
+            self.start()
             self._inbox.start()
+            futures = self._submitter.send(encoder, drafts, options, wait_s)
         if options.keep_s == 0:
             for future in futures:
                 gone = ResultExpired("it was submitted with keep_s=0: its result is not kept", job_id=future.id)
@@ -235,6 +251,8 @@ class Relay:
 
         Its `result()` raises ResultExpired when the result is not kept any more.
         """
+        if not isinstance(job_id, str):
+            raise InputError(f"{job_id!r:.60} is not a job id; take it from future.id")
         lane = lane_of(job_id)
         if lane >= len(self.registry.lanes):
             raise InputError(f"job {job_id} is of lane {lane}, this namespace has {len(self._registry.lanes)}")
@@ -242,26 +260,29 @@ class Relay:
 
     def cancel(self, job_ids: Sequence[str]) -> list[bool]:
         """Ends these jobs; for each whether this call ended it."""
-        self.start()
-        return self._cancel(list(job_ids))
+        return self._cancel([self.job(job_id).id for job_id in job_ids])
 
     # What futures ask of their source.
 
     def await_terminal(self, future: JobFuture[Any], deadline: float | None) -> None:
         """Blocks until the future is settled; raises TimeoutError at `deadline` (time.monotonic)."""
         if threading.current_thread().name == "torchrelay-inbox":
-            raise InputError("result() of a pending job inside a done callback would wait for itself; use its own future")
+            raise InputError(
+                "result() of a pending job inside a done callback would wait for itself; use its own future"
+            )
         warn_at = time.monotonic() + _WARN_AFTER_S
         poll_s = _FOREIGN_POLL_S[0] if future.foreign else _WARN_AFTER_S
         while not future.done():
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 raise TimeoutError(f"job {future.id} has not ended yet; it goes on, and job({future.id!r}) finds it")
+            if self._closed:
+                raise InputError(f"this Relay was closed; job {future.id} goes on, and another Relay's job() finds it")
             if future.foreign:
                 self._read_foreign(future)
             wait_s = min(poll_s, warn_at - now if warn_at > now else poll_s, (deadline or now + 3600) - now)
             with self.settled:
-                self.settled.wait_for(future.done, timeout=max(wait_s, 0.0))
+                self.settled.wait_for(lambda: future.done() or self._closed, timeout=max(wait_s, 0.0))
             if future.foreign:
                 poll_s = min(poll_s * 2, _FOREIGN_POLL_S[1])
             if not future.done() and time.monotonic() >= warn_at:
@@ -270,15 +291,22 @@ class Relay:
 
     def _read_foreign(self, future: JobFuture[Any]) -> None:
         self._inbox.watch([future])
-        self._inbox.reconcile([future])
-        if not future.done():
+        try:
+            self._inbox.reconcile([future])
+        except LOST as error:
+            log.info("job %s: the server is away, looking again: %s", future.id, error)
+        finally:
             self._inbox.forget([future])
 
     def _warn_unserved(self, ref: str) -> None:
         if not ref:
             return
-        pipeline = self._registry.find(ref).pipeline
-        for stage in self._registry.unserved(pipeline):
+        try:
+            pipeline = self._registry.find(ref).pipeline
+            unserved = self._registry.unserved(pipeline)
+        except (*LOST, BrokerError, PipelineNotFound):
+            return  # it is a hint only
+        for stage in unserved:
             node = f"{ref}/{stage}"
             if node not in self._warned:
                 self._warned.add(node)
@@ -297,18 +325,22 @@ class Relay:
         if refs:
             lane = self._registry.lanes[lane_of(future.id)]
             try:
-                fetched = read_blobs(self._broker.client, lane, list(refs.values()))
+                with reached():
+                    fetched = read_blobs(self._broker.client, lane, list(refs.values()))
             except BytesLost as error:
                 raise ResultExpired(f"its result is not kept any more: {error}", job_id=future.id) from error
             columns.update(zip(refs, fetched, strict=True))
             if terminal.until_ack and not future.foreign:
                 self._inbox.ack(future.id)
-        table: dict[str, Any] = {name: codec.decode(data) for name, data in columns.items() if not isinstance(data, Ref)}
+        table: dict[str, Any] = {
+            name: codec.decode(data) for name, data in columns.items() if not isinstance(data, Ref)
+        }
         return row_of_table(table)
 
     def look_up(self, job_id: str) -> str:
         """The status of a job that this process does not know to have ended."""
-        return find_status(self.registry, job_id)
+        with reached():
+            return find_status(self.registry, job_id)
 
     def cancel_job(self, job_id: str) -> bool:
         return self._cancel([job_id])[0]
@@ -319,37 +351,18 @@ class Relay:
             mine = [i for i in ids if lane_of(i) == number]
             for at in range(0, len(mine), 256):
                 part = mine[at : at + 256]
-                answer = run(self._broker.client, lane.cancel(part))
+                with reached():
+                    answer = run(self._broker.client, lane.cancel(part))
                 won.update((i, letter == "w") for i, letter in zip(part, answer, strict=True))
         return [won.get(i, False) for i in ids]
 
     def _encoder(self, pipeline: str) -> JobEncoder:
-        if not isinstance(pipeline, str) or not pipeline:
+        if not isinstance(pipeline, str) or not _NAME.fullmatch(pipeline):
             raise InputError(f"pipeline must be a name or name@version, not {pipeline!r:.60}")
-        registered: Registered = self.registry.find(pipeline)
+        with reached():
+            registered: Registered = self.registry.find(pipeline)
         encoder = self._encoders.get(registered.pipeline.ref)
         if encoder is None:
             encoder = JobEncoder(registered, self._settings.priority_boost_ms_per_point)
             self._encoders[registered.pipeline.ref] = encoder
         return encoder
-
-
-def find_status(registry: Registry, job_id: str) -> str:
-    """waiting, delayed, running, done, failed, cancelled, expired or unknown, as the records say."""
-    lane = registry.lanes[lane_of(job_id)]
-    keys, client = lane.keys, registry.client
-    record: Any = client.hget(keys.done, job_id)
-    if record:
-        return Terminal.decode(record).status
-    if not client.hexists(keys.bucket(job_id), job_field(job_id)):
-        return "unknown"
-    token = job_id.encode()
-    grants: Any = client.hvals(keys.grants)
-    for value in grants:
-        at = value.find(token)
-        if at >= 0 and value[at + len(token)] >= 128:
-            return "running"
-    nodes = range(1, 31)
-    due = client.zmscore(keys.delayed, [f"{job_id}|{n}" for n in nodes])
-    return "delayed" if any(score is not None for score in due) else "waiting"
-

@@ -10,7 +10,6 @@ from typing import Any
 
 import redis
 
-from torchrelay.config.columns import Column
 from torchrelay.errors import BrokerError, QueueFull, RunConflict, TorchrelayError
 from torchrelay.producer.encoding import JobEncoder, SubmitOptions, lane_of_key
 from torchrelay.producer.futures import JobFuture, Source
@@ -30,11 +29,18 @@ from torchrelay.queues.transitions import (
 _IN_FLIGHT = 8
 
 
+def _pauses() -> Iterator[float]:
+    pause_s = 0.005
+    while True:
+        yield pause_s
+        pause_s = min(pause_s * 2, 0.1)
+
+
 @dataclass(slots=True)
 class Draft:
     """One checked row on its way: what is needed to encode it, again if its id turns out to be taken."""
 
-    table: dict[str, Column]
+    columns: dict[str, bytes]
     rows: int
     digest: bytes = b""
     key: str = ""
@@ -91,13 +97,16 @@ class Submitter:
         futures: list[JobFuture[Any]] = []
         try:
             for lane, group in self._groups(drafts):
-                flight.append(self._send_group(encoder, lane, group, options))
+                flight.append(self._send_group(encoder, lane, group, options, deadline))
                 if len(flight) >= _IN_FLIGHT:
                     futures += self._settle(encoder, flight.popleft(), options, deadline)
             while flight:
                 futures += self._settle(encoder, flight.popleft(), options, deadline)
         except (QueueFull, RunConflict) as error:
             error.accepted = (*futures, *error.accepted, *self._abandon(flight))
+            raise
+        except BaseException:
+            self._abandon(flight)
             raise
         return futures
 
@@ -111,6 +120,7 @@ class Submitter:
                 statuses = ""
             for future, status in zip(sent.futures, statuses.ljust(len(sent.futures), "-"), strict=True):
                 if status == "n":
+                    future.submitted_at = time.monotonic()
                     accepted.append(future)
                 else:
                     self._inbox.forget([future])
@@ -132,14 +142,16 @@ class Submitter:
         if group:
             yield group_lane, group
 
-    def _send_group(self, encoder: JobEncoder, lane: int, drafts: list[Draft], options: SubmitOptions) -> _Sent:
+    def _send_group(
+        self, encoder: JobEncoder, lane: int, drafts: list[Draft], options: SubmitOptions, deadline: float
+    ) -> _Sent:
         ids = self._ids[lane]
         jobs: list[NewJob] = []
         futures: list[JobFuture[Any]] = []
         blobs: dict[str, bytes] = {}
         ref = encoder.registered.pipeline.ref
         for draft in drafts:
-            job, large = encoder.encode(ids.take(), draft.table, draft.rows, options, draft.digest)
+            job, large = encoder.encode(ids.take(), draft.columns, draft.rows, options, draft.digest)
             jobs.append(job)
             futures.append(JobFuture(self._source, job.id, ref))
             blobs.update(large)
@@ -147,11 +159,22 @@ class Submitter:
             self._inbox.watch(futures)
         try:
             if blobs:
-                write_blobs(self._client, self._lanes[lane], blobs)
-        except QueueFull:
+                self._write_blobs(lane, blobs, deadline)
+        except (TorchrelayError, redis.RedisError):
             self._inbox.forget(futures)
             raise
         return _Sent(lane, drafts, futures, jobs, self._dispatch(encoder, lane, jobs))
+
+    def _write_blobs(self, lane: int, blobs: dict[str, bytes], deadline: float) -> None:
+        for pause_s in _pauses():
+            try:
+                write_blobs(self._client, self._lanes[lane], blobs)
+                return
+            except QueueFull:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise
+                time.sleep(min(pause_s, left_s))
 
     def _dispatch(self, encoder: JobEncoder, lane: int, jobs: list[NewJob]) -> Pending[Submitted]:
         """One call where the batch fits its limit of bytes; else the first parts are waited for here."""
@@ -174,9 +197,12 @@ class Submitter:
         return pending
 
     def _settle(
-        self, encoder: JobEncoder, sent: _Sent, options: SubmitOptions, deadline: float
+        self, encoder: JobEncoder, sent: _Sent, options: SubmitOptions, deadline: float, *, again: bool = False
     ) -> list[JobFuture[Any]]:
         answer = self._answer(encoder, sent, deadline)
+        now = time.monotonic()
+        for future in sent.futures:
+            future.submitted_at = now
         if answer.statuses.count("n") == len(sent.futures):
             return sent.futures
         named = iter(answer.named)
@@ -196,13 +222,15 @@ class Submitter:
             elif status == "x":
                 next(named)
                 conflicts.append(sent.drafts[i].key)
-            elif status in "dt":
-                # Another client drew the same random name: take a new one, and send the job again.
-                self._new_client(sent.lane)
-                again = self._send_group(encoder, sent.lane, [sent.drafts[i]], options)
-                kept += self._settle(encoder, again, options, deadline)
+            elif again:
+                raise BrokerError(f"job {future.id} was refused twice ({status}): does something else write here?")
             else:
-                raise BrokerError(f"job {future.id}: its blobs vanished before it was submitted; submit it again")
+                if status in "dt":
+                    # Another client drew the same random name: take a new one.
+                    self._new_client(sent.lane)
+                # Else its blobs ran out while it waited for room. Either way it is sent once more.
+                more = self._send_group(encoder, sent.lane, [sent.drafts[i]], options, deadline)
+                kept += self._settle(encoder, more, options, deadline, again=True)
         self._inbox.watch(moved)
         self._inbox.reconcile(moved)
         if conflicts:
@@ -216,7 +244,7 @@ class Submitter:
 
     def _answer(self, encoder: JobEncoder, sent: _Sent, deadline: float) -> Submitted:
         """The server's answer; while the queue is full and there is time, the batch is sent again."""
-        pending, pause, started = sent.pending, 0.005, time.monotonic()
+        pending, pauses, started = sent.pending, _pauses(), time.monotonic()
         while True:
             try:
                 return pending.result()
@@ -225,8 +253,7 @@ class Submitter:
                 if now >= deadline:
                     self._inbox.forget(sent.futures)
                     raise
-                time.sleep(min(pause, deadline - now))
-                pause = min(pause * 2, 0.1)
+                time.sleep(min(next(pauses), deadline - now))
                 waited_ms = (time.monotonic() - started) * 1000.0
                 jobs = [
                     replace(j, deadline_ms=max(j.deadline_ms - waited_ms, 1.0)) if j.deadline_ms else j
