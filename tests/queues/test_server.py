@@ -99,11 +99,12 @@ def client_of(url: str) -> redis.Redis:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process exists and is no zombie (an orphan's reaper may be slow)."""
+    """Whether a thread of it runs still; a process that waits for its reaper has given its files and locks back."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
-        return False
+        return Path(f"/proc/{pid}").exists()  # a thread ended between listing and reading, or all is over
+    return any(text.rsplit(")", 1)[1].split()[0] not in "ZX" for text in stats)
 
 
 def watcher_of(folder: Path) -> int:
