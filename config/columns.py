@@ -26,7 +26,10 @@ def describe(value: object) -> str:
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, str | bytes | list | tuple | dict):
         return f"{type(value).__name__} of length {len(value)}"
-    return f"{type(value).__name__} {value!r:.40}"
+    try:
+        return f"{type(value).__name__} {value!r:.40}"
+    except Exception:  # a stranger's __repr__ may raise anything; the message is still needed
+        return type(value).__name__
 
 
 def _refuse(name: str, kind: ColumnType, value: object, why: str = "") -> InputError:
@@ -42,7 +45,8 @@ def check_value(name: str, kind: ColumnType, value: Any) -> Any:
     dtype = kind.dtype
     if dtype == "str":
         if isinstance(value, str):
-            return str(value)
+            # Not str(): of a member of an Enum of texts, that is its name.
+            return str.__str__(value)
         raise _refuse(name, kind, value)
     if dtype == "bytes":
         if isinstance(value, bytes | bytearray | memoryview):
@@ -54,11 +58,15 @@ def check_value(name: str, kind: ColumnType, value: Any) -> Any:
 
 
 def _number(name: str, kind: ColumnType, value: Any) -> Any:
+    if type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray):
+        raise _refuse(name, kind, value, "masks are not carried; fill it first: .filled(0)")
     if isinstance(value, np.ndarray) and value.dtype == kind.np_dtype:
         array = value
     else:
         if isinstance(value, str | bytes | dict | set):
             raise _refuse(name, kind, value)
+        if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
+            raise _refuse(name, kind, value, "it does not fit 64 bits")
         if not isinstance(value, np.ndarray | np.generic):
             value = _as_array(name, kind, value)
         array = _cast(name, kind, np.asarray(value))
@@ -75,7 +83,7 @@ def _number(name: str, kind: ColumnType, value: Any) -> Any:
 def _as_array(name: str, kind: ColumnType, value: Any) -> Any:
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+    except Exception as error:  # a stranger's __array__ may raise anything
         raise _refuse(name, kind, value, str(error)) from error
     if array.dtype == object:
         raise _refuse(name, kind, value, "it is ragged or holds other things than numbers")

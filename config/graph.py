@@ -89,6 +89,10 @@ class Graph:
         """Nodes before this one, each after its predecessors."""
         return [n for n in self.ordered if node in self.descendants(n.index)]
 
+    def _outputs_of(self, stage: str) -> dict[str, ColumnType]:
+        # A stage that is not there is reported elsewhere; until then it declares nothing.
+        return next((n.outputs for n in self.nodes if n.name == stage), {})
+
     def types_of(self, node: Node) -> dict[str, ColumnType]:
         """Declared types of the columns that a node reads, by its own names; undeclared ones are absent."""
         visible = dict(self.input)
@@ -99,7 +103,7 @@ class Graph:
         out: dict[str, ColumnType] = {}
         for local, source in node.inputs.items():
             stage, _, column = source.rpartition(".")
-            known = visible if not stage else self.input if stage == "input" else self.node(stage).outputs
+            known = visible if not stage else self.input if stage == "input" else self._outputs_of(stage)
             if column in known:
                 out[local] = known[column]
         return out

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 import typing
@@ -28,7 +29,7 @@ def split_use(use: str) -> tuple[str, str]:
     where, colon, name = use.rpartition(":")
     if not colon or not name.isidentifier() or not where:
         raise ConfigError(f"use {use!r:.120}: write file.py:Name for a file beside this one, or package.module:Name")
-    if where == "__main__":
+    if where.split(".")[0] == "__main__":
         raise ConfigError("use '__main__:...': workers import stages anew; put the class into a file and name that")
     if not where.endswith(".py") and not all(part.isidentifier() for part in where.split(".")):
         raise ConfigError(f"use {use!r:.120}: {where!r:.80} is neither a .py file nor a module's name")
@@ -114,7 +115,9 @@ def import_use(use: str, base_dir: Path) -> Any:
 
 def _load_file(where: str, base_dir: Path) -> Any:
     path = resolve_inside(where, base_dir, "use")
-    digest = hashlib.blake2b(str(path).encode(), digest_size=6).hexdigest()
+    # Of the content too: a file that was edited, in a notebook say, is another version and is imported anew.
+    identity = os.fsencode(path) + b"\0" + _bytes_of(path, where)
+    digest = hashlib.blake2b(identity, digest_size=6).hexdigest()
     name = f"_torchrelay_stages_{digest}_{path.stem}"
     known = sys.modules.get(name)
     if known is not None:

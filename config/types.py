@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +48,7 @@ _DIM_NAME = re.compile(r"[A-Za-z_]\w*")
 _DIM_SIZE = re.compile(r"[0-9]{1,12}")
 COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MAX_NDIM = 16
+MAX_ROW_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ def parse_type(text: str) -> ColumnType:
     if dtype not in NUMERIC and dtype not in OBJECTS:
         near = difflib.get_close_matches(dtype, [*NUMERIC, *OBJECTS], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"type {text!r:.80}: unknown dtype {dtype!r}{hint}")
+        raise ConfigError(f"type {text!r:.80}: unknown dtype {dtype!r:.40}{hint}")
     if dims is not None and dtype in OBJECTS:
         raise ConfigError(f"type {text!r:.80}: {dtype} takes no shape; json holds lists of anything")
     shape = () if dims is None else tuple(_dim(text, d.strip()) for d in dims.split(","))
     if len(shape) > MAX_NDIM:
         raise ConfigError(f"type {text!r:.80}: {len(shape)} dims, over the limit of {MAX_NDIM}")
+    fixed = math.prod(d for d in shape if isinstance(d, int))
+    if dtype in NUMERIC and fixed * NUMERIC[dtype].itemsize > MAX_ROW_BYTES:
+        raise ConfigError(f"type {text!r:.80}: one row is over 1 TiB; make the dims smaller")
     column = ColumnType(dtype, shape, question is not None)
     if not equals:
         return column
@@ -123,7 +128,7 @@ def _dim(text: str, dim: str) -> int | str | None:
 
 def _default(text: str, column: ColumnType, literal: str) -> Any:
     try:
-        value = yaml.safe_load(literal)
+        value = _yaml_value(literal)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if column.dtype not in ("str", "bytes"):
             raise ConfigError(f"type {text!r:.80}: the default is no YAML value; write for example = 0") from error
@@ -132,6 +137,8 @@ def _default(text: str, column: ColumnType, literal: str) -> Any:
         value = literal
     if column.dtype == "bytes":
         value = literal.encode()
+    if isinstance(value, str) and column.is_numeric:
+        value = _as_float(value)
     if value is None and not column.nullable:
         raise ConfigError(f"type {text!r:.80}: the default is null; write ? to allow null")
     from torchrelay.config.columns import check_value  # columns imports this module
@@ -149,6 +156,20 @@ def _default(text: str, column: ColumnType, literal: str) -> Any:
         # All rows share it.
         checked.setflags(write=False)
     return checked
+
+
+def _yaml_value(literal: str) -> Any:
+    if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(literal, yaml.SafeLoader)):
+        raise ValueError("an alias could stand for very much")
+    return yaml.safe_load(literal)
+
+
+def _as_float(text: str) -> float | str:
+    """YAML 1.1 takes 1e-5, nan and inf for text, people take them for numbers."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _literal(default: Any) -> str:

@@ -70,8 +70,8 @@ def _text_of(path: Path) -> str:
     try:
         # Opened without waiting: a FIFO or a device must not hold the command.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from error
     # fdopen itself refuses a folder, and then leaves the descriptor open.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -111,10 +111,9 @@ class _Reader:
             return self._refused(node, place)
         try:
             return self._loader.construct_object(node)
-        except ValueError:
-            self._source.report(
-                place, f"{node.value!r:.80} is no number that can be read; put it in quotes if it is text"
-            )
+        except (ValueError, KeyError):
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            self._source.report(place, f"{node.value!r:.80} cannot be read as {kind}; put it in quotes if it is text")
             return None
 
     def _refused(self, node: yaml.Node, place: Place) -> None:

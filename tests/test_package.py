@@ -52,7 +52,7 @@ def wheel(tmp_path_factory) -> set[str]:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", *flags, "-w", str(out), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert 0 == done.returncode, done.stderr
+    assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
     return set(zipfile.ZipFile(built).namelist())
 
@@ -80,8 +80,8 @@ def test_every_room_of_the_tree_is_known_to_this_test():
 
 def test_the_public_names_are_these():
     """A name is public when it is in `__all__`, and only then."""
-    assert PUBLIC == set(torchrelay.__all__)
-    assert PUBLIC <= set(dir(torchrelay))
+    assert set(torchrelay.__all__) == PUBLIC
+    assert set(dir(torchrelay)) >= PUBLIC
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -130,7 +130,7 @@ def test_a_producer_works_where_torch_is_not_installed(server_url, namespace):
                 print("answered")
         """)
     )
-    assert (0, "answered\n") == (done.returncode, done.stdout), done.stderr
+    assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
 
 
 def test_torch_stage_without_torch_is_a_named_error():
@@ -145,7 +145,7 @@ def test_torch_stage_without_torch_is_a_named_error():
             print(error)
         """)
     )
-    assert 'torch is missing: pip install "torchrelay[worker]"\n' == done.stdout, done.stderr
+    assert done.stdout == 'torch is missing: pip install "torchrelay[worker]"\n', done.stderr
 
 
 def test_a_producer_does_not_import_torch_where_it_is_installed():
@@ -157,7 +157,7 @@ def test_a_producer_does_not_import_torch_where_it_is_installed():
         Relay("redis://localhost:6379/0")
         print(sorted({m.partition(".")[0] for m in sys.modules} & {"torch", "safetensors", "transformers"}))
     """)
-    assert "[]\n" == done.stdout, done.stderr
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_importing_torchrelay_alone_imports_no_third_party_module():
@@ -165,6 +165,7 @@ def test_importing_torchrelay_alone_imports_no_third_party_module():
     done = _run("""
         import sys
         import torchrelay
-        print(sorted({m.partition(".")[0] for m in sys.modules} & {"redis", "numpy", "pydantic", "yaml", "msgpack", "typer"}))
+        heavy = {"redis", "numpy", "pydantic", "yaml", "msgpack", "typer"}
+        print(sorted({m.partition(".")[0] for m in sys.modules} & heavy))
     """)
-    assert "[]\n" == done.stdout, done.stderr
+    assert done.stdout == "[]\n", done.stderr

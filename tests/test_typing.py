@@ -22,7 +22,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_mypy_strict_accepts_a_program_over_the_public_names():
     """The program of tests/typing/usage.py passes mypy --strict, with the exact types that it asserts."""
     done = _run("mypy", "--strict", "--follow-imports=silent", USAGE)
-    assert 0 == done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_pyright_accepts_a_program_over_the_public_names():
@@ -37,4 +37,4 @@ def test_pyright_accepts_a_program_over_the_public_names():
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     done = _run("pyright", "--pythonpath", sys.executable, USAGE)
-    assert 0 == done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
