@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import redis
 
 from torchrelay.config.columns import Column
-from torchrelay.errors import BytesLost, DecodeError
+from torchrelay.errors import DecodeError
 from torchrelay.queues import codec
-from torchrelay.queues.blobs import read_blobs
+from torchrelay.queues.blobs import fetch_blobs
 from torchrelay.queues.job import Packed, Ref, decode_payload, encode_payload, split_inline
 from torchrelay.queues.transitions import Output
 from torchrelay.workers.claimer import Held
-from torchrelay.workers.committer import Committer
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 
@@ -31,6 +31,19 @@ class Work:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Parsed:
+    """One job before its blobs are read: the columns that the stage reads, and what rides along."""
+
+    held: Held
+    wanted: dict[str, Packed]
+    riding: dict[str, Packed]
+    meta: bytes
+
+    def refs(self) -> list[Ref]:
+        return [c for c in self.wanted.values() if isinstance(c, Ref)]
+
+
 class Assembler:
     """Decodes inputs and encodes outputs of one node."""
 
@@ -41,8 +54,30 @@ class Assembler:
         self._sources = None if inputs is None else {local: _split(source) for local, source in inputs.items()}
         self._stage_of = {n.index: n.name for n in context.pipeline.graph.nodes} | {0: "input"}
 
-    def open(self, held: Held) -> Work:
-        """Decodes the columns that the stage reads; raises DecodeError or BytesLost for this job alone."""
+    def open_all(self, batch: Sequence[Held]) -> tuple[list[Work], list[tuple[Held, DecodeError]], list[Held]]:
+        """(ready, undecodable with why, lost) of a batch: one bad job harms no other. Blobs are read in one go."""
+        ready: list[Work] = []
+        bad: list[tuple[Held, DecodeError]] = []
+        lost: list[Held] = []
+        parsed: list[_Parsed] = []
+        for held in batch:
+            try:
+                parsed.append(self._parse(held))
+            except DecodeError as error:
+                bad.append((held, error))
+        fetched = self._fetch(parsed)
+        for job in parsed:
+            blobs = [fetched[ref] for ref in job.refs()]
+            if None in blobs:
+                lost.append(job.held)
+                continue
+            try:
+                ready.append(self._decode(job, fetched))
+            except DecodeError as error:
+                bad.append((job.held, error))
+        return ready, bad, lost
+
+    def _parse(self, held: Held) -> _Parsed:
         payloads = held.entry.payloads
         by_stage: dict[str, dict[str, Packed]] = {}
         columns: dict[str, Packed] = {}
@@ -51,20 +86,28 @@ class Assembler:
             part, meta = decode_payload(payload)
             by_stage[self._stage_of[pred]] = part
             columns = {**columns, **part} if columns else part
-        wanted = self._inputs(columns, by_stage)
-        refs = [c for c in wanted.values() if isinstance(c, Ref)]
-        fetched = iter(self._fetch(held.lane, refs)) if refs else iter(())
-        table: dict[str, Column] = {}
-        for local, packed in wanted.items():
-            value = codec.decode(next(fetched) if isinstance(packed, Ref) else packed)
-            if not hasattr(value, "__len__") or len(value) != held.entry.rows:
-                raise DecodeError(f"column {local!r} does not hold the job's {held.entry.rows} rows")
-            table[local] = value  # type: ignore[assignment]  # the codec gives arrays and lists
-        riding = self._riding(columns)
-        return Work(held, table, riding, meta, _fields(meta))
+        return _Parsed(held, self._inputs(columns, by_stage), self._riding(columns), meta)
 
-    def _fetch(self, lane: int, refs: list[Ref]) -> list[bytes]:
-        return patiently(lambda: read_blobs(self._client, self._context.lanes[lane], refs))
+    def _fetch(self, jobs: Sequence[_Parsed]) -> dict[Ref, bytes | None]:
+        """The bytes behind every ref that the jobs read, None where they are gone; a round trip per lane."""
+        fetched: dict[Ref, bytes | None] = {}
+        for number, lane in enumerate(self._context.lanes):
+            refs = [ref for job in jobs if job.held.lane == number for ref in job.refs()]
+            if refs:
+                fetch = partial(fetch_blobs, self._client, lane, refs)
+                fetched.update(zip(refs, patiently(fetch), strict=True))
+        return fetched
+
+    def _decode(self, job: _Parsed, fetched: Mapping[Ref, bytes | None]) -> Work:
+        table: dict[str, Column] = {}
+        rows = job.held.entry.rows
+        for local, packed in job.wanted.items():
+            data = fetched[packed] if isinstance(packed, Ref) else packed
+            value = codec.decode(data or b"")
+            if not hasattr(value, "__len__") or len(value) != rows:
+                raise DecodeError(f"column {local!r} does not hold the job's {rows} rows")
+            table[local] = value  # type: ignore[assignment]  # the codec gives arrays and lists
+        return Work(job.held, table, job.riding, job.meta, _fields(job.meta))
 
     def _riding(self, columns: dict[str, Packed]) -> dict[str, Packed]:
         node = self._context.node
@@ -83,8 +126,11 @@ class Assembler:
             out[local] = source[column]
         return out
 
-    def close(self, work: Work, outputs: Mapping[str, Column], committer: Committer) -> Output:
-        """What is committed for one job: the returned columns over those that ride along."""
+    def close(self, work: Work, outputs: Mapping[str, Column]) -> tuple[Output, dict[str, bytes]]:
+        """What is committed for one job, the returned columns over those that ride along; and the blobs to write first.
+
+        Raises InputError for a value that cannot travel.
+        """
         context, held = self._context, work.held
         keeps = context.node.keeps
         encoded = {name: codec.encode(value) for name, value in outputs.items() if keeps is None or name in keeps}
@@ -92,14 +138,13 @@ class Assembler:
         inline, large = split_inline(encoded)
         columns.update(inline)
         refs = ""
-        if large:
-            prefix = f"{held.entry.job_id}.{context.node.index}.{held.fence}."
-            written = committer.write_blobs(held.lane, {prefix + name: data for name, data in large.items()})
-            for name in large:
-                ref = written[prefix + name]
-                columns[name] = ref
-                refs += ref.text(context.pipeline.graph.consumers(name, context.node.index))
-        return Output(held.entry.packed, encode_payload(columns, work.meta), None, refs)
+        blobs: dict[str, bytes] = {}
+        for name, data in large.items():
+            ref = Ref.of(f"{held.entry.job_id}.{context.node.index}.{held.fence}.{name}", len(data))
+            blobs[ref.name] = data
+            columns[name] = ref
+            refs += ref.text(context.pipeline.graph.consumers(name, context.node.index))
+        return Output(held.entry.packed, encode_payload(columns, work.meta), None, refs), blobs
 
 
 def _fields(meta: bytes) -> dict[str, Any]:
@@ -112,20 +157,3 @@ def _fields(meta: bytes) -> dict[str, Any]:
 def _split(source: str) -> tuple[str, str]:
     stage, dot, column = source.rpartition(".")
     return (stage, column) if dot else ("", source)
-
-
-def open_all(
-    assembler: Assembler, batch: Sequence[Held]
-) -> tuple[list[Work], list[tuple[Held, DecodeError]], list[Held]]:
-    """(ready, undecodable with why, lost) of a batch: one bad job harms no other."""
-    ready: list[Work] = []
-    bad: list[tuple[Held, DecodeError]] = []
-    lost: list[Held] = []
-    for held in batch:
-        try:
-            ready.append(assembler.open(held))
-        except BytesLost:
-            lost.append(held)
-        except DecodeError as error:
-            bad.append((held, error))
-    return ready, bad, lost

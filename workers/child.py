@@ -36,7 +36,7 @@ from torchrelay.workers.progress import ProgressPage
 
 log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER = range(6)
-_ORPHAN_GRACE_S = 5.0
+_ORPHAN_GRACE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import redis
 
 from torchrelay.queues.blobs import write_blobs
 from torchrelay.queues.channel import Channel, Pending
-from torchrelay.queues.job import Failure, Ref
+from torchrelay.queues.job import Failure
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.node import NodeContext
@@ -49,9 +49,9 @@ class Committer:
         for h in held:
             self._open[h.lane, h.fence] += 1
 
-    def write_blobs(self, lane: int, blobs: dict[str, bytes]) -> dict[str, Ref]:
+    def write_blobs(self, lane: int, blobs: dict[str, bytes]) -> None:
         """Writes output columns that are too large to travel inline."""
-        return patiently(lambda: write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True))
+        patiently(lambda: write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True))
 
     def commit(self, held: Held, output: Output) -> None:
         """Queues one job's output; `flush()` decides when it goes."""
@@ -98,11 +98,12 @@ class Committer:
         statuses = pending.result()
         if statuses.count("k") == len(tokens):
             return
-        for token, status in zip(tokens, statuses, strict=True):
-            if status != "k":
-                words = {"s": "stale: another worker has it, or it ended", "d": "past its deadline", "b": "blobs gone"}
-                fields = {"job": token[:-1].decode(), "fence": fence, "why": words.get(status, status)}
-                log.info("output not committed", extra={"fields": fields})
+        words = {"s": "another worker has them, or they ended", "d": "past their deadline", "b": "their blobs are gone"}
+        for status, why in words.items():
+            refused = [t[:-1].decode() for t, s in zip(tokens, statuses, strict=True) if s == status]
+            if refused:
+                fields = {"jobs": ",".join(refused[:3]) + (",..." if len(refused) > 3 else ""), "fence": fence}
+                log.info("%d outputs not committed: %s", len(refused), why, extra={"fields": fields})
 
     def fail(self, failed: Sequence[tuple[Held, Failure]]) -> float:
         """Charges an attempt to each job; retries wait with full jitter, as the stage's `retry` says.

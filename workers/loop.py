@@ -16,9 +16,9 @@ from torchrelay.errors import InputError
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
-from torchrelay.queues.transitions import Session
+from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers import progress
-from torchrelay.workers.assemble import Assembler, Work, open_all
+from torchrelay.workers.assemble import Assembler, Work
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Committer
 from torchrelay.workers.node import NodeContext
@@ -134,7 +134,7 @@ class StageLoop:
             # Given back, they are ended by the next claim or by the upkeep; they must not start.
             self.committer.release(late)
             batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
-        ready, bad, lost = open_all(self._assembler, batch)
+        ready, bad, lost = self._assembler.open_all(batch)
         if bad:
             self._fail([(h, self._failure(error)) for h, error in bad])
         if lost:
@@ -166,18 +166,27 @@ class StageLoop:
                 self._forward(works[middle:])
             return
         elapsed = time.monotonic() - started
-        for work, output in zip(works, outputs, strict=True):
-            self._commit(work, output)
+        self._commit(works, outputs)
         self._account(works, elapsed, time.monotonic() - started)
 
-    def _commit(self, work: Work, output: Mapping[str, Column]) -> None:
-        try:
-            closed = self._assembler.close(work, output, self.committer)
-        except InputError as error:
-            # The stage returned something that cannot travel: its failure, as if it had raised.
-            self._fail([(work.held, self._failure(error))])
-            return
-        self.committer.commit(work.held, closed)
+    def _commit(self, works: Sequence[Work], outputs: Sequence[Mapping[str, Column]]) -> None:
+        """Writes the batch's blobs in one go, then commits its jobs."""
+        closed: list[tuple[Held, Output]] = []
+        blobs: dict[int, dict[str, bytes]] = {}
+        for work, columns in zip(works, outputs, strict=True):
+            try:
+                output, large = self._assembler.close(work, columns)
+            except InputError as error:
+                # The stage returned something that cannot travel: its failure, as if it had raised.
+                self._fail([(work.held, self._failure(error))])
+                continue
+            closed.append((work.held, output))
+            if large:
+                blobs.setdefault(work.held.lane, {}).update(large)
+        for lane, named in blobs.items():
+            self.committer.write_blobs(lane, named)
+        for held, output in closed:
+            self.committer.commit(held, output)
 
     def _account(self, works: list[Work], busy_s: float, total_s: float) -> None:
         rows = sum(w.held.entry.rows for w in works)

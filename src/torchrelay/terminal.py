@@ -38,14 +38,20 @@ def plain(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
-    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    """One line of JSON on standard output; what a terminal might obey is escaped, as JSON allows for any character."""
+    text = json.dumps(plain(value), ensure_ascii=False)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def clean(text: object) -> str:
     """Text from elsewhere, with control characters shown instead of obeyed, and no markup."""
-    return escape("".join(c if c >= " " and c != "\x7f" else f"\\x{ord(c):02x}" for c in str(text)))
+    shown = str(text)
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return escape(shown)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:

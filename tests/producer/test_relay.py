@@ -511,26 +511,30 @@ def test_after_five_seconds_without_a_worker_the_waiting_client_warns_once(near:
 
 
 def test_a_client_outlives_a_restart_of_its_server(tmp_path: Path) -> None:
-    """Own and foreign futures wait through it; a call meanwhile raises BrokerUnavailable, not the driver's errors."""
+    """Futures, own and foreign, and submits wait through it; other calls raise BrokerUnavailable."""
     path = write_pipeline(tmp_path)
     with private_server("--appendfsync", "always") as fresh, Relay(fresh.url) as relay, Relay(fresh.url) as other:
         relay.register(path)
         futures = relay.submit_many("echo", [row(i) for i in range(50)], keep_s=60)
         foreign = other.job(futures[0].id)
         found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(foreign.result(20)))
-        thread.start()
+        threads = [threading.Thread(target=lambda: found.append(out(foreign, 30)))]
+        threads[0].start()
         fresh.kill()
-        for act in (lambda: relay.submit("echo", row()), futures[1].status, futures[1].cancel):
+        for act in (futures[1].status, futures[1].cancel):
             with pytest.raises(BrokerUnavailable):
                 act()
+        ref = futures[0].pipeline
+        threads.append(threading.Thread(target=lambda: found.append(out(relay.submit(ref, row("late")), 30))))
+        threads[1].start()
         fresh.start()
         workers = Workers(fresh.url, "default")
         workers.start(path)
         try:
             assert [out(f, 20) for f in futures] == [f"{i}!" for i in range(50)]
-            thread.join(20)
-            assert found[0]["out"] == "0!"
+            for thread in threads:
+                thread.join(30)
+            assert sorted(found) == ["0!", "late!"]
             assert relay.infer("echo", row("z"))["out"] == "z!"
         finally:
             workers.stop()
