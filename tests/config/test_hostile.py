@@ -204,7 +204,7 @@ def test_check_reports_all_files_and_all_arguments_in_one_run(tmp_path):
     lines = done.stderr.splitlines()
     assert [line.split(": ")[0].removeprefix("error ") for line in lines] == [
         *[f"{tmp_path}/p.yaml:3:30"] * 3,
-        f"{tmp_path}/p.yaml:4:13",
+        f"{tmp_path}/p.yaml:4:15",
         "q.yaml:2:1",
     ]
     for part in ("unknown argument 'sise'; did you mean 'size'?", "'size' is missing", "'rate': ", "has no 'B'"):
