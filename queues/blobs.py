@@ -6,6 +6,8 @@ what a dead writer left behind goes by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
@@ -16,28 +18,18 @@ from torchrelay.queues.scripts import explain
 from torchrelay.queues.transitions import Transitions
 
 UNRECORDED_TTL_MS = 600_000
+_PIPELINE_BYTES = 32 << 20
 
 
-def write_blobs(
-    client: redis.Redis, lane: Transitions, blobs: dict[str, bytes], *, must_pass: bool = False
-) -> dict[str, Ref]:
-    """Writes blobs by name and returns their refs.
+def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, bytes], *, must_pass: bool = False) -> None:
+    """Writes blobs by name, many in one round trip.
 
     Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises
     QueueFull.
     """
-    refs: dict[str, Ref] = {}
-    pipe = client.pipeline(transaction=False)
-    for name, data in blobs.items():
-        key = lane.keys.blob(name)
-        view = memoryview(data)
-        pipe.delete(key)
-        for number, at in enumerate(range(0, len(data), CHUNK_BYTES)):
-            pipe.hset(key, str(number), view[at : at + CHUNK_BYTES])
-        pipe.pexpire(key, UNRECORDED_TTL_MS)
-        refs[name] = Ref.of(name, len(data))
     try:
-        pipe.execute()
+        for part in _parts(blobs):
+            _write(client, lane, part)
     except OutOfMemoryError as error:
         if not must_pass:
             raise QueueFull(
@@ -48,20 +40,55 @@ def write_blobs(
                 run(client, lane.put_chunk(name, number, data[at : at + CHUNK_BYTES], UNRECORDED_TTL_MS))
     except ResponseError as error:
         raise explain("blob", str(error)) from error
-    return refs
+
+
+def _parts(blobs: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """Groups of blobs, each small enough to be held once more by the connection."""
+    part: dict[str, bytes] = {}
+    size = 0
+    for name, data in blobs.items():
+        if part and size + len(data) > _PIPELINE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = data
+        size += len(data)
+    yield part
+
+
+def _write(client: redis.Redis, lane: Transitions, blobs: dict[str, bytes]) -> None:
+    pipe = client.pipeline(transaction=False)
+    for name, data in blobs.items():
+        key = lane.keys.blob(name)
+        view = memoryview(data)
+        pipe.delete(key)
+        for number, at in enumerate(range(0, len(data), CHUNK_BYTES)):
+            pipe.hset(key, str(number), view[at : at + CHUNK_BYTES])
+        pipe.pexpire(key, UNRECORDED_TTL_MS)
+    pipe.execute()
 
 
 def read_blobs(client: redis.Redis, lane: Transitions, refs: list[Ref]) -> list[bytes]:
     """The bytes behind the refs, in order. Raises BytesLost naming the first that is incomplete."""
+    out: list[bytes] = []
+    for ref, data in zip(refs, fetch_blobs(client, lane, refs), strict=True):
+        if data is None:
+            raise BytesLost(f"the bytes of {ref.name} are gone or cut ({ref.nbytes} bytes expected)")
+        out.append(data)
+    return out
+
+
+def fetch_blobs(client: redis.Redis, lane: Transitions, refs: list[Ref]) -> list[bytes | None]:
+    """The bytes behind the refs, in order, in one round trip; None for one that is gone or cut."""
     pipe = client.pipeline(transaction=False)
     for ref in refs:
         for number in range(ref.chunks):
             pipe.hget(lane.keys.blob(ref.name), str(number))
     chunks = iter(pipe.execute())
-    out = []
+    out: list[bytes | None] = []
     for ref in refs:
         parts = [next(chunks) for _ in range(ref.chunks)]
         if any(p is None for p in parts) or sum(map(len, parts)) != ref.nbytes:
-            raise BytesLost(f"the bytes of {ref.name} are gone or cut ({ref.nbytes} bytes expected)")
-        out.append(parts[0] if len(parts) == 1 else b"".join(parts))
+            out.append(None)
+        else:
+            out.append(parts[0] if len(parts) == 1 else b"".join(parts))
     return out

@@ -125,7 +125,7 @@ def test_a_worker_stopped_past_its_lease_commits_nothing_when_it_wakes(
     assert other.process.wait(10.0) == 0
     os.kill(child, signal.SIGCONT)
     os.kill(zombie.pid, signal.SIGCONT)
-    wait_until(lambda: "output not committed" in zombie.log)
+    wait_until(lambda: "not committed" in zombie.log)
     assert_settled(registry, {"work": 1})
     assert relay.infer("obey", {"n": "b"}) == {"out": "b!"}
     assert forward_log.pids("b") == [child]
