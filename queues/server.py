@@ -113,13 +113,12 @@ def stop(start_dir: Path) -> bool:
         signalled = 0
         deadline = time.monotonic() + PATIENCE_S
         while _is_held(state_dir):
-            # The pid is the server's own: it or its watcher, which reaps it, holds the lock.
-            pid = int((_read_state(state_dir) or {}).get("pid", 0))
-            if pid and not signalled:
-                _terminate(pid)
-                signalled = pid
+            known = _read_state(state_dir)
+            if known and not signalled and _terminate(state_dir, known["pid"]):
+                signalled = known["pid"]
             if time.monotonic() > deadline:
-                raise BrokerUnavailable(f"the server (pid {pid}) does not stop; see {state_dir / 'server.log'}")
+                who = f"pid {signalled}" if signalled else "its process is not to be seen from here"
+                raise BrokerUnavailable(f"the server ({who}) does not stop; see {state_dir / 'server.log'}")
             time.sleep(0.01)
     return signalled > 0
 
@@ -247,7 +246,7 @@ def _await_server(state_dir: Path) -> dict[str, Any] | None:
         known = _read_state(state_dir)
         if not orphaned and known and not _is_held(state_dir, "watcher.lock"):
             orphaned = True
-            _terminate(known["pid"])  # Linux did so already, other systems do not
+            _terminate(state_dir, known["pid"])  # Linux did so already, other systems do not
         said = ping(Path(known["socket"])) if known and not orphaned else ""
         if said == "PONG":
             return known
@@ -295,16 +294,33 @@ def _why_not_started(state_dir: Path) -> str:
     return f"the embedded server did not start; see {log}" + "".join(f"\n  {line}" for line in tail)
 
 
-def _terminate(pid: int) -> None:
+def _terminate(state_dir: Path, pid: int) -> bool:
+    """Asks the server to end; False when that process is not the server, or is no more."""
+    if not _holds_lock(state_dir, pid):
+        return False
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:  # it ended first
-        pass
+        return False
+    return True
+
+
+def _holds_lock(state_dir: Path, pid: int) -> bool:
+    """Whether this pid is the server's. In a folder that containers share, the record's pid may mean another here."""
+    if sys.platform != "linux":
+        return True
+    lock = (state_dir / "server.lock").stat()
+    try:
+        return any(os.path.samestat(lock, os.stat(f)) for f in Path(f"/proc/{pid}/fd").iterdir() if os.path.exists(f))
+    except OSError:
+        return False
 
 
 def _read_state(state_dir: Path) -> dict[str, Any] | None:
+    """What the watcher wrote; None for a damaged record, and for one that was copied here with its folder."""
     try:
-        state: dict[str, Any] = json.loads((state_dir / "server.json").read_text())
-    except (OSError, ValueError):
+        state = json.loads((state_dir / "server.json").read_text())
+        fits = isinstance(state["socket"], str) and state["socket"] and type(state["pid"]) is int and state["pid"] > 0
+        return state if fits and state["folder"] == state_dir.stat().st_ino else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return state

@@ -61,7 +61,10 @@ def main() -> int:
     socket_path.unlink(missing_ok=True)
     server = subprocess.Popen(sys.argv[4:], stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=_die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
-    _write_state(state_dir, {"pid": server.pid, "watcher": os.getpid(), "socket": str(socket_path)})
+    _write_state(
+        state_dir,
+        {"pid": server.pid, "watcher": os.getpid(), "socket": str(socket_path), "folder": state_dir.stat().st_ino},
+    )
 
     def end_with_users() -> None:
         _await_users_gone(state_dir, server)
