@@ -178,7 +178,7 @@ class Supervisor:
         self._changed.set()
 
     def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
-        kill_at = float("inf")
+        kill_at, told = float("inf"), ""
         while child.poll() is None:
             if self._stopping and kill_at == float("inf"):
                 child.send_signal(signal.SIGTERM)
@@ -191,8 +191,10 @@ class Supervisor:
                 self._dump_stack(child)
                 return
             self._renew(progress)
-            if time.monotonic() >= self._next_beat:
-                self._beat(progress, "draining" if self._stopping else STATES[progress.state])
+            state = "draining" if self._stopping else STATES[progress.state]
+            if state != told or time.monotonic() >= self._next_beat:
+                self._beat(progress, state)
+                told = state
             self._upkeep.tick()
             self._changed.wait(_LOOK_S)
             self._changed.clear()
