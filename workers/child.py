@@ -135,6 +135,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
     runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
+    registry.open()
     registered = registry.register(pipeline, current=False)
     context = NodeContext(
         pipeline, registered.number, node, spec, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms

@@ -104,7 +104,7 @@ def test_leaving_map_cancels_what_is_under_way(near: Relay, tmp_path: Path) -> N
     assert near.registry.loads()[f"{key}.ready_rows"] == 0
     gate.touch()
     with pytest.raises(JobFailed, match="kaputt"):
-        list(near.map("one", [row("a", "raise kaputt"), *(row(i, "sleep 0.5") for i in range(8))], in_flight=8))
+        list(near.map("one", [row("a", "raise kaputt"), *(row(i, "sleep 0.1") for i in range(8))], in_flight=8))
     wait_until(lambda: near.registry.loads()[f"{key}.held_rows"] == 0)
     assert near.registry.loads()[f"{key}.ready_rows"] == 0
 

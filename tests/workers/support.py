@@ -127,15 +127,13 @@ class WorkerProcess:
             os.kill(pid, number)
 
     def end(self) -> None:
-        """Ends it whatever state it is in; its child follows."""
+        """Ends it whatever state it is in, and its child with it."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-            try:
-                self.process.wait(10.0)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            report = self.report()
+            self.process.kill()
+            self.process.wait()
+            if report is not None and report.pid and alive(report.pid):
+                os.kill(report.pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

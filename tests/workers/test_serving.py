@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,25 @@ def test_work_goes_on_when_the_server_restarts_in_mid_run(
                 assert future.result(30)["x"][0] == i + 2
             assert not list(dead.scan(relay.registry))
             assert_settled(relay.registry, {"one": 120, "two": 120})
+        finally:
+            mine.stop()
+
+
+def test_a_server_that_lost_its_data_is_served_again(obey: Obey) -> None:
+    """The namespace is opened anew; what was lost is the server's, the worker goes on."""
+    path = obey()
+    with private_server() as fresh:
+        mine = Workers(fresh.url, "default")
+        [supervisor] = mine.start(path)
+        try:
+            fresh.kill()
+            shutil.rmtree(fresh.folder / "appendonlydir")
+            fresh.start()
+            with Relay(fresh.url) as relay:
+                wait_until(lambda: [w.state for w in relay.registry.workers()] == ["ready"])
+                relay.register(path)
+                assert relay.submit("obey", {"n": "a"}).result(15) == {"out": "a!"}
+            assert supervisor.error is None
         finally:
             mine.stop()
 
