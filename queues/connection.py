@@ -24,6 +24,7 @@ from torchrelay.queues.server import EmbeddedServer, find_or_start
 
 OLDEST_VERSION = (6, 2)
 _QUERY_PASSWORD = re.compile(r"(password=)[^&#]*", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _USER = re.compile(r"[\w.-]*(?=:)")
 
 
@@ -51,9 +52,9 @@ def hide_password(url: str) -> str:
     before, at, after = url.rpartition("@")
     if not at:
         return url
-    scheme, mark, secret = before.partition("://") if "://" in before else ("", "", before)
-    user = _USER.match(secret)
-    return f"{scheme}{mark}{user[0] + ':' if user else ''}***@{after}"
+    scheme = _SCHEME.match(before)
+    user = _USER.match(before, scheme.end() if scheme else 0)
+    return f"{scheme[0] if scheme else ''}{user[0] + ':' if user else ''}***@{after}"
 
 
 def open_broker(url: str | None = None, start_dir: Path | None = None) -> Broker:

@@ -81,6 +81,7 @@ def test_without_a_url_the_folders_server_is_used_until_closed(tmp_path: Path) -
 
 @given(before=st.text(max_size=5), after=st.text(max_size=5), user=st.sampled_from(["", "bob", "b:b", "b/b"]))
 @example(before="", after="@", user="")
+@example(before="", after="://", user="")
 @example(before="p/w", after="?x#y", user="")
 def test_no_password_is_ever_shown(before: str, after: str, user: str) -> None:
     """Whatever stands around it, also what should have been quoted, the password is replaced."""
