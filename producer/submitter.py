@@ -256,7 +256,7 @@ class Submitter:
                 time.sleep(min(next(pauses), deadline - now))
                 waited_ms = (time.monotonic() - started) * 1000.0
                 jobs = [
-                    replace(j, deadline_ms=max(j.deadline_ms - waited_ms, 1.0)) if j.deadline_ms else j
+                    j._replace(deadline_ms=max(j.deadline_ms - waited_ms, 1.0)) if j.deadline_ms else j
                     for j in sent.jobs
                 ]
                 pending = self._dispatch(encoder, sent.lane, jobs)

@@ -99,7 +99,7 @@ def _checked(value: object, length: int) -> tuple[dict[str, Packed], bytes]:
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], dict) and isinstance(value[1], bytes):
         columns = value[0]
         for name, column in columns.items():
-            if type(name) is not str or not isinstance(column, bytes | Ref):
+            if type(name) is not str or (type(column) is not bytes and type(column) is not Ref):
                 raise DecodeError("payload has a column that is neither bytes nor a ref", length=length)
         return columns, value[1]
     raise DecodeError("payload is not [columns, meta]", length=length)
@@ -118,6 +118,14 @@ def decode_payload(data: bytes) -> tuple[dict[str, Packed], bytes]:
 
 def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
     """Several payloads, one behind the other (a result of several terminal stages), as one table."""
+    try:
+        return _checked(msgpack.unpackb(data, ext_hook=_ext_hook), len(data))
+    except msgpack.ExtraData:
+        pass  # more than one, taken apart below
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(f"result does not decode: {error}", length=len(data)) from error
     columns: dict[str, Packed] = {}
     meta = b""
     unpacker = msgpack.Unpacker(ext_hook=_ext_hook, max_buffer_size=max(len(data), 1))
@@ -184,8 +192,7 @@ def refs_of(record: bytes) -> str:
 _STATUS = {ord("k"): "done", ord("f"): "failed", ord("c"): "cancelled", ord("d"): "expired"}
 
 
-@dataclass(frozen=True, slots=True)
-class Terminal:
+class Terminal(NamedTuple):
     """How a job ended: `status` is done, failed, cancelled or expired; `payload` a result or an error."""
 
     status: str

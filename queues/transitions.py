@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -36,8 +36,7 @@ class Session:
         return next(self._next)
 
 
-@dataclass(frozen=True, slots=True)
-class NewJob:
+class NewJob(NamedTuple):
     """One job to submit: milliseconds, rows, and its encoded payload. `refs` lists blobs already written."""
 
     id: str
@@ -100,8 +99,7 @@ class ClaimLimits:
     lease_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One job's committed output. `rows` None leaves the count; `refs` lists blobs already written."""
 
     token: bytes

@@ -39,9 +39,7 @@ class _Parsed:
     wanted: dict[str, Packed]
     riding: dict[str, Packed]
     meta: bytes
-
-    def refs(self) -> list[Ref]:
-        return [c for c in self.wanted.values() if isinstance(c, Ref)]
+    refs: list[Ref]
 
 
 class Assembler:
@@ -67,8 +65,7 @@ class Assembler:
                 bad.append((held, error))
         fetched = self._fetch(parsed)
         for job in parsed:
-            blobs = [fetched[ref] for ref in job.refs()]
-            if None in blobs:
+            if job.refs and None in [fetched[ref] for ref in job.refs]:
                 lost.append(job.held)
                 continue
             try:
@@ -86,13 +83,15 @@ class Assembler:
             part, meta = decode_payload(payload)
             by_stage[self._stage_of[pred]] = part
             columns = {**columns, **part} if columns else part
-        return _Parsed(held, self._inputs(columns, by_stage), self._riding(columns), meta)
+        wanted = self._inputs(columns, by_stage)
+        refs = [c for c in wanted.values() if type(c) is Ref]
+        return _Parsed(held, wanted, self._riding(columns), meta, refs)
 
     def _fetch(self, jobs: Sequence[_Parsed]) -> dict[Ref, bytes | None]:
         """The bytes behind every ref that the jobs read, None where they are gone; a round trip per lane."""
         fetched: dict[Ref, bytes | None] = {}
         for number, lane in enumerate(self._context.lanes):
-            refs = [ref for job in jobs if job.held.lane == number for ref in job.refs()]
+            refs = [ref for job in jobs if job.held.lane == number for ref in job.refs]
             if refs:
                 fetch = partial(fetch_blobs, self._client, lane, refs)
                 fetched.update(zip(refs, patiently(fetch), strict=True))
@@ -102,7 +101,7 @@ class Assembler:
         table: dict[str, Column] = {}
         rows = job.held.entry.rows
         for local, packed in job.wanted.items():
-            data = fetched[packed] if isinstance(packed, Ref) else packed
+            data = packed if isinstance(packed, bytes) else fetched[packed]
             value = codec.decode(data or b"")
             if not hasattr(value, "__len__") or len(value) != rows:
                 raise DecodeError(f"column {local!r} does not hold the job's {rows} rows")

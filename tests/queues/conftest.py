@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import msgpack
@@ -160,8 +159,6 @@ class Lane:
         return NewJob(
             (ids or self.ids).take(), data, options.pop("rows", 1), options.pop("nbytes", len(data)), **options
         )
-
-    replace = staticmethod(replace)
 
     def submitting(
         self, pipeline: int, jobs: Sequence[NewJob], *, session: Session | None = None, budget: int = 1 << 40

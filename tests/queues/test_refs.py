@@ -18,7 +18,7 @@ def submit_with_input(lane, pipeline, consumers=7, **options):
     """A job with one input blob; returns the job's id and the blob's name."""
     job = lane.job(**options)
     name = lane.blob(f"{job.id}.0.in.x")
-    job = lane.replace(job, refs=ref(name, consumers))
+    job = job._replace(refs=ref(name, consumers))
     assert lane.push(pipeline, [job]).statuses == "n"
     return job.id, name
 
@@ -40,9 +40,9 @@ def test_submit_refuses_incomplete_blobs(lane, chain):
     """A job whose blob misses a chunk is 'b' and leaves no trace; the others of its call are made."""
     whole, cut, good = lane.job(), lane.job(), lane.job()
     name = lane.blob(f"{cut.id}.0.in.x", 1)
-    cut = lane.replace(cut, refs=ref(name, 1, chunks=2))
+    cut = cut._replace(refs=ref(name, 1, chunks=2))
     lane.blob(f"{whole.id}.0.in.x", 2)
-    whole = lane.replace(whole, refs=ref(f"{whole.id}.0.in.x", 1, chunks=2))
+    whole = whole._replace(refs=ref(f"{whole.id}.0.in.x", 1, chunks=2))
     assert lane.push(chain, [whole, cut, good]).statuses == "nbn"
     assert lane.record(cut.id) is None
     assert lane.blobs()[name] > 0
@@ -299,7 +299,7 @@ def test_refs_of_any_script_are_recorded_and_freed(lane, chain):
     """A column name outside ASCII names its blob like any other."""
     job = lane.job()
     name = lane.blob(f"{job.id}.0.in.größe文")
-    assert lane.push(chain, [lane.replace(job, refs=ref(name, 1))]).statuses == "n"
+    assert lane.push(chain, [job._replace(refs=ref(name, 1))]).statuses == "n"
     assert lane.blobs() == {name: -1}
     lane.drain(chain)
     assert lane.blobs() == {}
