@@ -12,9 +12,10 @@ import json
 import os
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Mapping
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def import_use(use: str, base_dir: Path) -> Any:
     return found
 
 
+class _FromSource(SourceFileLoader):
+    """Reads no cached bytecode: that is known by time and size alone, and an edit within a second would go unseen."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        path = self.get_filename(fullname)
+        code: types.CodeType = self.source_to_code(self.get_data(path), path)
+        return code
+
+
 def _load_file(where: str, base_dir: Path) -> Any:
     path = resolve_inside(where, base_dir, "use")
     # Of the content too: a file that was edited, in a notebook say, is another version and is imported anew.
@@ -122,7 +132,7 @@ def _load_file(where: str, base_dir: Path) -> Any:
     known = sys.modules.get(name)
     if known is not None:
         return known
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     if spec is None or spec.loader is None:
         raise ConfigError(f"use {where!r}: cannot be loaded as a Python file")
     module = importlib.util.module_from_spec(spec)

@@ -166,15 +166,22 @@ class Relay:
         return self._submit(pipeline, rows, keys, options, parse_wait(wait_s))
 
     def _submit(
-        self, pipeline: str, rows: Iterable[Row], keys: Sequence[str] | None, options: SubmitOptions, wait_s: float
+        self,
+        pipeline: str,
+        rows: Iterable[Row],
+        keys: Sequence[str] | None,
+        options: SubmitOptions,
+        wait_s: float,
+        first: int = 0,
     ) -> list[JobFuture[dict[str, Any]]]:
+        """`first` is the number of the first row, for errors."""
         encoder = self._encoder(pipeline)
         drafts: list[Draft] = []
-        for i, row in enumerate(rows):
+        for number, row in enumerate(rows, first):
             try:
                 drafts.append(Draft(encoder.columns(row), 1))
             except InputError as error:
-                raise InputError(f"row {i}: {error}") from None if i or len(drafts) else error
+                raise InputError(f"row {number}: {error}") from error
         if keys is not None:
             if isinstance(keys, str) or len(keys) != len(drafts):
                 raise InputError(f"{len(drafts)} rows need {len(drafts)} keys, a sequence; {len(keys)} came")
@@ -222,22 +229,24 @@ class Relay:
             raise InputError(f"in_flight {in_flight!r} must be a whole number from 1")
         if on_error != "raise":
             raise InputError(f'on_error {on_error!r} is not supported; "raise" is')
-        options.setdefault("wait_s", float("inf"))
-        return self._map(pipeline, iter(rows), in_flight, options)
+        wait_s = parse_wait(options.pop("wait_s", float("inf")))
+        return self._map(pipeline, iter(rows), in_flight, SubmitOptions.parse(**options), wait_s)
 
     def _map(
-        self, pipeline: str, rows: Iterator[Row], in_flight: int, options: dict[str, Any]
+        self, pipeline: str, rows: Iterator[Row], in_flight: int, options: SubmitOptions, wait_s: float
     ) -> Generator[dict[str, Any], None, None]:
         waiting: deque[JobFuture[dict[str, Any]]] = deque()
         # Refilling in steps keeps the round trips few; a step of a quarter keeps three quarters under way.
         step = max(1, in_flight // 4)
+        sent = 0
         try:
             while True:
                 while len(waiting) <= in_flight - step:
                     part = list(islice(rows, step))
                     if not part:
                         break
-                    waiting.extend(self.submit_many(pipeline, part, **options))
+                    waiting.extend(self._submit(pipeline, part, None, options, wait_s, first=sent))
+                    sent += len(part)
                 if not waiting:
                     return
                 yield waiting[0].result()

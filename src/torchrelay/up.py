@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan
 
+log = logging.getLogger("torchrelay.up")
 _REFRESH_S = 0.5
 _LINE_EVERY_S = 10.0
 
@@ -90,7 +92,12 @@ class Fleet:
         return self._broker.url
 
     def _run(self, supervisor: Supervisor) -> None:
-        self._statuses.append(supervisor.run())
+        try:
+            status = supervisor.run()
+        except Exception:
+            log.exception("the supervisor of %s failed", supervisor.name)
+            status = 1
+        self._statuses.append(status)
 
     def running(self) -> bool:
         return any(t.is_alive() for t in self._threads)

@@ -116,6 +116,14 @@ def test_map_refuses_a_senseless_bound(near: Relay, bad: Any) -> None:
         near.map("echo", [], in_flight=bad)
 
 
+def test_map_names_a_bad_row_by_its_place_among_all_rows(near: Relay) -> None:
+    """Not by its place in the part that was being sent."""
+    rows = [row(i) for i in range(40)]
+    rows[33] = {"n": 33}
+    with pytest.raises(InputError, match="row 33: column 'n'"):
+        list(near.map("echo", rows, in_flight=8))
+
+
 def test_another_relay_finds_a_job_by_its_id(near: Relay, server_url: str, served: str, tmp_path: Path) -> None:
     """Waiting for it, reading its result, and cancelling it; an id of nobody is expired."""
     gate = tmp_path / "gate"
