@@ -56,6 +56,7 @@ class Inbox:
         """Sends the last acknowledgements and ends the thread."""
         self._stopping.set()
         self._wake()
+        self._channel.give_up()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 

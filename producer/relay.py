@@ -23,7 +23,9 @@ from torchrelay.config.settings import Settings
 from torchrelay.errors import (
     BrokerError,
     BytesLost,
+    DeadlineExceeded,
     InputError,
+    JobError,
     PipelineNotFound,
     ResultExpired,
 )
@@ -42,6 +44,7 @@ from torchrelay.queues.registry import Registered, Registry, run
 
 Row = Mapping[str, Any]
 _WARN_AFTER_S = 5.0
+_PATIENCE_WITH_ROWS_S = 0.005
 _FOREIGN_POLL_S = (0.005, 0.5)
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(@[0-9a-f]{8})?")
 
@@ -60,6 +63,7 @@ class Relay:
         self._lock = threading.RLock()
         self._opened = False
         self._closed = False
+        self._closing = threading.Event()
         self._warned: set[str] = set()
         self._encoders: dict[str, JobEncoder] = {}
 
@@ -82,7 +86,7 @@ class Relay:
                 self._inbox = Inbox(client, self._registry.lanes)
                 self.settled = self._inbox.settled
                 limit = self._settings.results_max_bytes
-                self._submitter = Submitter(client, self._registry.lanes, self._inbox, self, limit)
+                self._submitter = Submitter(client, self._registry.lanes, self._inbox, self, limit, self._rest)
                 self._submitter.start()
                 self._opened = True
         return self
@@ -91,12 +95,23 @@ class Relay:
         """Sends the last acknowledgements and disconnects. Jobs go on; `job(id)` finds them from anywhere."""
         with self._lock:
             first, self._closed = not self._closed, True
+            self._closing.set()
             if self._opened and first:
                 self._inbox.close()
                 with self.settled:
                     self.settled.notify_all()
                 self._submitter.close()
                 self._broker.close()
+
+    def _rest(self, seconds: float) -> None:
+        """Sleeps for a submit that waits for room; other threads may use the relay meanwhile."""
+        self._lock.release()
+        try:
+            self._closing.wait(seconds)
+        finally:
+            self._lock.acquire()
+        if self._closed:
+            raise InputError("this Relay was closed while a submit waited for room")
 
     @property
     def registry(self) -> Registry:
@@ -207,6 +222,13 @@ class Relay:
         try:
             # The server ends the job at its deadline; the second beyond it is for the news to arrive.
             return future.result(None if deadline_s is None else deadline_s + 1.0)
+        except JobError:
+            raise
+        except TimeoutError as late:
+            future.cancel()
+            missing = self._registry.unserved(self._registry.find(future.pipeline).pipeline)
+            why = f"; no live worker serves {', '.join(missing)}" if missing else ""
+            raise DeadlineExceeded(f"its deadline passed before it ended{why}", job_id=future.id) from late
         except BaseException:
             if not future.done():
                 future.cancel()
@@ -242,11 +264,13 @@ class Relay:
         try:
             while True:
                 while len(waiting) <= in_flight - step:
-                    part = list(islice(rows, step))
+                    part = _some(rows, step)
                     if not part:
                         break
                     waiting.extend(self._submit(pipeline, part, None, options, wait_s, first=sent))
                     sent += len(part)
+                    if waiting[0].done():
+                        break  # rows that come slowly must not hold up results that are there
                 if not waiting:
                     return
                 yield waiting[0].result()
@@ -375,3 +399,14 @@ class Relay:
             encoder = JobEncoder(registered, self._settings.priority_boost_ms_per_point)
             self._encoders[registered.pipeline.ref] = encoder
         return encoder
+
+
+def _some(rows: Iterator[Row], most: int) -> list[Row]:
+    """The next rows, at most so many; fewer where they come slowly, none at the end."""
+    part: list[Row] = []
+    started = time.monotonic()
+    for row in islice(rows, most):
+        part.append(row)
+        if time.monotonic() - started > _PATIENCE_WITH_ROWS_S:
+            break
+    return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,13 +59,21 @@ class Submitter:
     """Owns the producer's channel, sessions and id sources. Not thread-safe: the Relay holds its lock around it."""
 
     def __init__(
-        self, client: redis.Redis, lanes: tuple[Transitions, ...], inbox: Inbox, source: Source, results_max_bytes: int
+        self,
+        client: redis.Redis,
+        lanes: tuple[Transitions, ...],
+        inbox: Inbox,
+        source: Source,
+        results_max_bytes: int,
+        rest: Callable[[float], None],
     ) -> None:
+        """`rest` sleeps so many seconds and lets others use the submitter meanwhile."""
         self._client = client
         self._lanes = lanes
         self._inbox = inbox
         self._source = source
         self._results_max_bytes = results_max_bytes
+        self._sleep = rest
         self._channel = Channel(client)
         self._ids: list[IdSource] = []
         self._sessions: list[Session] = []
@@ -174,7 +182,12 @@ class Submitter:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise
-                time.sleep(min(pause_s, left_s))
+                self._rest(min(pause_s, left_s))
+
+    def _rest(self, seconds: float) -> None:
+        # Others send over the same session meanwhile: what is in flight is answered first, to keep its window.
+        self._channel.drain()
+        self._sleep(seconds)
 
     def _dispatch(self, encoder: JobEncoder, lane: int, jobs: list[NewJob]) -> Pending[Submitted]:
         """One call where the batch fits its limit of bytes; else the first parts are waited for here."""
@@ -253,7 +266,7 @@ class Submitter:
                 if now >= deadline:
                     self._inbox.forget(sent.futures)
                     raise
-                time.sleep(min(next(pauses), deadline - now))
+                self._rest(min(next(pauses), deadline - now))
                 waited_ms = (time.monotonic() - started) * 1000.0
                 jobs = [
                     j._replace(deadline_ms=max(j.deadline_ms - waited_ms, 1.0)) if j.deadline_ms else j

@@ -128,6 +128,10 @@ class Channel:
             self._recover(refusal)
             return None
 
+    def give_up(self) -> None:
+        """Waits no longer for a lost server; may be called from another thread."""
+        self._patience_s = 0.0
+
     def close(self) -> None:
         """Gives the connection back, closed: an answer in flight must not meet another owner."""
         if self._connection is not None:
@@ -158,7 +162,7 @@ class Channel:
             self._recover(error)
 
     def _recover(self, cause: Exception) -> None:
-        deadline, pause = time.monotonic() + self._patience_s, 0.02
+        started, pause = time.monotonic(), 0.02
         while True:
             if self._connection is not None:
                 self._connection.disconnect()
@@ -172,7 +176,7 @@ class Channel:
                 self.reconnects += 1
                 return
             except (*LOST, ResponseError) as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > started + self._patience_s:
                     gone = BrokerUnavailable(
                         f"no answer from the server for {self._patience_s:.0f} s ({cause or error}); is it running?"
                     )

@@ -66,7 +66,7 @@ def scan(registry: Registry, pipeline: str | None = None, *, redriven: bool = Fa
 
 def find(registry: Registry, job_id: str) -> DeadLetter | None:
     """One dead letter, or None."""
-    data: Any = registry.client.hget(registry.lanes[lane_of(job_id)].keys.dead, job_id)
+    data: Any = registry.client.hget(registry.lane(job_id).keys.dead, job_id)
     return DeadLetter.decode(job_id, data) if data else None
 
 
@@ -81,6 +81,8 @@ def drop(registry: Registry, ids: list[str]) -> dict[str, str]:
 
 
 def _each_lane(registry: Registry, ids: list[str], *, drop: bool) -> dict[str, str]:
+    for job_id in ids:
+        registry.lane(job_id)  # refuses the whole call before anything is moved
     out: dict[str, str] = {}
     for number, lane in enumerate(registry.lanes):
         mine = [i for i in ids if lane_of(i) == number]

@@ -15,8 +15,8 @@ import redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.errors import BrokerMisconfigured, PipelineNotFound
-from torchrelay.queues.keys import ControlKeys, LaneKeys
+from torchrelay.errors import BrokerMisconfigured, InputError, PipelineNotFound
+from torchrelay.queues.keys import ControlKeys, LaneKeys, lane_of
 from torchrelay.queues.scripts import Arg, Call, explain, script
 from torchrelay.queues.transitions import Transitions, pack_graph
 
@@ -116,6 +116,13 @@ class Registry:
         self._by_ref[pipeline.ref] = registered
         self._current.pop(pipeline.name, None)
         return registered
+
+    def lane(self, job_id: str) -> Transitions:
+        """The lane of a job; raises InputError for what is no id of this namespace."""
+        number = lane_of(job_id)
+        if number >= len(self.lanes):
+            raise InputError(f"job {job_id} is of lane {number}, this namespace has {len(self.lanes)}")
+        return self.lanes[number]
 
     def find(self, name: str) -> Registered:
         """`name` or `name@version`; which version a bare name means is read anew every second."""

@@ -44,6 +44,7 @@ class Orders:
     """What the supervisor tells its child."""
 
     pipeline: str
+    ref: str
     overrides: dict[str, str]
     stage: str
     url: str
@@ -123,6 +124,11 @@ def _read_orders() -> Orders:
 def serve(orders: Orders, stop: _Stop) -> None:
     """Loads the stage and runs the loop until it drains."""
     pipeline = Pipeline.load(Path(orders.pipeline), orders.overrides)
+    if pipeline.ref != orders.ref:
+        raise ConfigError(
+            f"{orders.pipeline} or its code changed since this worker was started: it was {orders.ref} and is "
+            f"{pipeline.ref} now; restart the worker to serve the new version"
+        )
     node = next(n for n in pipeline.graph.nodes if n.name == orders.stage)
     spec = pipeline.spec.stages[node.index - 1]
     device = pick_device(spec, orders.device)
@@ -141,6 +147,8 @@ def serve(orders: Orders, stop: _Stop) -> None:
         pipeline, registered.number, node, spec, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms
     )
     page = ProgressPage(Path(orders.page))
+    # Both sides hold it by now; its name would outlive a supervisor that is killed.
+    page.path.unlink(missing_ok=True)
     try:
         log.info("ready on %s", device)
         StageLoop(context, runner, client, page, stop).run()

@@ -158,6 +158,7 @@ class StageLoop:
             outputs = self._runner.run([w.table for w in works], rows, [w.fields for w in works])
         except (Exception, SystemExit) as error:
             self._busy_s += time.monotonic() - started
+            self._report()
             if len(works) == 1:
                 self._fail([(works[0].held, self._failure(error))])
             else:
@@ -166,6 +167,8 @@ class StageLoop:
                 self._forward(works[middle:])
             return
         elapsed = time.monotonic() - started
+        # The forward is over: what follows may wait for the server, and is no fault of these jobs.
+        self._report()
         self._commit(works, outputs)
         self._account(works, elapsed, time.monotonic() - started)
 

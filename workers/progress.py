@@ -16,6 +16,8 @@ from pathlib import Path
 _HEAD = struct.Struct("<QddQQQdQII")
 _SEQUENCE = struct.Struct("<Q")
 PAGE_BYTES = 65536
+# What one job may add: its entry, and a fence when it was granted alone.
+_BYTES_PER_JOB = 48
 
 LOADING, READY, DRAINING = 0, 1, 2
 STATES = ("loading", "ready", "draining")
@@ -46,14 +48,15 @@ class ProgressPage:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), PAGE_BYTES)
+            self._map = mmap.mmap(file.fileno(), 0)
         self._sequence = 0
         self._last = Progress()
 
     @classmethod
-    def create(cls) -> ProgressPage:
+    def create(cls, jobs: int = 0) -> ProgressPage:
+        """A page with room for a forward of so many jobs."""
         descriptor, name = tempfile.mkstemp(prefix="torchrelay-progress-")
-        os.ftruncate(descriptor, PAGE_BYTES)
+        os.ftruncate(descriptor, PAGE_BYTES + jobs * _BYTES_PER_JOB)
         os.close(descriptor)
         return cls(Path(name))
 
@@ -72,7 +75,7 @@ class ProgressPage:
             len(p.started),
         )
         body += fences + p.started
-        if len(body) + 8 > PAGE_BYTES:
+        if len(body) + 8 > len(self._map):
             raise ValueError(f"progress of {len(body)} bytes does not fit its page")
         self._sequence += 1
         self._map[0:8] = _SEQUENCE.pack(self._sequence)
@@ -84,16 +87,15 @@ class ProgressPage:
         """The last whole state. `dead` says that the writer is gone: a state cut off by its death is read as it is."""
         for _ in range(1000):
             before = self._map[0:8]
-            data = self._map[8:PAGE_BYTES]
+            *numbers, fences_length, started_length = _HEAD.unpack_from(self._map, 8)
+            at = 8 + _HEAD.size
+            data = self._map[at : at + fences_length + started_length]
             if (before == self._map[0:8] and before[0] % 2 == 0) or dead:
                 break
         else:
             return self._last  # the writer was stopped in the middle of its words
-        *numbers, fences_length, started_length = _HEAD.unpack_from(data)
         state, since, beat, jobs, rows, batches, busy_s, failures = numbers
-        at = _HEAD.size
-        fences = data[at : at + fences_length].decode("ascii", "replace")
-        started = data[at + fences_length : at + fences_length + started_length]
+        fences = data[:fences_length].decode("ascii", "replace")
         self._last = Progress(
             min(state, 2),
             since,
@@ -104,7 +106,7 @@ class ProgressPage:
             busy_s,
             failures,
             tuple(fences.split(",")) if fences else (),
-            started,
+            data[fences_length:],
         )
         return self._last
 

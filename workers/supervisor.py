@@ -25,7 +25,7 @@ from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry, WorkerReport, run
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, Orders
-from torchrelay.workers.progress import DRAINING, STATES, Progress, ProgressPage
+from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
 from torchrelay.workers.upkeep import Upkeep
 
 log = logging.getLogger("torchrelay.supervisor")
@@ -114,7 +114,7 @@ class Supervisor:
     def _live_once(self) -> tuple[int, bool]:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
-        self._page = page = ProgressPage.create()
+        self._page = page = ProgressPage.create(self._max_rows)
         self._started_at = time.time()
         self._next_renewal = 0.0
         child = self._start_child(page)
@@ -142,6 +142,7 @@ class Supervisor:
         plan = self._plan
         orders = Orders(
             pipeline=str(plan.pipeline.path),
+            ref=plan.pipeline.ref,
             overrides=plan.overrides,
             stage=plan.stage,
             url=self._url,
@@ -187,6 +188,8 @@ class Supervisor:
                 log.error("the worker did not drain in %d s; ending it", GRACE_S)
                 return
             progress = page.read()
+            if self._stopping and progress.state == LOADING:
+                return  # it holds no jobs, and loading may take minutes
             if self._hung(progress):
                 self._dump_stack(child)
                 return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from redis import exceptions as redis_errors
 
 from torchrelay import terminal
 from torchrelay.cli_dead import dead_app
@@ -29,6 +30,7 @@ from torchrelay.cli_options import (
     RedisOption,
     SetOption,
     open_relay,
+    overrides_by_file,
     overrides_of,
     pipeline_name,
 )
@@ -67,10 +69,10 @@ def check(
     Example: [bold]torchrelay check pipeline.yaml[/bold]
     """
     found: list[dict[str, Any]] = []
-    for file in files:
+    for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         problems: tuple[str, ...] = ()
         try:
-            pipeline = Pipeline.load(file, overrides_of(set_))
+            pipeline = Pipeline.load(file, overrides)
             problems = check_stages(pipeline)
         except ConfigError as error:
             problems = error.problems
@@ -104,9 +106,8 @@ def up(
 
     Example: [bold]torchrelay up pipeline.yaml --allow-cpu[/bold]
     """
-    overrides = overrides_of(set_)
     fleet = Fleet(redis, namespace, allow_cpu=allow_cpu)
-    for file in files:
+    for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         fleet.add(Pipeline.load(file, overrides), overrides)
     raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal))
 
@@ -132,14 +133,15 @@ def worker(
 
 
 def _rows(text: str, files: Sequence[str] | None) -> list[dict[str, Any]]:
-    lines = sys.stdin.read().splitlines() if text == "-" else [text]
+    # Only a newline ends a line: texts may hold the other characters that Python splits at.
+    lines = sys.stdin.buffer.read().split(b"\n") if text == "-" else [text.encode("utf-8", "surrogateescape")]
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f'line {number}: a row is a JSON object such as {{"text": "hi"}}, not {line[:40]!r}')
@@ -177,16 +179,18 @@ def submit(
 
     Example: [bold]torchrelay submit embed '{"text": "hi"}' --wait[/bold]
     """
+    if wait and keep == 0:
+        raise InputError("--keep 0 keeps no result to wait for; leave one of --keep 0 and --wait out")
     rows = _rows(row, file)
     if key is not None and len(rows) != 1:
         raise InputError(f"--key goes with one row, {len(rows)} came")
     with open_relay(redis, namespace) as relay:
         name = pipeline_name(relay, pipeline, overrides_of(set_))
-        level: str | int = int(priority) if priority.isdigit() else priority
+        level: str | int = int(priority) if priority.isascii() and priority.isdigit() else priority
         futures = relay.submit_many(
             name,
             rows,
-            [key] if key else None,
+            [key] if key is not None else None,
             priority=level,
             deadline_s=deadline,
             delay_s=delay,
@@ -316,6 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             terminal.err.print(f"[red]error[/red] {terminal.clean(problem)}", soft_wrap=True)
         code = EXIT_USAGE
+    except (redis_errors.RedisError, ConnectionError) as error:
+        terminal.err.print(f"[red]error[/red] the server went away: {terminal.clean(error)}", soft_wrap=True)
+        code = EXIT_BROKER
     except (TorchrelayError, JobError) as error:
         terminal.err.print(f"[red]error[/red] {terminal.clean(error)}", soft_wrap=True)
         code = _exit_code(error)

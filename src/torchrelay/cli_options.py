@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.yaml_source import read_source
 from torchrelay.errors import ConfigError
 from torchrelay.producer.relay import Relay
 
@@ -36,6 +37,33 @@ def overrides_of(values: Sequence[str] | None) -> dict[str, str]:
         if not equals or "." not in key:
             raise ConfigError(f"--set {key!r}: write it as STAGE.KEY=VALUE, for example --set encode.batch.max_rows=64")
     return {key: value for key, _, value in pairs}
+
+
+def overrides_by_file(files: Sequence[Path], values: Sequence[str] | None) -> list[dict[str, str]]:
+    """For each file the overrides of its own stages; ConfigError for one that names no stage of any."""
+    overrides = overrides_of(values)
+    mine: list[dict[str, str]] = []
+    for file in files:
+        names = _stage_names(file)
+        mine.append({k: v for k, v in overrides.items() if k.partition(".")[0] in names})
+    stray = [k for k in overrides if not any(k in m for m in mine)]
+    # With one file its own message is better: it knows the nearest name.
+    return [overrides] if len(files) == 1 else _none_stray(mine, stray)
+
+
+def _none_stray(mine: list[dict[str, str]], stray: list[str]) -> list[dict[str, str]]:
+    if stray:
+        raise ConfigError(f"--set {stray[0]}: no file has a stage {stray[0].partition('.')[0]!r}")
+    return mine
+
+
+def _stage_names(file: Path) -> set[str]:
+    try:
+        data = read_source(file).data
+    except ConfigError:
+        return set()  # loading it says what is wrong
+    stages = data.get("stages") if isinstance(data, dict) else None
+    return {str(s.get("name")) for s in stages if isinstance(s, dict)} if isinstance(stages, list) else set()
 
 
 def open_relay(redis: str | None, namespace: str | None) -> Relay:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
+import redis
+from rich.console import RenderableType
 from rich.live import Live
 
 from torchrelay import terminal
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import ConfigError
+from torchrelay.errors import BrokerError, ConfigError
 from torchrelay.queues.connection import open_broker
 from torchrelay.queues.registry import Registry
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan
 
 log = logging.getLogger("torchrelay.up")
+_DEVICE = re.compile(r"^(auto|cpu|cuda(:\d+)?)$")
 _REFRESH_S = 0.5
 _LINE_EVERY_S = 10.0
 
@@ -65,6 +70,8 @@ class Fleet:
         names = [s.name for s in pipeline.spec.stages]
         if stage is not None and stage not in names:
             raise ConfigError(f"{pipeline.path}: no stage {stage!r}; its stages are {', '.join(names)}")
+        if not _DEVICE.match(device):
+            raise ConfigError(f"device {device!r:.40} is none of auto, cpu, cuda, cuda:N")
         if device == "auto" and self._allow_cpu:
             device = "auto-cpu"
         self._pipelines.append(pipeline)
@@ -133,23 +140,34 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
     terminal.err.print(f"workers on {fleet.url}, namespace {fleet.settings.namespace}; Ctrl-C drains", soft_wrap=True)
     try:
         if live:
-            with Live(terminal.status_view(fleet.registry), console=terminal.out, auto_refresh=False) as view:
+            with Live(console=terminal.out, auto_refresh=False) as view:
                 while not stop.is_set() and fleet.running() and not fleet.failed():
+                    view.update(_or_away(lambda: terminal.status_view(fleet.registry)), refresh=True)
                     stop.wait(_REFRESH_S)
-                    view.update(terminal.status_view(fleet.registry), refresh=True)
         else:
             next_line = time.monotonic() + _LINE_EVERY_S
             while not stop.is_set() and fleet.running() and not fleet.failed():
                 stop.wait(_REFRESH_S)
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + _LINE_EVERY_S
-                    parts = [
-                        f"{r['node'].rpartition('/')[2]} {r['waiting_rows']} waiting {r['running_rows']} running"
-                        for r in terminal.node_rows(fleet.registry)
-                    ]
-                    terminal.err.print("; ".join(parts), soft_wrap=True)
+                    terminal.err.print(_or_away(lambda: _status_line(fleet)), soft_wrap=True)
     finally:
         fleet.stop()
         status = fleet.wait()
         fleet.close()
     return status
+
+
+def _status_line(fleet: Fleet) -> str:
+    rows = terminal.node_rows(fleet.registry)
+    return "; ".join(
+        f"{r['node'].rpartition('/')[2]} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows
+    )
+
+
+def _or_away(show: Callable[[], RenderableType]) -> RenderableType:
+    """What `show` returns; while the server is away, that. The workers wait for it by themselves."""
+    try:
+        return show()
+    except (redis.RedisError, BrokerError, OSError) as error:
+        return f"the server is away, the workers wait for it: {terminal.clean(error)}"
