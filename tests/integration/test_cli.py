@@ -60,6 +60,11 @@ def near(server: PrivateServer, space: str) -> Iterator[Relay]:
         yield relay
 
 
+def lines_of_json(text: str) -> list[Any]:
+    """JSON lines end at newlines alone."""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def lines(done: subprocess.CompletedProcess[str]) -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -106,6 +111,9 @@ def test_submit_reads_json_lines_from_standard_input(server: PrivateServer, spac
     text = "".join(f'{{"n": "{i}"}}\n\n' for i in range(20))
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
     assert [r["out"] for r in lines(done)] == [f"{i}!" for i in range(20)]
+    text = '{"n": "a\u2028b\u0085c"}\n'
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert [r["out"] for r in lines_of_json(done.stdout)] == ["a\u2028b\u0085c!"]
     bad = subprocess.run(command, input='{"n": "1"}\n[1]\n', capture_output=True, text=True, timeout=60, check=False)
     assert bad.returncode == 2
     assert "line 2" in bad.stderr
@@ -124,6 +132,13 @@ def test_submit_reads_json_lines_from_standard_input(server: PrivateServer, spac
         (("job", "not-an-id"), "not-an-id"),
         (("dead", "show", "0000000000000000"), "0000000000000000"),
         (("dead", "redrive"), "--all"),
+        (("dead", "show", "aaaaaaaAaaaaaaaa"), "lane"),
+        (("dead", "redrive", "aaaaaaaAaaaaaaaa"), "lane"),
+        (("submit", "echo", '{"n": "a"}', "--priority", "²"), "²"),
+        (("submit", "echo", '{"n": "a"}', "--key", ""), "key"),
+        (("submit", "echo", '{"n": "a"}', "--keep", "0", "--wait"), "--keep 0"),
+        (("worker", "echo.yaml", "--stage", "echo", "--device", "bananas"), "bananas"),
+        (("up", "echo.yaml", "idle.yaml", "--set", "nobody.batch.max_rows=1"), "nobody"),
         (("worker", "echo.yaml", "--stage", "ecko"), "ecko"),
         (("worker", "echo.yaml", "--stage", "echo", "--set", "echo.batch.max_row=1"), "max_row"),
     ],

@@ -7,6 +7,8 @@ import math
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,57 @@ def test_map_names_a_bad_row_by_its_place_among_all_rows(near: Relay) -> None:
     rows[33] = {"n": 33}
     with pytest.raises(InputError, match="row 33: column 'n'"):
         list(near.map("echo", rows, in_flight=8))
+
+
+def test_map_gives_results_while_rows_come_slowly(near: Relay) -> None:
+    """The first result is there long before `in_flight` rows are."""
+
+    def slowly() -> Any:
+        for i in range(200):
+            time.sleep(0.01)
+            yield row(i)
+
+    started = time.monotonic()
+    with closing(near.map("echo", slowly(), in_flight=200)) as results:
+        assert next(results)["out"] == "0!"
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_submit_that_waits_for_room_holds_up_nobody_else(relay: Relay, make_pipeline: Callable[..., Path]) -> None:
+    """Another thread submits elsewhere and asks for states meanwhile; closing ends the wait."""
+    code = "from torchrelay import Stage\nclass Echo(Stage):\n    def forward(self, batch): return {}\n"
+    stage = "{name: echo, use: 'stages.py:Echo', queue: {max_rows: 4}}"
+    relay.register(make_pipeline(f"pipeline: small\nstages: [{stage}]\n", code, "small.yaml"))
+    relay.register(
+        make_pipeline("pipeline: other\nstages: [{name: echo, use: 'stages.py:Echo'}]\n", code, "other.yaml")
+    )
+    relay.submit_many("small", [{"n": 1}] * 4)
+    raised: list[BaseException] = []
+
+    def wait_for_room() -> None:
+        try:
+            relay.submit("small", {"n": 1}, wait_s=60)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=wait_for_room)
+    thread.start()
+    started = time.monotonic()
+    for _ in range(10):
+        assert relay.submit("other", {"n": 1}).status() == "waiting"
+    relay.close()
+    thread.join(10)
+    assert time.monotonic() - started < 8
+    assert not thread.is_alive()
+    assert isinstance(raised[0], InputError)
+
+
+def test_infer_past_its_deadline_says_so_and_names_stages_without_workers(relay: Relay, tmp_path: Path) -> None:
+    """Where nobody is there to end the job, it is cancelled, and the error is DeadlineExceeded all the same."""
+    ref = relay.register(write_pipeline(tmp_path))
+    with pytest.raises(DeadlineExceeded, match="no live worker serves echo"):
+        relay.infer("echo", row(), deadline_s=0.05)
+    assert relay.registry.loads()[f"{ref}/echo.ready_rows"] == 0
 
 
 def test_another_relay_finds_a_job_by_its_id(near: Relay, server_url: str, served: str, tmp_path: Path) -> None:
