@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,11 @@ err = Console(stderr=True, highlight=False)
 
 
 def plain(value: Any) -> Any:
-    """A result as JSON can hold it: arrays as lists, bytes as base64."""
+    """A result as JSON can hold it: arrays as lists, bytes as base64, complex as [re, im], NaN and Inf as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, complex):
+        return [plain(value.real), plain(value.imag)]
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist())
     if isinstance(value, bytes):
