@@ -18,6 +18,7 @@ class Source(Protocol):
     """Where a future's answers come from: the Relay that made it."""
 
     settled: threading.Condition
+    fetching: threading.Lock
 
     def await_terminal(self, future: JobFuture[Any], deadline: float | None) -> None: ...
     def decode_result(self, future: JobFuture[Any], terminal: Terminal) -> Any: ...
@@ -86,8 +87,17 @@ class JobFuture(Generic[R]):
             raise error
         if self._value is None:
             assert self._terminal is not None  # exception() returned: the job is done
-            self._value = self._source.decode_result(self, self._terminal)
-        return self._value
+            if self._terminal.has_refs:
+                self._fetch(self._terminal)
+            else:
+                self._value = self._source.decode_result(self, self._terminal)
+        return self._value  # type: ignore[return-value]  # decoded above
+
+    def _fetch(self, terminal: Terminal) -> None:
+        """Bytes kept until delivered are gone once they were fetched: of several threads, one fetches them."""
+        with self._source.fetching:
+            if self._value is None:
+                self._value = self._source.decode_result(self, terminal)
 
     def exception(self, timeout: float | None = None) -> JobError | None:
         """Waits; returns the error with which the job ended, or None. Raises TimeoutError after `timeout` seconds."""

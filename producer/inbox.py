@@ -52,6 +52,10 @@ class Inbox:
             self._thread = threading.Thread(target=self._run, name="torchrelay-inbox", daemon=True)
             self._thread.start()
 
+    def is_this_thread(self) -> bool:
+        """Whether the caller is the receiving thread itself: in a done callback."""
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
         """Sends the last acknowledgements and ends the thread."""
         self._stopping.set()

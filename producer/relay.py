@@ -64,6 +64,7 @@ class Relay:
         self._opened = False
         self._closed = False
         self._closing = threading.Event()
+        self.fetching = threading.Lock()
         self._warned: set[str] = set()
         self._encoders: dict[str, JobEncoder] = {}
 
@@ -299,7 +300,7 @@ class Relay:
 
     def await_terminal(self, future: JobFuture[Any], deadline: float | None) -> None:
         """Blocks until the future is settled; raises TimeoutError at `deadline` (time.monotonic)."""
-        if threading.current_thread().name == "torchrelay-inbox":
+        if self._inbox.is_this_thread():
             raise InputError(
                 "result() of a pending job inside a done callback would wait for itself; use its own future"
             )

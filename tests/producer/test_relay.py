@@ -69,6 +69,19 @@ def test_infer_returns_the_result_or_raises_how_the_job_ended(near: Relay) -> No
     assert error.job_id in str(error)
 
 
+def test_several_threads_may_ask_for_one_large_result(near: Relay) -> None:
+    """Its bytes go when they were fetched; every thread gets the same row."""
+    future = near.submit("echo", {"n": "a", "x": np.ones(1 << 20, np.float32)})
+    rows: list[Any] = []
+    threads = [threading.Thread(target=lambda: rows.append(future.result(30))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(rows) == 8
+    assert all(r is rows[0] for r in rows)
+
+
 def test_infer_past_its_deadline_leaves_no_job_behind(near: Relay) -> None:
     """Nobody serves the pipeline: the server ends the job, and the queue is empty again."""
     began = time.monotonic()
