@@ -8,9 +8,7 @@ import re
 import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -33,6 +31,7 @@ from torchrelay.producer.encoding import JobEncoder, SubmitOptions, key_digest, 
 from torchrelay.producer.futures import JobFuture
 from torchrelay.producer.inbox import Inbox
 from torchrelay.producer.lookups import find_status, reached
+from torchrelay.producer.mapping import map_in_order
 from torchrelay.producer.submitter import Draft, Submitter
 from torchrelay.queues import codec
 from torchrelay.queues.blobs import read_blobs
@@ -44,7 +43,6 @@ from torchrelay.queues.registry import Registered, Registry, run
 
 Row = Mapping[str, Any]
 _WARN_AFTER_S = 5.0
-_PATIENCE_WITH_ROWS_S = 0.005
 _FOREIGN_POLL_S = (0.005, 0.5)
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(@[0-9a-f]{8})?")
 
@@ -253,32 +251,12 @@ class Relay:
         if on_error != "raise":
             raise InputError(f'on_error {on_error!r} is not supported; "raise" is')
         wait_s = parse_wait(options.pop("wait_s", float("inf")))
-        return self._map(pipeline, iter(rows), in_flight, SubmitOptions.parse(**options), wait_s)
+        parsed = SubmitOptions.parse(**options)
 
-    def _map(
-        self, pipeline: str, rows: Iterator[Row], in_flight: int, options: SubmitOptions, wait_s: float
-    ) -> Generator[dict[str, Any], None, None]:
-        waiting: deque[JobFuture[dict[str, Any]]] = deque()
-        # Refilling in steps keeps the round trips few; a step of a quarter keeps three quarters under way.
-        step = max(1, in_flight // 4)
-        sent = 0
-        try:
-            while True:
-                while len(waiting) <= in_flight - step:
-                    part = _some(rows, step)
-                    if not part:
-                        break
-                    waiting.extend(self._submit(pipeline, part, None, options, wait_s, first=sent))
-                    sent += len(part)
-                    if waiting[0].done():
-                        break  # rows that come slowly must not hold up results that are there
-                if not waiting:
-                    return
-                yield waiting[0].result()
-                waiting.popleft()
-        finally:
-            if waiting:
-                self._cancel([f.id for f in waiting if not f.done()])
+        def submit(part: list[Row], first: int) -> list[JobFuture[dict[str, Any]]]:
+            return self._submit(pipeline, part, None, parsed, wait_s, first)
+
+        return map_in_order(iter(rows), in_flight, submit, self._cancel)
 
     def job(self, job_id: str) -> JobFuture[dict[str, Any]]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.
@@ -400,14 +378,3 @@ class Relay:
             encoder = JobEncoder(registered, self._settings.priority_boost_ms_per_point)
             self._encoders[registered.pipeline.ref] = encoder
         return encoder
-
-
-def _some(rows: Iterator[Row], most: int) -> list[Row]:
-    """The next rows, at most so many; fewer where they come slowly, none at the end."""
-    part: list[Row] = []
-    started = time.monotonic()
-    for row in islice(rows, most):
-        part.append(row)
-        if time.monotonic() - started > _PATIENCE_WITH_ROWS_S:
-            break
-    return part
