@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from torchrelay.errors import QueueFull, RunConflict
 from torchrelay.producer.futures import JobFuture
 
 Row = Mapping[str, Any]
@@ -36,7 +37,12 @@ def map_in_order(
                 part = _some(rows, step)
                 if not part:
                     break
-                waiting.extend(submit(part, sent))
+                try:
+                    waiting.extend(submit(part, sent))
+                except (QueueFull, RunConflict) as refused:
+                    # Part of it went in, and is to be cancelled with the rest.
+                    waiting.extend(f for f in refused.accepted if isinstance(f, JobFuture))
+                    raise
                 sent += len(part)
                 if waiting[0].done():
                     break  # rows that come slowly must not hold up results that are there

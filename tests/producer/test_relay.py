@@ -153,6 +153,17 @@ def test_map_gives_results_while_rows_come_slowly(near: Relay) -> None:
     assert time.monotonic() - started < 1.5
 
 
+def test_map_that_finds_no_room_leaves_no_job_behind(relay: Relay, make_pipeline: Callable[..., Path]) -> None:
+    """What went in of the part that was refused is cancelled too."""
+    code = "from torchrelay import Stage\nclass Echo(Stage):\n    def forward(self, batch): return {}\n"
+    stage = "{name: echo, use: 'stages.py:Echo', queue: {max_rows: 4}}"
+    ref = relay.register(make_pipeline(f"pipeline: small\nstages: [{stage}]\n", code))
+    with pytest.raises(QueueFull) as raised:
+        list(relay.map("small", [{"n": 1}] * 300, in_flight=1200, wait_s=0))
+    assert len(raised.value.accepted) == 256
+    assert relay.registry.loads()[f"{ref}/echo.ready_rows"] == 0
+
+
 def test_a_submit_that_waits_for_room_holds_up_nobody_else(relay: Relay, make_pipeline: Callable[..., Path]) -> None:
     """Another thread submits elsewhere and asks for states meanwhile; closing ends the wait."""
     code = "from torchrelay import Stage\nclass Echo(Stage):\n    def forward(self, batch): return {}\n"
