@@ -3,7 +3,7 @@
 from torchrelay.config.graph import Graph, Node
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings, parse_bytes
-from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Pipeline",
     "PipelineSpec",
     "Settings",
-    "StageSpec",
+    "StageConfig",
     "parse_bytes",
     "parse_type",
 ]

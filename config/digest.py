@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrelay.config.imports import resolve_inside, source_digest
-from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.errors import ConfigError
 
 VERSION_LENGTH = 8
@@ -32,7 +32,7 @@ def version_of(spec: PipelineSpec, base_dir: Path) -> str:
     return hashlib.blake2b(text.encode(), digest_size=VERSION_LENGTH // 2).hexdigest()
 
 
-def _stage(stage: StageSpec, base_dir: Path, after: bool) -> dict[str, Any]:
+def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"name": stage.name, "use": stage.use, "code": source_digest(stage.use, base_dir).hex()}
     if after:
         out["after"] = stage.after

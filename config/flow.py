@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 
 from torchrelay.config.graph import Graph, Node
-from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.spec import PipelineSpec, StageConfig
 
 Place = tuple[str | int, ...]
 Report = Callable[[Place, str], None]
@@ -41,7 +41,7 @@ def _complete(graph: Graph, among: Iterable[Node]) -> bool:
     return bool(graph.input) and all(n.outputs for n in among)
 
 
-def _check_inputs(graph: Graph, node: Node, stage: StageSpec, report: Report) -> None:
+def _check_inputs(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
     before = graph.ancestors(node)
     seen, complete = _makers(graph, before), _complete(graph, before)
     place: Place = ("stages", node.index - 1)
@@ -76,7 +76,7 @@ def _check_selected(graph: Graph, node: Node, source: str, key: Place, report: R
         )
 
 
-def _check_pad(graph: Graph, node: Node, stage: StageSpec, report: Report) -> None:
+def _check_pad(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
     before = graph.ancestors(node)
     types = graph.types_of(node)
     if node.inputs is not None:

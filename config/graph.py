@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from torchrelay.config.types import ColumnType
 
@@ -13,7 +14,11 @@ class Node:
     """One stage. `preds` and `succs` are node numbers, from 1; 0 is the pipeline's input.
 
     `inputs` maps what the stage calls a column to where it comes from, None for all columns. `keeps` are the columns
-    that must stay in the job after this node, None for all.
+    that must stay in the job after this node, None for all. `rank` is its place in an order in which each node comes
+    after its predecessors, from 1. `when` names the column that must be true for a row to enter.
+
+    A stack lists the expanding nodes (by number) that rows came through and that no collapse has undone: `before` is
+    that of the rows that come in, `at` that of the rows that `forward` sees, `stack` that of what it returns.
     """
 
     index: int
@@ -23,6 +28,12 @@ class Node:
     inputs: dict[str, str] | None
     outputs: dict[str, ColumnType]
     keeps: frozenset[str] | None
+    rows: Literal["same", "expand", "collapse"] = "same"
+    when: str | None = None
+    rank: int = 0
+    before: tuple[int, ...] = ()
+    at: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
 
     @property
     def bit(self) -> int:
@@ -45,6 +56,11 @@ class Graph:
         """Whether the nodes form one chain."""
         chain = all(len(n.succs) <= 1 and len(n.preds) == 1 for n in self.nodes)
         return chain and sum(n.preds == (0,) for n in self.nodes) == 1
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether a job's columns need no notes on who made them: one chain, on which rows stay as many as they are."""
+        return self.linear and all(n.rows == "same" for n in self.nodes)
 
     @cached_property
     def terminals(self) -> tuple[Node, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torchrelay.config.flow import Report, check_columns
 from torchrelay.config.graph import Graph, Node
-from torchrelay.config.spec import PipelineSpec, StageSpec
+from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
 
 
@@ -39,7 +39,7 @@ def _check_names(names: list[str], report: Report) -> bool:
     return ok
 
 
-def _check_tuning(stages: Sequence[StageSpec], report: Report) -> None:
+def _check_tuning(stages: Sequence[StageConfig], report: Report) -> None:
     for i, stage in enumerate(stages):
         low, high = stage.replicas.min, stage.replicas.max
         if high < low:
@@ -107,7 +107,7 @@ def _one_cycle(left: set[int], preds: list[tuple[int, ...]]) -> list[int]:
         path.append(back)
 
 
-def _inputs(stage: StageSpec) -> dict[str, str] | None:
+def _inputs(stage: StageConfig) -> dict[str, str] | None:
     if stage.inputs is None or isinstance(stage.inputs, dict):
         return stage.inputs
     return {c: c for c in stage.inputs}

@@ -19,7 +19,7 @@ from torchrelay.config.digest import version_of
 from torchrelay.config.graph import Graph
 from torchrelay.config.graph_build import build_graph
 from torchrelay.config.imports import resolve_inside, source_digest
-from torchrelay.config.spec import COMING, PipelineSpec, StageSpec
+from torchrelay.config.spec import COMING, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType
 from torchrelay.config.yaml_source import Place, Source, read_source
 from torchrelay.errors import ConfigError
@@ -232,7 +232,7 @@ def _fields(place: Place) -> list[str]:
     model: Any = PipelineSpec
     for part in place[:-1]:
         if isinstance(part, int):
-            model = StageSpec
+            model = StageConfig
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[part].annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -119,7 +119,7 @@ class TorchSpec(_Model):
     compile: bool = False
 
 
-class StageSpec(_Model):
+class StageConfig(_Model):
     """One stage of a pipeline, as its file describes it."""
 
     name: Name
@@ -143,7 +143,7 @@ class StageSpec(_Model):
     queue: QueueSpec = QueueSpec()
 
 
-def _few(stages: list[StageSpec]) -> list[StageSpec]:
+def _few(stages: list[StageConfig]) -> list[StageConfig]:
     if not 1 <= len(stages) <= MAX_STAGES:
         raise ValueError(f"a pipeline has 1 to {MAX_STAGES} stages, not {len(stages)}")
     return stages
@@ -155,4 +155,4 @@ class PipelineSpec(_Model):
     pipeline: Name
     input: dict[Column, TypeText] = {}
     output: Annotated[list[Column], Field(min_length=1)] | None = None
-    stages: Annotated[list[StageSpec], AfterValidator(_few)]
+    stages: Annotated[list[StageConfig], AfterValidator(_few)]

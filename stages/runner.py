@@ -14,7 +14,7 @@ from torchrelay.stages.loading import make_stage
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from torchrelay.config.spec import StageSpec
+    from torchrelay.config.spec import StageConfig
     from torchrelay.stages.torch_stage import TorchStage
 
 __all__ = ["Runner", "make_runner"]
@@ -108,7 +108,7 @@ def is_torch_stage(stage: Stage) -> TypeGuard[TorchStage]:
 
 def make_runner(
     obj: object,
-    spec: StageSpec,
+    spec: StageConfig,
     types: Mapping[str, ColumnType] | None = None,
     outputs: Mapping[str, ColumnType] | None = None,
 ) -> Runner:

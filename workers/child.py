@@ -23,7 +23,7 @@ import redis
 
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.spec import StageSpec
+from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.registry import Registry
@@ -61,7 +61,7 @@ class Orders:
         return json.dumps(asdict(self)) + "\n"
 
 
-def pick_device(stage: StageSpec, asked: str) -> str:
+def pick_device(stage: StageConfig, asked: str) -> str:
     """The torch device name for a stage. `asked` is auto, auto-cpu (fall back), cpu, cuda or cuda:N.
 
     Raises DeviceError when the stage wants a GPU and there is none.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torchrelay.config.graph import Node
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.spec import StageSpec
+from torchrelay.config.spec import StageConfig
 from torchrelay.queues.transitions import Transitions
 
 
@@ -17,7 +17,7 @@ class NodeContext:
     pipeline: Pipeline
     number: int
     node: Node
-    spec: StageSpec
+    spec: StageConfig
     lanes: tuple[Transitions, ...]
     incarnation: str
     worker: str

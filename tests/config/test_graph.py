@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.config.conftest import Load, Problems
-from torchrelay.config import Graph, Pipeline, PipelineSpec, StageSpec
+from torchrelay.config import Graph, Pipeline, PipelineSpec, StageConfig
 from torchrelay.config.graph_build import build_graph
 
 TEXT = "pipeline: p\ninput: {t: str}\n"
@@ -160,7 +160,7 @@ def test_random_graphs(data: st.DataObject) -> None:
         before = [f"s{j}" for j in order[:place]]
         after[i] = data.draw(st.lists(st.sampled_from(["input", *before]), min_size=1, max_size=3))
     reads = {i: data.draw(st.lists(st.sampled_from("abc"), max_size=2, unique=True)) for i in range(count)}
-    stages = [StageSpec(name=f"s{i}", use="s.py:S", after=after[i], inputs=reads[i]) for i in range(count)]
+    stages = [StageConfig(name=f"s{i}", use="s.py:S", after=after[i], inputs=reads[i]) for i in range(count)]
     seen: list[str] = []
     g = build_graph(
         PipelineSpec(pipeline="p", output=["c"], stages=stages), lambda place, message: seen.append(message)

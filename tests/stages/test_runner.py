@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchrelay.config.spec import BatchSpec, StageSpec, TorchSpec
+from torchrelay.config.spec import BatchSpec, StageConfig, TorchSpec
 from torchrelay.config.types import parse_type
 from torchrelay.errors import ConfigError, InputError, StageLoadError
 from torchrelay.stages import Batch, Runner, Stage, StageContext, make_runner, make_stage
@@ -104,7 +104,7 @@ def test_init_errors_name_the_class() -> None:
 
 def test_make_runner_takes_what_the_yaml_says() -> None:
     """args, pad and declared types reach the stage, the batch and the checks."""
-    spec = StageSpec(name="double", use="a.py:Double", args={"factor": 5}, batch=BatchSpec(pad={"x": 1}))
+    spec = StageConfig(name="double", use="a.py:Double", args={"factor": 5}, batch=BatchSpec(pad={"x": 1}))
     runner = make_runner(Double, spec, {"x": parse_type("int64[*]")}, {"y": parse_type("int64[*]")})
     runner.load(StageContext())
     (out,) = runner.run([{"x": [np.array([1, 2]), np.array([3])]}], [2])
@@ -115,7 +115,7 @@ def test_make_runner_takes_what_the_yaml_says() -> None:
 def test_torch_keys_need_a_torch_stage(extra: dict[str, Any]) -> None:
     """weights and torch options of a plain stage are refused instead of ignored."""
     with pytest.raises(ConfigError, match="TorchStage"):
-        make_runner(Double, StageSpec(name="double", use="a.py:Double", **extra))
+        make_runner(Double, StageConfig(name="double", use="a.py:Double", **extra))
 
 
 def test_context_paths_lie_beside_the_yaml(tmp_path: Path) -> None:

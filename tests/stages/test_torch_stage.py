@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from torchrelay.config.spec import StageSpec, TorchSpec
+from torchrelay.config.spec import StageConfig, TorchSpec
 from torchrelay.config.types import NUMERIC, parse_type
 from torchrelay.errors import ConfigError, DeviceError, InputError, StageLoadError
 from torchrelay.stages import Batch, Runner, StageContext, TorchStage, make_runner
@@ -82,7 +82,7 @@ def test_weights_are_loaded_and_used(tmp_path: Path, name: str) -> None:
 def test_make_runner_configures(tmp_path: Path) -> None:
     """The YAML's weights and torch options reach the stage."""
     saved(tmp_path / "w.pt", nn.Linear(3, 4))
-    spec = StageSpec(name="s", use="a.py:L", args={"outputs": 4}, weights="w.pt", torch=TorchSpec(dtype="bfloat16"))
+    spec = StageConfig(name="s", use="a.py:L", args={"outputs": 4}, weights="w.pt", torch=TorchSpec(dtype="bfloat16"))
     runner = make_runner(Linear, spec)
     runner.load(StageContext(base_dir=tmp_path))
     assert runner.stage.model.weight.dtype == torch.bfloat16  # type: ignore[attr-defined]
