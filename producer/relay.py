@@ -332,7 +332,7 @@ class Relay:
 
     def decode_result(self, future: JobFuture[Any], terminal: Terminal) -> dict[str, Any]:
         """The result's row. Columns that lie in Redis are fetched now, and acknowledged."""
-        columns, _ = decode_payloads(terminal.payload)
+        columns = decode_payloads(terminal.payload).columns
         refs = {name: c for name, c in columns.items() if isinstance(c, Ref)}
         if refs:
             lane = self._registry.lanes[lane_of(future.id)]

@@ -1,15 +1,18 @@
 """What a job looks like in Redis: its record, its payload, refs, terminal records, each with `encode` and `decode`.
 
 A payload is a table: column name -> the column's bytes (made by `codec.encode`), or a Ref to them. Columns that a stage
-neither reads nor returns ride along as they came, undecoded. Layouts are shared with `lua/lib.lua`. No I/O here.
+neither reads nor returns ride along as they came, undecoded. Where stages fork or change the number of rows, the payload
+also says where its columns come from (`origins`), and hidden columns hold what `levels` needs to line them up.
+Layouts of records are shared with `lua/lib.lua`. No I/O here.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import msgpack
@@ -23,6 +26,7 @@ SUBMIT_HEAD = struct.Struct("<dddIIIBH")
 REPLY_HEAD = struct.Struct("<BI")
 
 FLAG_KEYED, FLAG_HISTORY, FLAG_SUBSCRIBED, FLAG_CHECKPOINT, FLAG_UNTIL_ACK, FLAG_HIGH = 1, 2, 4, 8, 16, 32
+FLAG_TABLE, FLAG_KEEP = 64, 128
 INLINE_MAX_BYTES = 4096
 CHUNK_BYTES = 1 << 20
 MAX_ROWS = 2**31 - 1
@@ -75,9 +79,31 @@ def _ext_hook(code: int, data: bytes) -> Ref:
     return Ref(*parts)
 
 
-def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"") -> bytes:
-    """Columns and the job's packed `meta` as one payload."""
-    packed: bytes = msgpack.packb((columns, meta), default=_default)
+# Column -> (rank of the node that made it, *the stack of expanding nodes it was made at). Under AT, in a result, the
+# stack that the result's rows stand at.
+Origins = dict[str, tuple[int, ...]]
+FROM_INPUT = (0,)
+# What starts with these is no column of the user's: counts of an expanding node, and rows that a node rejected.
+COUNTS, REJECTED, AT = "#", "!", "@"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether this column of a payload is one of ours; users' columns are named like variables."""
+    return name[0] in "#!"
+
+
+class Payload(NamedTuple):
+    """A decoded payload; `meta` is still packed. A column without an origin is the input's."""
+
+    columns: dict[str, Packed]
+    meta: bytes = b""
+    origins: Origins = {}  # noqa: RUF012  # never changed
+
+
+def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"", origins: Origins | None = None) -> bytes:
+    """Columns and the job's packed `meta` as one payload; `origins` where the pipeline's graph is not plain."""
+    parts = (columns, meta) if origins is None else (columns, meta, origins)
+    packed: bytes = msgpack.packb(parts, default=_default)
     return packed
 
 
@@ -95,18 +121,30 @@ def split_inline(columns: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[s
     return inline, large
 
 
-def _checked(value: object, length: int) -> tuple[dict[str, Packed], bytes]:
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], dict) and isinstance(value[1], bytes):
-        columns = value[0]
-        for name, column in columns.items():
-            if type(name) is not str or (type(column) is not bytes and type(column) is not Ref):
-                raise DecodeError("payload has a column that is neither bytes nor a ref", length=length)
-        return columns, value[1]
-    raise DecodeError("payload is not [columns, meta]", length=length)
+def _checked(value: object, length: int) -> Payload:
+    if not (isinstance(value, list) and 2 <= len(value) <= 3 and isinstance(value[0], dict)):
+        raise DecodeError("payload is not [columns, meta, origins]", length=length)
+    columns = value[0]
+    for name, column in columns.items():
+        if type(name) is not str or not name or (type(column) is not bytes and type(column) is not Ref):
+            raise DecodeError("payload has a column that is neither bytes nor a ref", length=length)
+    if type(value[1]) is not bytes:
+        raise DecodeError("payload's meta is not bytes", length=length)
+    return Payload(columns, value[1]) if len(value) == 2 else Payload(columns, value[1], _origins(value[2], length))
 
 
-def decode_payload(data: bytes) -> tuple[dict[str, Packed], bytes]:
-    """(columns, packed meta) of one payload; raises DecodeError."""
+def _origins(value: object, length: int) -> Origins:
+    origins: Origins = {}
+    for name, parts in value.items() if isinstance(value, dict) else [("", None)]:
+        sound = type(name) is str and isinstance(parts, list) and parts and all(type(p) is int for p in parts)
+        if not sound or not all(0 <= p <= 255 for p in parts):
+            raise DecodeError("payload has a malformed origin", length=length)
+        origins[name] = tuple(parts)
+    return origins
+
+
+def decode_payload(data: bytes) -> Payload:
+    """One payload; raises DecodeError."""
     try:
         value = msgpack.unpackb(data, ext_hook=_ext_hook)
     except DecodeError:
@@ -116,8 +154,8 @@ def decode_payload(data: bytes) -> tuple[dict[str, Packed], bytes]:
     return _checked(value, len(data))
 
 
-def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
-    """Several payloads, one behind the other (a result of several terminal stages), as one table."""
+def decode_payloads(data: bytes) -> Payload:
+    """Several payloads, one behind the other (a result of several terminal stages), as one."""
     try:
         return _checked(msgpack.unpackb(data, ext_hook=_ext_hook), len(data))
     except msgpack.ExtraData:
@@ -126,21 +164,35 @@ def decode_payloads(data: bytes) -> tuple[dict[str, Packed], bytes]:
         raise
     except Exception as error:
         raise DecodeError(f"result does not decode: {error}", length=len(data)) from error
-    columns: dict[str, Packed] = {}
-    meta = b""
+    parts: list[Payload] = []
     unpacker = msgpack.Unpacker(ext_hook=_ext_hook, max_buffer_size=max(len(data), 1))
     unpacker.feed(data)
     try:
-        for value in unpacker:
-            part, meta = _checked(value, len(data))
-            columns.update(part)
+        parts = [_checked(value, len(data)) for value in unpacker]
     except DecodeError:
         raise
     except Exception as error:
         raise DecodeError(f"result does not decode: {error}", length=len(data), offset=unpacker.tell()) from error
     if unpacker.tell() != len(data):
         raise DecodeError("result is cut off", length=len(data), offset=unpacker.tell())
-    return columns, meta
+    return join_payloads(parts)
+
+
+def join_payloads(parts: Sequence[Payload]) -> Payload:
+    """Payloads of branches as one: of a column that several carry, the one that was made last."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: dict[str, Packed] = {}
+    origins: Origins = {}
+    stacks = [part.origins[AT] for part in parts if AT in part.origins]
+    if stacks:
+        origins[AT] = tuple(commonprefix(stacks))
+    for part in parts:
+        for name, packed in part.columns.items():
+            origin = part.origins.get(name, FROM_INPUT)
+            if name not in columns or origin[0] > origins[name][0]:
+                columns[name], origins[name] = packed, origin
+    return Payload(columns, parts[0].meta, origins)
 
 
 class Entry(NamedTuple):
@@ -153,6 +205,7 @@ class Entry(NamedTuple):
     attempts: int
     strikes: int
     suspect: bool
+    keep: bool
     payloads: tuple[bytes, ...]
 
     @property
@@ -171,7 +224,7 @@ def decode_records(tokens: list[bytes], records: list[Any]) -> Iterator[Entry]:
     for token, record in zip(tokens, records, strict=True):
         main = record if type(record) is bytes else record[0]
         try:
-            rank, deadline, rows, _, _, _, _, attempts, strikes, _, _, _, suspect, reflen = unpack(main)
+            rank, deadline, rows, _, _, _, _, attempts, strikes, _, _, flags, suspect, reflen = unpack(main)
             payloads: tuple[bytes, ...]
             if type(record) is bytes:
                 payloads = (main[size + reflen :],)
@@ -180,7 +233,8 @@ def decode_records(tokens: list[bytes], records: list[Any]) -> Iterator[Entry]:
                 payloads = tuple(main[size + reflen :] if not p else p[FORK.size :] for p in record[2:])
         except struct.error as error:
             raise DecodeError("job record is cut off", length=len(main)) from error
-        yield Entry(token, rank, deadline, rows, attempts, strikes, bool(suspect), payloads)
+        keep = flags & FLAG_KEEP > 0
+        yield Entry(token, rank, deadline, rows, attempts, strikes, bool(suspect), keep, payloads)
 
 
 def refs_of(record: bytes) -> str:
@@ -202,6 +256,8 @@ class Terminal(NamedTuple):
     rows: int
     until_ack: bool
     has_refs: bool
+    table: bool
+    keep: bool
     payload: bytes
 
     @classmethod
@@ -210,7 +266,8 @@ class Terminal(NamedTuple):
             status, flags, attempts, generation, node, rows, _, _, reflen = TERMINAL.unpack_from(record)
             start = TERMINAL.size + (16 if flags & FLAG_KEYED else 0) + reflen
             until_ack = bool(flags & FLAG_UNTIL_ACK) and not flags & FLAG_KEYED
-            return cls(_STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, record[start:])
+            shape = (bool(flags & FLAG_TABLE), bool(flags & FLAG_KEEP))
+            return cls(_STATUS[status], attempts, generation, node, rows, until_ack, reflen > 0, *shape, record[start:])
         except (struct.error, KeyError) as error:
             raise DecodeError("terminal record does not decode", length=len(record)) from error
 

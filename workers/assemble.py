@@ -80,7 +80,7 @@ class Assembler:
         columns: dict[str, Packed] = {}
         meta = b""
         for pred, payload in zip(self._context.node.preds, payloads, strict=True):
-            part, meta = decode_payload(payload)
+            part, meta, _ = decode_payload(payload)
             by_stage[self._stage_of[pred]] = part
             columns = {**columns, **part} if columns else part
         wanted = self._inputs(columns, by_stage)

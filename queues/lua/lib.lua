@@ -16,7 +16,7 @@ end
 -- The job's header: rank, deadline_ms, rows, bytes, done-mask, keep_s, pipeline number, attempts, strikes, releases,
 -- generation, flags, suspect, length of the refs text. Refs and payload follow. 42 bytes.
 local HEAD = '<ddI4I4I4I4I2BBBBBBI2'
-local F_KEYED, F_HISTORY, F_SUBSCRIBED, F_CHECKPOINT, F_UNTIL_ACK, F_HIGH = 1, 2, 4, 8, 16, 32
+local F_KEYED, F_HISTORY, F_SUBSCRIBED, F_CHECKPOINT, F_UNTIL_ACK, F_HIGH, F_TABLE, F_KEEP = 1, 2, 4, 8, 16, 32, 64, 128
 -- A node's entry of a job in a pipeline that forks: attempts, strikes, releases, suspect, rows, bytes. Payload follows.
 local FORK = '<BBBBI4I4'
 local MAX_GEN = 100

@@ -13,7 +13,7 @@ local function revive(id, d)
   local base, n = string.match(id, '^(%w+)~(%d+)$')
   local new = (base or id) .. '~' .. (tonumber(n or 0) + 1)
   h.attempts, h.strikes, h.releases, h.suspect, h.gen, h.deadline = 0, 0, 0, 0, 0, 0
-  h.flags = band(h.flags, F_UNTIL_ACK + F_HIGH)
+  h.flags = band(h.flags, F_UNTIL_ACK + F_HIGH + F_TABLE + F_KEEP)
   if h.keep_s == 0 then h.keep_s = 3600 end
   local key, field = extra(new, '0')
   if #d[6] > 0 then
