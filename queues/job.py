@@ -1,8 +1,8 @@
 """What a job looks like in Redis: its record, its payload, refs, terminal records, each with `encode` and `decode`.
 
 A payload is a table: column name -> the column's bytes (made by `codec.encode`), or a Ref to them. Columns that a stage
-neither reads nor returns ride along as they came, undecoded. Where stages fork or change the number of rows, the payload
-also says where its columns come from (`origins`), and hidden columns hold what `levels` needs to line them up.
+neither reads nor returns ride along as they came, undecoded. Where stages fork or change the number of rows, the
+payload also says where its columns come from (`origins`), and hidden columns hold what `levels` lines them up by.
 Layouts of records are shared with `lua/lib.lua`. No I/O here.
 """
 
@@ -12,7 +12,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import msgpack
@@ -85,6 +84,14 @@ Origins = dict[str, tuple[int, ...]]
 FROM_INPUT = (0,)
 # What starts with these is no column of the user's: counts of an expanding node, and rows that a node rejected.
 COUNTS, REJECTED, AT = "#", "!", "@"
+
+
+def shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many leading elements two tuples have in common."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def is_hidden(name: str) -> bool:
@@ -186,7 +193,7 @@ def join_payloads(parts: Sequence[Payload]) -> Payload:
     origins: Origins = {}
     stacks = [part.origins[AT] for part in parts if AT in part.origins]
     if stacks:
-        origins[AT] = tuple(commonprefix(stacks))
+        origins[AT] = min(stacks, key=len)[: min(shared_length(stacks[0], s) for s in stacks)]
     for part in parts:
         for name, packed in part.columns.items():
             origin = part.origins.get(name, FROM_INPUT)

@@ -1,8 +1,8 @@
 """Lines up columns of one job that were made at different numbers of rows. Pure; arrays and lists only.
 
 An expanding node makes several rows, or none, of each of its rows; its counts travel with the job as a hidden column
-`#<node>`. A column stays as it was made, at its *stack* of expanding nodes, however the rows change later. Who reads it at
-another stack gets it grouped (one list, or array, per row) up to the part that both stacks share, then repeated down.
+`#<node>`. A column stays as it was made, at its *stack* of expanding nodes, however the rows change later. Who reads it
+at another stack gets it grouped (one list, or array, per row) up to the part that both stacks share, then repeated down.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from torchrelay.config.columns import Column, row_of_table
 from torchrelay.errors import DecodeError
-from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden
+from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden, shared_length
 
 __all__ = ["Levels", "ResultTable", "RowFailure", "failures_of", "result_row", "result_table", "stacks_of"]
 
@@ -71,7 +71,7 @@ class Levels:
         """
         if made_at == read_at:
             return column
-        shared = _shared(made_at, read_at)
+        shared = shared_length(made_at, read_at)
         for node in reversed(made_at[shared:]):
             column = group(column, self.counts(node))
         if len(read_at) == shared + 1:
@@ -87,13 +87,6 @@ class Levels:
         for node in stack:
             index = np.repeat(index, _fitting(self.counts(node), len(index)))
         return index
-
-
-def _shared(a: Stack, b: Stack) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
 
 
 def _fitting(counts: Counts, rows: int) -> Counts:
@@ -149,7 +142,7 @@ def encode_failures(failures: Sequence[RowFailure]) -> list[list[Any]]:
 
 
 def result_row(values: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
-    """The result of a job of one row: what an expansion made of it and no stage regrouped comes as one list a column."""
+    """The result of a job of one row: what an expansion made of it and no stage regrouped comes as a list."""
     levels = Levels.of(values)
     return row_of_table(
         {n: levels.align(c, origins.get(n, FROM_INPUT)[1:], ()) for n, c in values.items() if not is_hidden(n)}
