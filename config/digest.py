@@ -33,7 +33,9 @@ def version_of(spec: PipelineSpec, base_dir: Path) -> str:
 
 
 def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
-    out: dict[str, Any] = {"name": stage.name, "use": stage.use, "code": source_digest(stage.use, base_dir).hex()}
+    out: dict[str, Any] = {"name": stage.name}
+    if stage.use is not None:
+        out |= {"use": stage.use, "code": source_digest(stage.use, base_dir).hex()}
     if after:
         out["after"] = stage.after
     optional = {
@@ -42,6 +44,8 @@ def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
         "args": stage.args,
         "torch": stage.torch.model_dump(exclude_defaults=True),
         "pad": stage.batch.pad,
+        "rows": stage.rows if stage.rows == "expand" else stage.collapses and {"collapse": stage.collapses},
+        "when": stage.when,
     }
     # `inputs: []` reads nothing, while no `inputs` reads all: the one is no default of the other.
     out |= {k: v for k, v in optional.items() if v or v == []}

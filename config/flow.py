@@ -38,7 +38,7 @@ def _makers(graph: Graph, among: Iterable[Node]) -> dict[str, list[str]]:
 
 def _complete(graph: Graph, among: Iterable[Node]) -> bool:
     """Whether what is declared is all there can be."""
-    return bool(graph.input) and all(n.outputs for n in among)
+    return bool(graph.input) and all(n.outputs or n.identity for n in among)
 
 
 def _check_inputs(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from torchrelay.config.types import ColumnType
+from torchrelay.config.types import ColumnType, grouped
+
+Made = dict[str, tuple[ColumnType, tuple[int, ...]]]
+"""Column -> its declared type, and the stack at which it was made."""
+_TO_THE_END = 1 << 30  # in a mask of nodes, no node's bit: what carries it stays until the job ends
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,21 @@ class Node:
     def bit(self) -> int:
         return 1 << (self.index - 1)
 
+    @property
+    def identity(self) -> bool:
+        """Whether it runs no code: a collapse that only regroups. One with code declares what it returns."""
+        return self.rows == "collapse" and not self.outputs
+
+    @cached_property
+    def needs(self) -> frozenset[str] | None:
+        """The columns that must come to it, None for all: where `when` lets a row skip, its older values count too."""
+        if self.inputs is None:
+            return None
+        sources = [*self.inputs.values(), *([self.when, *self.outputs] if self.when is not None else [])]
+        return frozenset(s.rpartition(".")[2] for s in sources)
+
     def reads(self, column: str) -> bool:
-        return self.inputs is None or any(s.rpartition(".")[2] == column for s in self.inputs.values())
+        return self.needs is None or column in self.needs
 
 
 @dataclass(frozen=True)
@@ -85,7 +102,12 @@ class Graph:
         return [self.nodes[i - 1] for i in sorted(seen)]
 
     def consumers(self, column: str, origin: int) -> int:
-        """Mask of the nodes after `origin` that read the column it made; 0 when the column belongs to the result."""
+        """Mask of the nodes after `origin` that read the column it made; 0 when the column belongs to the result.
+
+        Hidden columns too: rejected rows (`!n`) belong to the result, counts (`#n`) where the result may need them.
+        """
+        if column[0] in "#!":
+            return 0 if column[0] == "!" or self._result_within(int(column[1:])) else _TO_THE_END
         terminal = origin > 0 and not self.nodes[origin - 1].succs
         if column in self.result if self.result is not None else terminal:
             return 0
@@ -94,7 +116,12 @@ class Graph:
             if node.reads(column):
                 mask |= node.bit
         # A column that nobody reads goes with the commit of the next node.
-        return mask or sum(n.bit for n in self.descendants(origin)[:1]) or (1 << 30)
+        return mask or sum(n.bit for n in self.descendants(origin)[:1]) or _TO_THE_END
+
+    def _result_within(self, expanding: int) -> bool:
+        """Whether a column of the result may be made inside the expansion of this node."""
+        made = self.result or frozenset()
+        return any(expanding in n.stack and (not n.succs or not made.isdisjoint(n.outputs)) for n in self.nodes)
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:
@@ -105,21 +132,46 @@ class Graph:
         """Nodes before this one, each after its predecessors."""
         return [n for n in self.ordered if node in self.descendants(n.index)]
 
-    def _outputs_of(self, stage: str) -> dict[str, ColumnType]:
+    def _made_by(self, stage: str) -> Made:
+        if stage == "input":
+            return {c: (t, ()) for c, t in self.input.items()}
         # A stage that is not there is reported elsewhere; until then it declares nothing.
-        return next((n.outputs for n in self.nodes if n.name == stage), {})
+        return next(({c: (t, n.stack) for c, t in n.outputs.items()} for n in self.nodes if n.name == stage), {})
+
+    def _visible(self, node: Node) -> Made:
+        """Declared columns that come to a node: the last maker on its way counts."""
+        found = self._made_by("input")
+        for other in self.ancestors(node):
+            for column, kind in other.outputs.items():
+                if other.when is not None and column in found:
+                    # Rows that skip keep what they had.
+                    kind = replace(kind, nullable=kind.nullable or _seen(found[column], other.at).nullable)
+                found[column] = kind, other.stack
+        return found
 
     def types_of(self, node: Node) -> dict[str, ColumnType]:
-        """Declared types of the columns that a node reads, by its own names; undeclared ones are absent."""
-        visible = dict(self.input)
-        for other in self.ancestors(node):
-            visible.update(other.outputs)
+        """Declared types of the columns that a node reads, by its own names; undeclared ones are absent.
+
+        What was made inside expansions that the node's rows are not in comes grouped.
+        """
+        visible = self._visible(node)
         if node.inputs is None:
-            return visible
-        out: dict[str, ColumnType] = {}
-        for local, source in node.inputs.items():
-            stage, _, column = source.rpartition(".")
-            known = visible if not stage else self.input if stage == "input" else self._outputs_of(stage)
-            if column in known:
-                out[local] = known[column]
-        return out
+            return {c: _seen(made, node.at) for c, made in visible.items()}
+        return {local: kind for local, source in node.inputs.items() if (kind := self._type_of(source, node, visible))}
+
+    def type_of(self, source: str, node: Node) -> ColumnType | None:
+        """The declared type in which a node sees `column` or `stage.column`; None where none is declared."""
+        return self._type_of(source, node, self._visible(node))
+
+    def _type_of(self, source: str, node: Node, visible: Made) -> ColumnType | None:
+        stage, _, column = source.rpartition(".")
+        made = (self._made_by(stage) if stage else visible).get(column)
+        return None if made is None else _seen(made, node.at)
+
+
+def _seen(made: tuple[ColumnType, tuple[int, ...]], at: tuple[int, ...]) -> ColumnType:
+    kind, stack = made
+    shared = next((i for i, (a, b) in enumerate(zip(stack, at, strict=False)) if a != b), min(len(stack), len(at)))
+    for _ in stack[shared:]:
+        kind = grouped(kind)
+    return kind

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torchrelay.config.flow import Report, check_columns
 from torchrelay.config.graph import Graph, Node
+from torchrelay.config.row_rules import check_rows
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
 
@@ -20,9 +22,10 @@ def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> 
     if preds is None or not ok or not _acyclic(spec, preds, report):
         return None
     graph = _with_columns(spec, preds)
+    lined_up = check_rows(spec, graph, report)
     if columns:
         check_columns(spec, graph, report)
-    return graph
+    return graph if lined_up else None
 
 
 def _check_names(names: list[str], report: Report) -> bool:
@@ -108,27 +111,33 @@ def _one_cycle(left: set[int], preds: list[tuple[int, ...]]) -> list[int]:
 
 
 def _inputs(stage: StageConfig) -> dict[str, str] | None:
+    if stage.use is None:
+        return {}
     if stage.inputs is None or isinstance(stage.inputs, dict):
         return stage.inputs
     return {c: c for c in stage.inputs}
 
 
+def _node(number: int, stage: StageConfig, preds: list[tuple[int, ...]]) -> Node:
+    succs = tuple(j for j, before in enumerate(preds, 1) if number in before)
+    outputs = {c: parse_type(t) for c, t in stage.outputs.items()}
+    rows = stage.rows if isinstance(stage.rows, str) else "collapse"
+    return Node(number, stage.name, preds[number - 1], succs, _inputs(stage), outputs, None, rows, stage.when)
+
+
 def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:
-    count = len(preds)
-    succs = [tuple(j for j in range(1, count + 1) if i in preds[j - 1]) for i in range(1, count + 1)]
-    inputs = [_inputs(s) for s in spec.stages]
-    outputs = [{c: parse_type(t) for c, t in s.outputs.items()} for s in spec.stages]
     result = frozenset(spec.output) if spec.output is not None else None
-    bare = [
-        Node(i, spec.stages[i - 1].name, preds[i - 1], succs[i - 1], inputs[i - 1], outputs[i - 1], None)
-        for i in range(1, count + 1)
-    ]
     typed = {c: parse_type(t) for c, t in spec.input.items()}
-    draft = Graph(tuple(bare), result, typed)
-    nodes = tuple(
-        Node(n.index, n.name, n.preds, n.succs, n.inputs, n.outputs, _keeps(draft, n, result)) for n in draft.nodes
-    )
-    return Graph(nodes, result, typed)
+    draft = Graph(tuple(_node(i, s, preds) for i, s in enumerate(spec.stages, 1)), result, typed)
+    placed: dict[int, Node] = {}
+    for rank, n in enumerate(draft.ordered, 1):
+        # Branches that meet with unequal stacks are reported elsewhere.
+        before = placed[n.preds[0]].stack if n.preds[0] else ()
+        at = before[:-1] if n.rows == "collapse" else before
+        stack = (*at, n.index) if n.rows == "expand" else at
+        keeps = _keeps(draft, n, result)
+        placed[n.index] = replace(n, keeps=keeps, rank=rank, before=before, at=at, stack=stack)
+    return Graph(tuple(placed[n.index] for n in draft.nodes), result, typed)
 
 
 def _keeps(graph: Graph, node: Node, result: frozenset[str] | None) -> frozenset[str] | None:
@@ -137,7 +146,7 @@ def _keeps(graph: Graph, node: Node, result: frozenset[str] | None) -> frozenset
         return None
     keeps = set(result or ())
     for later in graph.descendants(node.index):
-        if later.inputs is None:
+        if later.needs is None:
             return None
-        keeps |= {s.rpartition(".")[2] for s in later.inputs.values()}
+        keeps |= later.needs
     return frozenset(keeps)

@@ -249,7 +249,8 @@ def _unknown_key(key: str, place: Place) -> str:
 def _check_files(spec: PipelineSpec, base_dir: Path, source: Source) -> None:
     for i, stage in enumerate(spec.stages):
         try:
-            source_digest(stage.use, base_dir)
+            if stage.use is not None:
+                source_digest(stage.use, base_dir)
         except ConfigError as error:
             source.report(("stages", i, "use"), str(error))
         try:

@@ -24,7 +24,7 @@ COLUMN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_STAGES = 30
 # Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
-COMING = frozenset({"rows", "shards", "when", "wire", "fuse", "resources", "limits", "hosts"})
+COMING = frozenset({"shards", "wire", "fuse", "resources", "hosts"})
 
 
 def _type_text(text: Any) -> str:
@@ -58,6 +58,17 @@ def _number(value: Any) -> Any:
 
 def _form(value: Any) -> str:
     return "list" if isinstance(value, list) else "mapping"
+
+
+def _rows(value: Any) -> Any:
+    collapse = isinstance(value, dict) and list(value) == ["collapse"] and isinstance(value["collapse"], str)
+    if collapse or isinstance(value, CollapseSpec) or value in ("same", "expand"):
+        return value
+    raise ValueError(f"write same, expand or {{collapse: STAGE}}; {value!r:.80} came")
+
+
+def _rows_form(value: Any) -> str:
+    return "word" if isinstance(value, str) else "collapse"
 
 
 Name = Annotated[str, Field(pattern=NAME)]
@@ -119,11 +130,23 @@ class TorchSpec(_Model):
     compile: bool = False
 
 
+class CollapseSpec(_Model):
+    """Undoes the expansion of the named stage."""
+
+    collapse: Annotated[str, Field(max_length=400)]
+
+
+class LimitsSpec(_Model):
+    """What one job may grow to."""
+
+    rows_per_job: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
+
+
 class StageConfig(_Model):
-    """One stage of a pipeline, as its file describes it."""
+    """One stage of a pipeline, as its file describes it. Only a collapse may go without `use`: it then regroups."""
 
     name: Name
-    use: Annotated[str, Field(min_length=3, max_length=400)]
+    use: Annotated[str | None, Field(min_length=3, max_length=400)] = None
     after: Annotated[list[str] | None, BeforeValidator(_one_or_many)] = None
     inputs: (
         Annotated[
@@ -132,6 +155,12 @@ class StageConfig(_Model):
         | None
     ) = None
     outputs: dict[Column, TypeText] = {}
+    rows: Annotated[
+        Annotated[Literal["same", "expand"], Tag("word")] | Annotated[CollapseSpec, Tag("collapse")],
+        Discriminator(_rows_form),
+        BeforeValidator(_rows),
+    ] = "same"
+    when: Source | None = None
     device: Literal["cpu", "gpu"] = "cpu"
     args: dict[str, Any] = {}
     weights: Annotated[str | None, Field(min_length=1, max_length=400)] = None
@@ -141,6 +170,11 @@ class StageConfig(_Model):
     retry: RetrySpec = RetrySpec()
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
+
+    @property
+    def collapses(self) -> str | None:
+        """The stage whose expansion it undoes."""
+        return self.rows.collapse if isinstance(self.rows, CollapseSpec) else None
 
 
 def _few(stages: list[StageConfig]) -> list[StageConfig]:
@@ -155,4 +189,5 @@ class PipelineSpec(_Model):
     pipeline: Name
     input: dict[Column, TypeText] = {}
     output: Annotated[list[Column], Field(min_length=1)] | None = None
+    limits: LimitsSpec = LimitsSpec()
     stages: Annotated[list[StageConfig], AfterValidator(_few)]

@@ -116,6 +116,11 @@ def parse_type(text: str) -> ColumnType:
     return ColumnType(dtype, shape, question is not None, True, _default(text, column, literal), literal)
 
 
+def grouped(kind: ColumnType) -> ColumnType:
+    """What a reader outside an expansion gets per row: an array of a stacked column's rows, a list of other values."""
+    return ColumnType(kind.dtype, (None, *kind.shape)) if kind.stacked else ColumnType("json")
+
+
 def _dim(text: str, dim: str) -> int | str | None:
     if dim == "*":
         return None

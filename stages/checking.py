@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchrelay.config.imports import bind_args, import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import ConfigError
-from torchrelay.stages.loading import stage_class
+from torchrelay.stages.loading import stage_target
 
 __all__ = ["check_stages"]
 
@@ -14,8 +14,12 @@ def check_stages(pipeline: Pipeline) -> tuple[str, ...]:
     """Every problem of the pipeline's stages as `file:line:column: what; remedy`. Runs the modules, builds no stage."""
     problems: list[str] = []
     for i, spec in enumerate(pipeline.spec.stages):
+        if spec.use is None:
+            continue
+        if spec.use is None:
+            continue  # it only regroups rows
         try:
-            found = stage_class(import_use(spec.use, pipeline.base_dir), spec.name)
+            found = stage_target(import_use(spec.use, pipeline.base_dir), spec.name)
         except ConfigError as error:
             problems.append(f"{pipeline.where('stages', i, 'use')}: {error}")
             continue
