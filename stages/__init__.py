@@ -11,13 +11,25 @@ from torchrelay.errors import ConfigError
 from torchrelay.stages.batch import Batch
 from torchrelay.stages.checking import check_stages
 from torchrelay.stages.loading import make_stage
+from torchrelay.stages.outputs import Expand, Made
 from torchrelay.stages.runner import Runner, make_runner
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
     from torchrelay.stages.torch_stage import TorchStage
 
-__all__ = ["Batch", "Runner", "Stage", "StageContext", "TorchStage", "check_stages", "make_runner", "make_stage"]
+__all__ = [
+    "Batch",
+    "Expand",
+    "Made",
+    "Runner",
+    "Stage",
+    "StageContext",
+    "TorchStage",
+    "check_stages",
+    "make_runner",
+    "make_stage",
+]
 
 
 def __getattr__(name: str) -> object:

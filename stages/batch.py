@@ -1,23 +1,22 @@
-"""Rows of several jobs as one batch, and a stage's outputs back as one table per job.
+"""Rows of several jobs as one batch, as `forward` sees it; `outputs` gives what it returns back to the jobs.
 
 Promise: order within a job and among jobs is kept; the columns of a single job are not copied; nothing is cast.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from torchrelay.config.columns import Column, check_outputs
+from torchrelay.config.columns import Column
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded, mask_of, pad_rows
 
-__all__ = ["Batch", "assemble", "empty_outputs", "split"]
+__all__ = ["Batch", "assemble", "join_rows"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -35,6 +34,10 @@ class Batch:
     # Columns whose memory was made for this batch: nobody else sees it.
     fresh: frozenset[str] = frozenset()
     arange: Callable[[int], Any] = np.arange
+    # Row -> why it was rejected.
+    rejected: dict[int, str] = field(default_factory=dict)
+    # Per job, whether it has ended meanwhile; None where nobody can tell.
+    ended: Callable[[], Sequence[bool]] | None = None
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -64,8 +67,33 @@ class Batch:
     @property
     def meta(self) -> list[Mapping[str, Any]]:
         """Per row, the `meta` that its job was submitted with (empty if none); rows of a job share one mapping."""
-        per_job = self.job_meta or ({},) * len(self.job_rows)
-        return [meta for meta, rows in zip(per_job, self.job_rows, strict=True) for _ in range(rows)]
+        return self._per_row(self.job_meta or ({},) * len(self.job_rows))
+
+    @property
+    def cancelled(self) -> list[bool]:
+        """Per row, whether its job was cancelled or ended otherwise since the batch began; asks at most twice a second.
+
+        What a stage returns for such a row is dropped: a long `forward` may skip its work.
+        """
+        return self._per_row((False,) * len(self.job_rows) if self.ended is None else self.ended())
+
+    def reject(self, row: int, why: str) -> None:
+        """Refuses one row for good: it is not tried again, and its neighbours go on.
+
+        Return something for it all the same (None in a list, anything in an array): it is not looked at. The job of a
+        rejected row fails with `why`; a table submitted with `on_error="keep"` goes on without the submitted row that
+        this one came from.
+
+        Raises:
+            InputError: the batch has no such row.
+        """
+        number = int(row)
+        if not 0 <= number < len(self):
+            raise InputError(f"batch.reject({row!r:.40}): the batch has rows 0 to {len(self) - 1}")
+        self.rejected[number] = str(why)
+
+    def _per_row(self, per_job: Sequence[Any]) -> list[Any]:
+        return [value for value, rows in zip(per_job, self.job_rows, strict=True) for _ in range(rows)]
 
     @property
     def lengths(self) -> Mapping[str, Any]:
@@ -126,7 +154,7 @@ def assemble(
             joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name])
             fresh.add(name)
         else:
-            joined[name] = _join(pieces)
+            joined[name] = join_rows(pieces)
             if len(pieces) > 1:
                 fresh.add(name)
         if isinstance(joined[name], np.ndarray):
@@ -134,7 +162,8 @@ def assemble(
     return Batch(joined, tuple(rows), tuple(meta), padded, frozenset(fresh))
 
 
-def _join(pieces: Sequence[Column]) -> Column:
+def join_rows(pieces: Sequence[Column]) -> Column:
+    """Rows behind rows: one array where all are arrays of one dtype and shape, else a list of rows."""
     first = pieces[0]
     if len(pieces) == 1:
         return first
@@ -155,52 +184,3 @@ def _read_only(array: np.ndarray) -> np.ndarray:
         array = array.view()
         array.flags.writeable = False
     return array
-
-
-def split(
-    outputs: object, job_rows: Sequence[int], stage_name: str, types: Mapping[str, ColumnType] | None = None
-) -> list[dict[str, Column]]:
-    """Give each job its rows of what `forward` returned.
-
-    Args:
-        outputs: column -> ndarray or tensor `[N, ...]` or list of N; bfloat16 and float8 tensors become arrays of
-            the dtypes of ml_dtypes.
-        job_rows: rows of each job; N is their sum.
-        stage_name: named in errors.
-        types: the declared outputs; empty if none are declared.
-
-    Returns: per job, column -> its slice; arrays are views.
-
-    Raises:
-        InputError: naming the stage and the column whose name, type, shape or number of rows is wrong.
-    """
-    if not isinstance(outputs, Mapping):
-        raise InputError(
-            f"stage {stage_name!r} returned a {type(outputs).__name__}; return a mapping of column to its values"
-        )
-    plain: Mapping[str, Any] = outputs
-    if sys.modules.get("torch") is not None:
-        from torchrelay.stages.torch_tensors import numpy_outputs
-
-        plain = numpy_outputs(stage_name, outputs)
-    for name, column in plain.items():
-        if isinstance(column, np.ndarray) and not column.ndim:
-            raise InputError(f"stage {stage_name!r}: column {name!r} has no rows axis; return [N, ...]")
-    table = check_outputs(stage_name, types or {}, plain, sum(job_rows))
-    if len(job_rows) == 1:
-        return [table]
-    jobs: list[dict[str, Column]] = []
-    start = 0
-    for count in job_rows:
-        end = start + count
-        jobs.append({name: column[start:end] for name, column in table.items()})
-        start = end
-    return jobs
-
-
-def empty_outputs(types: Mapping[str, ColumnType] | None) -> dict[str, Column]:
-    """The outputs for a job of 0 rows, for which no stage is called: every declared column, without rows."""
-    return {
-        name: np.empty((0, *(size for size in t.shape if isinstance(size, int))), t.np_dtype) if t.stacked else []
-        for name, t in (types or {}).items()
-    }

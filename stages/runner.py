@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
 
 from torchrelay.config.columns import Column
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
-from torchrelay.stages.batch import assemble, empty_outputs, split
-from torchrelay.stages.loading import make_stage
+from torchrelay.stages.batch import assemble
+from torchrelay.stages.loading import Identity, make_stage
+from torchrelay.stages.outputs import Made, empty_outputs, split
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ class Runner:
         types: declared types of the columns that it reads; empty where nothing is declared.
         outputs: declared types of what it returns; empty where nothing is declared.
         pad: columns to pad, and the value to fill with.
+        expands: whether it returns Expand.
     """
 
     def __init__(
@@ -38,12 +43,15 @@ class Runner:
         types: Mapping[str, ColumnType] | None = None,
         outputs: Mapping[str, ColumnType] | None = None,
         pad: Mapping[str, float] | None = None,
+        *,
+        expands: bool = False,
     ) -> None:
         self.stage = stage
         self.name = name
         self._types = types or {}
         self._outputs = outputs or {}
         self._pad = pad or {}
+        self._expands = expands
         self._device = "cpu"
         self._loaded = False
 
@@ -69,29 +77,32 @@ class Runner:
         tables: Sequence[Mapping[str, Column]],
         rows: Sequence[int],
         meta: Sequence[Mapping[str, Any]] = (),
-    ) -> list[dict[str, Column]]:
+        ended: Callable[[], Sequence[bool]] | None = None,
+    ) -> list[Made]:
         """Compute one batch.
 
         Args:
             tables: per job, the columns that the stage reads.
             rows: per job, its number of rows. If all are 0 the stage is not called.
             meta: per job, what its submitter attached; may be empty.
+            ended: tells per job whether it has ended meanwhile, for `batch.cancelled`.
 
-        Returns: per job, the columns that the stage returned. They may share memory with the stage's own buffers:
-            encode or copy them before the next call.
+        Returns: per job, what the stage made of it. Columns may share memory with the stage's own buffers: encode or
+            copy them before the next call.
 
         Raises:
             InputError: the inputs do not fit together, or the outputs do not fit what is declared.
             Exception: whatever `forward` raised.
         """
         if not any(rows):
-            return [empty_outputs(self._outputs) for _ in rows]
-        batch = assemble(tables, rows, self._types, self._pad, meta)
+            nothing = np.zeros(0, np.int64) if self._expands else None
+            return [Made(empty_outputs(self._outputs), nothing) for _ in rows]
+        batch = replace(assemble(tables, rows, self._types, self._pad, meta), ended=ended)
         if is_torch_stage(self.stage):
             outputs = self.stage.infer(batch.to_torch(self._device))
         else:
             outputs = self.stage.forward(batch)
-        return split(outputs, rows, self.name, self._outputs)
+        return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
 
     def close(self) -> None:
         """Close the stage, once; a runner that was never loaded closes nothing."""
@@ -115,7 +126,7 @@ def make_runner(
     """Build the runner of one stage as its YAML describes it.
 
     Args:
-        obj: what `use:` names.
+        obj: what `use:` names; not looked at for a stage without `use`.
         spec: the stage's entry in the YAML.
         types, outputs: declared types of what it reads and returns.
 
@@ -123,7 +134,7 @@ def make_runner(
         ConfigError: `obj` is no stage class, or weights or torch options are given for a stage without torch.
         StageLoadError: its `__init__` raised.
     """
-    stage = make_stage(obj, spec.args, spec.name)
+    stage = Identity() if spec.use is None else make_stage(obj, spec.args, spec.name)
     options = spec.torch
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
@@ -134,4 +145,4 @@ def make_runner(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch.pad)
+    return Runner(stage, spec.name, types, outputs, spec.batch.pad, expands=spec.rows == "expand")

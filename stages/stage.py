@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchrelay.stages.batch import Batch
+    from torchrelay.stages.outputs import Expand
 
 __all__ = ["Stage", "StageContext"]
 
@@ -45,15 +46,17 @@ class Stage:
     def load(self, context: StageContext) -> None:
         """Get ready: read models and tables. Whatever it raises becomes a StageLoadError; no job is charged."""
 
-    def forward(self, batch: Batch) -> Mapping[str, Any]:
+    def forward(self, batch: Batch) -> Mapping[str, Any] | Expand:
         """Compute one batch.
 
         Args:
             batch: N rows of one or several jobs. Arrays are read-only.
 
-        Returns: column -> N values: an ndarray or tensor `[N, ...]`, or a list of N.
+        Returns: column -> N values: an ndarray or tensor `[N, ...]`, or a list of N. With `rows: expand`, an
+            `Expand` of such columns and the number of rows made of each row.
 
-        Raises: anything; the jobs of the batch are then tried again, each at last alone.
+        Raises: anything; the jobs of the batch are then tried again, each at last alone. `errors.RetryLater(after_s)`
+            puts all of them off.
         """
         raise NotImplementedError
 

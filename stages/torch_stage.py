@@ -15,6 +15,7 @@ from torch import nn
 
 from torchrelay.errors import ConfigError, DeviceError, StageLoadError
 from torchrelay.stages.batch import Batch
+from torchrelay.stages.outputs import Expand
 from torchrelay.stages.stage import Stage, StageContext
 from torchrelay.stages.weights import fill_model, read_weights
 
@@ -79,7 +80,7 @@ class TorchStage(Stage):
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         self.model = torch.compile(model) if self._options.compile else model
 
-    def infer(self, batch: Batch) -> Mapping[str, Any]:
+    def infer(self, batch: Batch) -> Mapping[str, Any] | Expand:
         """`forward` as the runner calls it: without gradients."""
         with torch.inference_mode():
             return self.forward(batch)

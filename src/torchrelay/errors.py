@@ -20,10 +20,11 @@
     ├── WireError               bytes that are not what they should be
     │   ├── DecodeError             they do not decode (with length and offset)
     │   └── BytesLost               they are gone
-    └── WorkerError             whoever runs the workers
-        ├── StageLoadError          a stage's model does not load
-        ├── StageHung               a forward ran past its time-out
-        └── DeviceError             the device failed or is missing
+    ├── WorkerError             whoever runs the workers
+    │   ├── StageLoadError          a stage's model does not load
+    │   ├── StageHung               a forward ran past its time-out
+    │   └── DeviceError             the device failed or is missing
+    └── RetryLater              for stages to raise: not now, try these jobs again later
 
 Imports nothing of torchrelay. Messages say what was wrong, where, and what to do.
 """
@@ -48,6 +49,7 @@ __all__ = [
     "PipelineNotFound",
     "QueueFull",
     "ResultExpired",
+    "RetryLater",
     "RunConflict",
     "StageHung",
     "StageLoadError",
@@ -200,3 +202,16 @@ class StageHung(WorkerError):
 
 class DeviceError(WorkerError):
     """The device is missing or failed."""
+
+
+class RetryLater(TorchrelayError):
+    """For a stage to raise when something it needs is away: its batch is tried again, no sooner than in `after_s`.
+
+    It counts as an attempt (`retry: {attempts: N}` of the stage), so that a job does not wait for ever.
+    """
+
+    def __init__(self, after_s: float, message: str = "") -> None:
+        if isinstance(after_s, bool) or not isinstance(after_s, int | float) or not 0 <= after_s <= 30 * 86400:
+            raise InputError(f"RetryLater({after_s!r:.40}): after_s is a number of seconds from 0 to 30 days")
+        super().__init__(message or f"the stage asked to be tried again in {after_s:g} s")
+        self.after_s = float(after_s)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from torchrelay.config.types import parse_type
 from torchrelay.errors import InputError
-from torchrelay.stages.batch import assemble, empty_outputs, split
+from torchrelay.stages.batch import assemble
+from torchrelay.stages.outputs import empty_outputs, split
 
 
 def test_fixed_columns_are_joined_in_order() -> None:
@@ -66,7 +67,7 @@ def test_jobs_without_rows_ride_along() -> None:
     batch = assemble([{"x": []}, {"x": np.ones((2, 3))}, {"x": []}], [0, 2, 0])
     assert batch["x"].shape == (2, 3)
     parts = split({"y": np.arange(2)}, batch.job_rows, "s")
-    assert [len(part["y"]) for part in parts] == [0, 2, 0]
+    assert [len(part.columns["y"]) for part in parts] == [0, 2, 0]
 
 
 def test_padding_one_ragged_dimension() -> None:
@@ -131,9 +132,9 @@ def test_split_gives_each_job_its_rows(job_rows: list[int]) -> None:
     total = sum(job_rows)
     outputs = {"a": np.arange(total), "s": [str(i) for i in range(total)]}
     parts = split(outputs, job_rows, "s")
-    assert [len(part["a"]) for part in parts] == job_rows
-    assert [v for part in parts for v in part["s"]] == outputs["s"]
-    np.testing.assert_array_equal(np.concatenate([part["a"] for part in parts]), outputs["a"])
+    assert [len(part.columns["a"]) for part in parts] == job_rows
+    assert [v for part in parts for v in part.columns["s"]] == outputs["s"]
+    np.testing.assert_array_equal(np.concatenate([part.columns["a"] for part in parts]), outputs["a"])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_tables_in_tables_out() -> None:
     runner = Runner(make_stage(Double, {"factor": 3}), "double", outputs={"y": parse_type("int64")})
     runner.load(StageContext())
     out = runner.run([{"x": np.array([1])}, {"x": np.array([2, 3])}], [1, 2])
-    assert [part["y"].tolist() for part in out] == [[3], [6, 9]]  # type: ignore[union-attr]
+    assert [part.columns["y"].tolist() for part in out] == [[3], [6, 9]]  # type: ignore[union-attr]
     assert runner.stage.calls == 1  # type: ignore[attr-defined]
 
 
@@ -44,7 +44,7 @@ def test_no_rows_no_call() -> None:
     runner = Runner(Double(), "double", outputs={"y": parse_type("float32[3]")})
     runner.load(StageContext())
     out = runner.run([{"x": []}, {"x": []}], [0, 0])
-    assert [part["y"].shape for part in out] == [(0, 3), (0, 3)]  # type: ignore[union-attr]
+    assert [part.columns["y"].shape for part in out] == [(0, 3), (0, 3)]  # type: ignore[union-attr]
     assert runner.stage.calls == 0  # type: ignore[attr-defined]
 
 
@@ -78,8 +78,16 @@ def test_wrong_outputs_are_refused() -> None:
         runner.run([{"x": np.array([1])}], [1])
 
 
-def function(batch: Batch) -> dict[str, Any]:
+def function() -> dict[str, Any]:
     return {}
+
+
+async def slow(batch: Batch) -> dict[str, Any]:
+    return {}
+
+
+def scaled(batch: Batch, *, by: int = 2) -> dict[str, Any]:
+    return {"y": batch["x"] * by}
 
 
 class NoForward(Stage):
@@ -88,12 +96,25 @@ class NoForward(Stage):
 
 @pytest.mark.parametrize(
     ("obj", "says"),
-    [(function, "not supported"), (NoForward, "forward"), (dict, "derive"), (3, "class"), (Double(), "Double")],
+    [
+        (function, "takes no batch"),
+        (slow, "async"),
+        (NoForward, "forward"),
+        (dict, "derive"),
+        (3, "a class"),
+        (Double(), "Double"),
+    ],
 )
 def test_what_is_no_stage(obj: object, says: str) -> None:
     """Functions, classes without forward and other things are refused with the reason."""
     with pytest.raises(ConfigError, match=says):
         make_stage(obj, {}, "s")
+
+
+def test_a_function_is_a_stage() -> None:
+    """A plain function of a batch serves as a stage; its args come with each call."""
+    ((out, _, _),) = Runner(make_stage(scaled, {"by": 5}, "s"), "s").run([{"x": np.array([1, 2])}], [2])
+    assert out["y"].tolist() == [5, 10]  # type: ignore[union-attr]  # an array
 
 
 def test_init_errors_name_the_class() -> None:
@@ -107,7 +128,7 @@ def test_make_runner_takes_what_the_yaml_says() -> None:
     spec = StageConfig(name="double", use="a.py:Double", args={"factor": 5}, batch=BatchSpec(pad={"x": 1}))
     runner = make_runner(Double, spec, {"x": parse_type("int64[*]")}, {"y": parse_type("int64[*]")})
     runner.load(StageContext())
-    (out,) = runner.run([{"x": [np.array([1, 2]), np.array([3])]}], [2])
+    ((out, _, _),) = runner.run([{"x": [np.array([1, 2]), np.array([3])]}], [2])
     assert [row.tolist() for row in out["y"]] == [[5, 10], [15, 5]]
 
 
@@ -136,7 +157,7 @@ class Plus(stages.Stage):
         return {"y": batch["x"] + 1}
 runner = stages.Runner(Plus(), "plus")
 runner.load(stages.StageContext())
-assert runner.run([{"x": np.arange(2)}], [2])[0]["y"].tolist() == [1, 2]
+assert runner.run([{"x": np.arange(2)}], [2])[0].columns["y"].tolist() == [1, 2]
 try:
     stages.TorchStage
 except ConfigError as error:

@@ -18,7 +18,8 @@ from torchrelay.config.spec import StageConfig, TorchSpec
 from torchrelay.config.types import NUMERIC, parse_type
 from torchrelay.errors import ConfigError, DeviceError, InputError, StageLoadError
 from torchrelay.stages import Batch, Runner, StageContext, TorchStage, make_runner
-from torchrelay.stages.batch import assemble, split
+from torchrelay.stages.batch import assemble
+from torchrelay.stages.outputs import split
 from torchrelay.stages.torch_stage import TorchOptions
 
 SEEN: list[Any] = []
@@ -69,7 +70,7 @@ def test_weights_are_loaded_and_used(tmp_path: Path, name: str) -> None:
     assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
     x = numbers()
     x.flags.writeable = False
-    (out,) = runner.run([{"x": x}], [2])
+    ((out, _, _),) = runner.run([{"x": x}], [2])
     with torch.no_grad():
         expected = model(torch.from_numpy(x.copy()) + 1).numpy()
     np.testing.assert_array_equal(out["y"], expected)
@@ -86,7 +87,7 @@ def test_make_runner_configures(tmp_path: Path) -> None:
     runner = make_runner(Linear, spec)
     runner.load(StageContext(base_dir=tmp_path))
     assert runner.stage.model.weight.dtype == torch.bfloat16  # type: ignore[attr-defined]
-    (out,) = runner.run([{"x": numbers().astype(ml_dtypes.bfloat16)}], [2])
+    ((out, _, _),) = runner.run([{"x": numbers().astype(ml_dtypes.bfloat16)}], [2])
     assert isinstance(out["y"], np.ndarray)
     assert (out["y"].dtype, out["y"].shape) == (ml_dtypes.bfloat16, (2, 4))
 
@@ -97,14 +98,14 @@ def test_several_jobs() -> None:
     runner.load(StageContext())
     both = runner.run([{"x": numbers(1)}, {"x": numbers(2)}], [1, 2])
     alone = runner.run([{"x": numbers(2)}], [2])
-    np.testing.assert_allclose(both[1]["y"], alone[0]["y"], rtol=1e-6)  # type: ignore[arg-type]
+    np.testing.assert_allclose(both[1].columns["y"], alone[0].columns["y"], rtol=1e-6)  # type: ignore[arg-type]
 
 
 def test_options_are_applied() -> None:
     """dtype converts the model, and never the batch."""
     runner = runner_of(Linear(), dtype="float64", channels_last=True)
     runner.load(StageContext())
-    (out,) = runner.run([{"x": numbers().astype(np.float64)}], [2])
+    ((out, _, _),) = runner.run([{"x": numbers().astype(np.float64)}], [2])
     assert isinstance(out["y"], np.ndarray)
     assert out["y"].dtype == np.float64
     with pytest.raises(RuntimeError, match="dtype"):
@@ -161,7 +162,7 @@ def test_what_is_not_saved_keeps_its_value(tmp_path: Path, computes: bool) -> No
     save_file({"weight": torch.full((3,), 100.0)}, tmp_path / "w.safetensors")
     runner = runner_of(WithUnsaved(computes), "w.safetensors")
     runner.load(StageContext(base_dir=tmp_path))
-    (out,) = runner.run([{"x": np.zeros((1, 3), np.float32)}], [1])
+    ((out, _, _),) = runner.run([{"x": np.zeros((1, 3), np.float32)}], [1])
     np.testing.assert_array_equal(out["y"], [[111, 112, 113]])
 
 
@@ -260,7 +261,7 @@ def test_every_dtype_goes_both_ways(name: str) -> None:
     for tables, rows in ([{"x": array}], [2]), ([{"x": array[:1]}, {"x": array[1:]}], [1, 1]):
         batch = assemble(tables, rows).to_torch("cpu")
         assert batch["x"].dtype == getattr(torch, name)
-        back = split({"x": batch["x"]}, [2], "s")[0]["x"]
+        back = split({"x": batch["x"]}, [2], "s")[0].columns["x"]
         assert isinstance(back, np.ndarray)
         assert back.dtype == dtype
         assert back.tobytes() == array.tobytes()
@@ -304,7 +305,7 @@ def test_text_stays_text() -> None:
 def test_outputs_of_many_kinds() -> None:
     """Tensors with gradients, strided, conjugated or in lists become arrays with equal values."""
     base = torch.arange(12.0).reshape(3, 4)
-    (out,) = split(
+    ((out, _, _),) = split(
         {
             "grad": base.clone().requires_grad_(),
             "strided": base.T[:3],
@@ -339,7 +340,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     saved(tmp_path / "w.safetensors", model)
     runner = runner_of(Linear(), "w.safetensors")
     runner.load(StageContext(device="cuda:0", base_dir=tmp_path))
-    (out,) = runner.run([{"x": numbers()}], [2])
+    ((out, _, _),) = runner.run([{"x": numbers()}], [2])
     assert SEEN[-1] == (True, "cuda", torch.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(numbers()) + 1).numpy()
@@ -348,6 +349,6 @@ def test_on_a_gpu(tmp_path: Path) -> None:
         raw = (b"\x00\x01" if name == "bool" else bytes(range(256))) * 16
         array = np.frombuffer(raw, NUMERIC[name])
         batch = assemble([{"x": array}], [len(array)]).to_torch("cuda:0")
-        back = split({"x": batch["x"]}, [len(array)], "s")[0]["x"]
+        back = split({"x": batch["x"]}, [len(array)], "s")[0].columns["x"]
         assert isinstance(back, np.ndarray)
         assert back.tobytes() == raw

@@ -1,0 +1,168 @@
+"""What a stage's `forward` returned, checked and given back to the jobs of the batch.
+
+Promise: order is kept; arrays are views of what the stage returned; rows that the stage rejected are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchrelay.config.columns import Column, check_outputs
+from torchrelay.config.types import ColumnType
+from torchrelay.errors import InputError
+
+__all__ = ["Expand", "Made", "empty_outputs", "split"]
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """What a stage with `rows: expand` returns: `counts[i]` rows, or none, for row i of its batch.
+
+    `columns` hold the rows of all, one behind the other: arrays or tensors `[sum(counts), ...]`, or lists as long.
+    """
+
+    columns: Mapping[str, Any]
+    counts: Sequence[int] | Any
+
+
+class Made(NamedTuple):
+    """One job's part of what a stage returned.
+
+    `rejected` says why, by the job's row number; those rows are not in `columns`. `counts` is None unless the stage
+    expands; it has one entry per row of the job, 0 for a rejected one.
+    """
+
+    columns: dict[str, Column]
+    counts: Counts | None = None
+    rejected: Mapping[int, str] = {}  # never changed
+
+
+def split(
+    outputs: object,
+    job_rows: Sequence[int],
+    stage: str,
+    types: Mapping[str, ColumnType] | None = None,
+    *,
+    expands: bool = False,
+    rejected: Mapping[int, str] | None = None,
+) -> list[Made]:
+    """Give each job its rows of what `forward` returned.
+
+    Args:
+        outputs: column -> ndarray or tensor `[N, ...]` or list of N, or an Expand of such; bfloat16 and float8 tensors
+            become arrays of the dtypes of ml_dtypes.
+        job_rows: rows of each job; N is their sum.
+        stage: named in errors.
+        types: the declared outputs; empty if none are declared.
+        expands: whether the stage is declared to change the number of rows.
+        rejected: rows that it rejected, by their number in the batch.
+
+    Raises:
+        InputError: naming the stage and the column whose name, type, shape or number of rows is wrong.
+    """
+    total = sum(job_rows)
+    refused = rejected or {}
+    if len(refused) == total and total:
+        table, counts = empty_outputs(types), np.zeros(total, np.int64) if expands else None
+    elif expands:
+        table, counts = _expanded(outputs, total, stage, types or {}, refused)
+    else:
+        table, counts = _same(outputs, total, stage, types or {}, refused), None
+    if len(job_rows) == 1:
+        return [Made(table, counts, refused)]
+    return _shares(table, counts, job_rows, refused)
+
+
+def _same(
+    outputs: object, total: int, stage: str, types: Mapping[str, ColumnType], refused: Mapping[int, str]
+) -> dict[str, Column]:
+    if isinstance(outputs, Expand):
+        raise InputError(f"stage {stage!r} returned Expand; declare `rows: expand` for it, or return a mapping")
+    plain = _plain(outputs, stage)
+    if not refused:
+        return check_outputs(stage, types, plain, total)
+    kept = [i for i in range(total) if i not in refused]
+    return check_outputs(stage, types, {n: _pick(stage, n, c, kept, total) for n, c in plain.items()}, len(kept))
+
+
+def _expanded(
+    outputs: object, total: int, stage: str, types: Mapping[str, ColumnType], refused: Mapping[int, str]
+) -> tuple[dict[str, Column], Counts]:
+    if not isinstance(outputs, Expand):
+        raise InputError(
+            f"stage {stage!r} is declared `rows: expand` and returned a {type(outputs).__name__}; "
+            "return Expand(columns, counts)"
+        )
+    counts = _counts(outputs.counts, total, stage)
+    plain = _plain(outputs.columns, stage)
+    made = int(counts.sum())
+    if refused and counts[list(refused)].any():
+        keep = np.repeat(~np.isin(np.arange(total), list(refused)), counts)
+        plain = {n: _pick(stage, n, c, np.flatnonzero(keep).tolist(), made) for n, c in plain.items()}
+        counts[list(refused)] = 0
+    return check_outputs(stage, types, plain, int(counts.sum())), counts
+
+
+def _counts(counts: object, total: int, stage: str) -> Counts:
+    if hasattr(counts, "tolist"):
+        counts = counts.tolist()
+    sound = isinstance(counts, list | tuple) and all(isinstance(c, int | np.integer) and c >= 0 for c in counts)
+    if not sound or len(counts) != total or any(isinstance(c, bool) for c in counts):  # type: ignore[arg-type]  # it is a list here
+        raise InputError(
+            f"stage {stage!r}: Expand.counts must hold one whole number from 0 for each of the {total} rows, "
+            f"not {counts!r:.80}"
+        )
+    return np.asarray(counts, np.int64)
+
+
+def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
+    """Arrays in place of tensors."""
+    if not isinstance(outputs, Mapping):
+        raise InputError(
+            f"stage {stage!r} returned a {type(outputs).__name__}; return a mapping of column to its values"
+        )
+    plain: Mapping[str, Any] = outputs
+    if sys.modules.get("torch") is not None:
+        from torchrelay.stages.torch_tensors import numpy_outputs
+
+        plain = numpy_outputs(stage, outputs)
+    for name, column in plain.items():
+        if isinstance(column, np.ndarray) and not column.ndim:
+            raise InputError(f"stage {stage!r}: column {name!r} has no rows axis; return [N, ...]")
+    return plain
+
+
+def _pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
+    if not isinstance(column, np.ndarray | list | tuple) or len(column) != total:
+        came = f"{len(column)} came" if isinstance(column, np.ndarray | list | tuple) else type(column).__name__
+        raise InputError(f"stage {stage!r}: column {name!r} needs {total} rows, rejected ones included; {came}")
+    return column[kept] if isinstance(column, np.ndarray) else [column[i] for i in kept]
+
+
+def _shares(
+    table: Mapping[str, Column], counts: Counts | None, job_rows: Sequence[int], refused: Mapping[int, str]
+) -> list[Made]:
+    shares: list[Made] = []
+    row = start = 0
+    for rows in job_rows:
+        mine = {i - row: why for i, why in refused.items() if row <= i < row + rows} if refused else {}
+        part = None if counts is None else counts[row : row + rows]
+        end = start + (rows - len(mine) if part is None else int(part.sum()))
+        shares.append(Made({name: column[start:end] for name, column in table.items()}, part, mine))
+        row, start = row + rows, end
+    return shares
+
+
+def empty_outputs(types: Mapping[str, ColumnType] | None) -> dict[str, Column]:
+    """The outputs for a job of 0 rows, for which no stage is called: every declared column, without rows."""
+    return {
+        name: np.empty((0, *(size for size in t.shape if isinstance(size, int))), t.np_dtype) if t.stacked else []
+        for name, t in (types or {}).items()
+    }
