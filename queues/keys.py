@@ -84,6 +84,11 @@ class LaneKeys:
         """STRING that stands while a dead worker's late claims must be refused."""
         return f"{self.tag}retired:{incarnation}"
 
+    @property
+    def paused(self) -> str:
+        """HASH of paused nodes, and of rules for versions to come; absent while nothing is paused."""
+        return self.tag + "paused"
+
     def blob(self, name: str) -> str:
         """HASH of chunks; `name` is `<id>.<node>.<fence>.<column>`."""
         return f"{self.tag}blob:{name}"
@@ -113,6 +118,15 @@ class ControlKeys:
     def numbers(self) -> str:
         """HASH name@version -> number by which job records name it."""
         return self.tag + "numbers"
+
+    @property
+    def sources(self) -> str:
+        """HASH name@version -> host:path that it was registered from; it is shown, never opened."""
+        return self.tag + "sources"
+
+    def history(self, name: str) -> str:
+        """LIST of `ms name@version`: when which version of a pipeline was made current, the latest first."""
+        return f"{self.tag}history:{name}"
 
     @property
     def alive(self) -> str:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import redis
 from redis.exceptions import NoScriptError, ResponseError
@@ -22,7 +23,9 @@ from torchrelay.queues.transitions import Transitions, pack_graph
 
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 6_000
-_CURRENT_S = 1.0
+# A client that read which version is current may go on with it so long.
+CURRENT_S = 1.0
+_HISTORY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,13 @@ class Registered:
 
     pipeline: Pipeline
     number: int
+
+
+class Reign(NamedTuple):
+    """A version that new jobs took, since `since` (seconds since the epoch; 0 for before this was written down)."""
+
+    ref: str
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +114,45 @@ class Registry:
         return created
 
     def register(self, pipeline: Pipeline, *, current: bool = True) -> Registered:
-        """Makes a version known in every lane, and the one that new jobs take. Idempotent; updates tuning."""
-        keys = (self.control.current, self.control.records, self.control.numbers)
-        args = [pipeline.name, pipeline.ref, pipeline.record(), "1" if current else "0"]
-        number, _ = run(self.client, Call(script("register"), keys, args, lambda v: (int(v[0]), int(v[1]))))
+        """Makes a version known in every lane, and the one that new jobs take. Idempotent; updates tuning.
+
+        With `current` False new jobs go on with the version that they take; the first one of a name is taken anyway.
+        """
+        number, _ = self._write(pipeline.name, pipeline.ref, pipeline.record(), "0", pipeline.path)
         marks = [(s.queue.max_rows, s.queue.max_bytes) for s in pipeline.spec.stages]
         graph = pack_graph(pipeline.ref, pipeline.graph, marks)
         for lane in self.lanes:
             run(self.client, lane.define(number, graph))
+        # Only now: a submit must not meet a lane that does not know the version yet.
+        self._write(pipeline.name, pipeline.ref, "", "1" if current else "f")
         registered = Registered(pipeline, number)
         self._by_ref[pipeline.ref] = registered
-        self._current.pop(pipeline.name, None)
         return registered
+
+    def make_current(self, ref: str) -> None:
+        """New jobs take this version from now on; PipelineNotFound when nobody registered it."""
+        number, _ = self._write(ref.partition("@")[0], ref, "", "1")
+        if not number:
+            raise PipelineNotFound(f"{ref} is not registered in namespace {self.control.namespace!r}")
+
+    def _write(self, name: str, ref: str, record: str, current: str, path: object = None) -> tuple[int, str]:
+        """The version's number, and which version is current now."""
+        control = self.control
+        keys = (control.current, control.records, control.numbers, control.history(name), control.sources)
+        source = "" if path is None else f"{socket.gethostname()}:{path}"
+        args: list[Arg] = [name, ref, record, current, source, _HISTORY]
+        self._current.pop(name, None)
+        return run(self.client, Call(script("register"), keys, args, lambda v: (int(v[0]), _text(v[2]))))
+
+    def history(self, name: str) -> list[Reign]:
+        """Which versions of this pipeline new jobs took, the latest first; at most 20."""
+        entries: Any = self.client.lrange(self.control.history(name), 0, -1)
+        pairs = [_text(e).partition(" ") for e in entries]
+        return [Reign(ref, int(ms) / 1000.0) for ms, _, ref in pairs]
+
+    def sources(self) -> dict[str, str]:
+        """name@version -> the `host:path` that it was registered from, where that is known. To show, never to open."""
+        return {_text(k): _text(v) for k, v in self.client.hgetall(self.control.sources).items()}
 
     def lane(self, job_id: str) -> Transitions:
         """The lane of a job; raises InputError for what is no id of this namespace."""
@@ -143,7 +180,7 @@ class Registry:
 
     def _current_ref(self, name: str) -> str:
         read_at, ref = self._current.get(name, (0.0, ""))
-        if not ref or time.monotonic() - read_at > _CURRENT_S:
+        if not ref or time.monotonic() - read_at > CURRENT_S:
             ref = _text(self.client.hget(self.control.current, name))
             self._current[name] = (time.monotonic(), ref)
         return ref

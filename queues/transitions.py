@@ -5,7 +5,7 @@ Each method's contract stands at the head of the Lua file of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -78,7 +78,8 @@ class Submitted:
 class Grant:
     """What a claim gave: entries under one fence until `expires_ms` (the server's clock).
 
-    `next_due_ms` is -1 when nothing is delayed.
+    `next_due_ms` is -1 when nothing is delayed. `gated`: no more is given now, as a successor is full or the node is
+    `paused`.
     """
 
     fence: str
@@ -87,6 +88,7 @@ class Grant:
     next_due_ms: int
     left: int
     gated: bool
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,12 @@ def _submitted(value: Any) -> Submitted:
 def _grant(value: Any) -> Grant:
     fence, expires, packed, records, next_due, left, gated = value
     entries = list(decode_records(split_entries(packed), records))
-    return Grant(_text(fence), int(expires), entries, next_due, left, bool(gated))
+    return Grant(_text(fence), int(expires), entries, next_due, left, gated > 0, gated == 2)
+
+
+def _census(value: Any) -> tuple[int, list[tuple[str, int, int, int]]]:
+    delayed, *flat = value
+    return delayed, [(_text(flat[i]), *flat[i + 1 : i + 4]) for i in range(0, len(flat), 4)]
 
 
 class Transitions:
@@ -156,7 +163,8 @@ class Transitions:
         return self._call("init", [lanes], lambda v: (_text(v[0]), int(v[1]), v[2] == 1))
 
     def define(self, number: int, packed_graph: bytes) -> Call[int]:
-        return self._call("define", [number, packed_graph], int)
+        keys = (*self.keys.fixed, self.keys.paused)
+        return Call(script("define"), keys, [number, packed_graph], int)
 
     def submit(self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int) -> Call[Submitted]:
         args: list[Arg] = [number, results_max_bytes]
@@ -230,6 +238,20 @@ class Transitions:
 
     def cancel(self, ids: Sequence[str]) -> Call[str]:
         return self._call("cancel", list(ids))
+
+    def pause(self, name: str, version: str, stage: str, on: bool) -> Call[list[str]]:
+        """`version` and `stage` are '' for all; the nodes that match come back."""
+        keys = (*self.keys.fixed, self.keys.paused)
+        args = [name, version, stage, "1" if on else "0"]
+        return Call(script("pause"), keys, args, lambda v: [_text(k) for k in v])
+
+    def purge(self, masks: Mapping[int, int], ids: Sequence[str]) -> Call[int]:
+        """`masks` holds the bits of the nodes to purge by pipeline number; at most 256 ids at a time."""
+        return self._call("purge", ["".join(f"{n}:{mask}," for n, mask in masks.items()), *ids], int)
+
+    def census(self, first: int, most: int) -> Call[tuple[int, list[tuple[str, int, int, int]]]]:
+        """Delayed entries in all; per node those that are ready, held, and delayed from the `first` on."""
+        return self._call("census", [first, most], _census)
 
     def ack(self, ids: Sequence[str]) -> Call[int]:
         return self._call("ack", list(ids), int)

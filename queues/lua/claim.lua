@@ -2,7 +2,8 @@
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] worker incarnation  ARGV[4] pipeline number  ARGV[5] node
 -- ARGV[6] max jobs  ARGV[7] max rows  ARGV[8] max inline bytes  ARGV[9] lease_ms
--- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left, gated}.
+-- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left,
+--   1 when gated, 2 when the node is paused}.
 --   A record of a forking pipeline is {header and input payload, own entry, predecessors' outputs...}.
 --   A replayed claim returns what is left of its grant. A suspect is always granted alone.
 -- Refuses: TRRETIRED (rule 13), TRNOPIPE, TRARGS. Jobs past their deadline at the head (at most 256) end here.
@@ -41,7 +42,12 @@ if old then
   call('ZADD', LEASE, 'XX', NOW + lease_ms, old)
   return {old, NOW + lease_ms, table.concat(entries), with_inputs(ids, recs), -1, 0, 0}
 end
-if call('EXISTS', T .. 'retired:' .. ARGV[3]) == 1 then return refuse('TRRETIRED', ARGV[3]) end
+local RETIRED, PAUSED, paused = T .. 'retired:' .. ARGV[3], T .. 'paused', false
+-- One look for both: neither is there as a rule.
+if call('EXISTS', RETIRED, PAUSED) > 0 then
+  if call('EXISTS', RETIRED) == 1 then return refuse('TRRETIRED', ARGV[3]) end
+  paused = call('HGET', PAUSED, node.key) == '1'
+end
 
 check_types({GRANTS, LOAD, DONE}, {LEASE, DELAYED, DEADLINE, DONEQ})
 local only_high, gated = false, false
@@ -58,7 +64,7 @@ flush()
 local READY = T .. 'ready:' .. node.key
 local ids, recs, entries = {}, {}, {}
 local rows, inline, seen, expired, missing, ready_rows, ready_bytes = 0, 0, 0, 0, 0, 0, 0
-local done = gated
+local done = gated or paused
 while not done do
   local peek = call('ZRANGE', READY, seen, seen + math.min(max_jobs, 64) - 1)
   if #peek == 0 then break end
@@ -124,4 +130,4 @@ if left > 0 and (#ids > 0 or expired > 0) then wake(node.key) end
 flush()
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, math.ceil(tonumber(next_due) - NOW)) or -1
-return {#ids > 0 and fence or '', NOW + lease_ms, table.concat(entries), out, wait, left, gated and 1 or 0}
+return {#ids > 0 and fence or '', NOW + lease_ms, table.concat(entries), out, wait, left, paused and 2 or gated and 1 or 0}

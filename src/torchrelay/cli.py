@@ -18,6 +18,7 @@ from redis import exceptions as redis_errors
 
 from torchrelay import terminal
 from torchrelay.cli_dead import dead_app
+from torchrelay.cli_operate import operate_app
 from torchrelay.cli_options import (
     EXIT_BROKER,
     EXIT_FAILED,
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
+app.add_typer(operate_app)
 
 
 @app.command()
@@ -124,10 +126,12 @@ def worker(
 ) -> None:
     """Serve one stage on one device, until SIGTERM or Ctrl-C, which drain.
 
+    Which version new jobs take stays as it is, unless this is the first: `up`, `deploy` and `rollback` switch it.
+
     Example: [bold]torchrelay worker pipeline.yaml --stage encode --device cuda:1 --redis redis://host:6379/0[/bold]
     """
     overrides = overrides_of(set_)
-    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu)
+    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
     fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device)
     raise typer.Exit(run_fleet(fleet, live=False))
 
@@ -263,31 +267,15 @@ def cancel(
 
 @app.command()
 def status(redis: RedisOption = None, namespace: NamespaceOption = None, as_json: JsonOption = False) -> None:
-    """Show every stage: what waits, what runs, who serves it."""
+    """Show every stage: what waits, what runs, who serves it; and versions that drain or that nobody serves.
+
+    Example: [bold]torchrelay status --json[/bold]
+    """
     with open_relay(redis, namespace) as relay:
         if as_json:
-            terminal.print_json({"url": relay.url, "nodes": terminal.node_rows(relay.registry)})
+            terminal.print_json({"url": relay.url, **terminal.status_of(relay.registry)})
         else:
-            terminal.out.print(terminal.status_view(relay.registry))
-
-
-@app.command()
-def pipelines(redis: RedisOption = None, namespace: NamespaceOption = None, as_json: JsonOption = False) -> None:
-    """List the pipelines of the namespace with their versions; new jobs take the current one."""
-    with open_relay(redis, namespace) as relay:
-        current = set(relay.registry.current().values())
-        rows: list[dict[str, Any]] = []
-        for ref in sorted(relay.registry.versions()):
-            found = relay.registry.find(ref).pipeline
-            stages = [n.name for n in found.graph.nodes]
-            rows.append({"pipeline": found.name, "version": found.version, "current": ref in current, "stages": stages})
-        if as_json:
-            terminal.print_json(rows)
-        else:
-            cells = [
-                (r["pipeline"], r["version"], "current" if r["current"] else "", " ".join(r["stages"])) for r in rows
-            ]
-            terminal.out.print(terminal.table(["pipeline", "version", "", "stages"], cells))
+            terminal.print_status(relay.registry)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.queues import operate
 from torchrelay.queues.registry import Registry, WorkerReport
 
 # Piped output has no width of its own: a line is cut nowhere.
@@ -51,12 +52,17 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def shown(text: object) -> str:
+    """Text from elsewhere, with control characters shown instead of obeyed."""
+    line = str(text)
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line
+
+
 def clean(text: object) -> str:
-    """Text from elsewhere, with control characters shown instead of obeyed, and no markup."""
-    shown = str(text)
-    if not shown.isprintable():
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-    return escape(shown)
+    """The same, for where rich reads markup: what looks like it is escaped."""
+    return escape(shown(text))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
@@ -89,30 +95,56 @@ def graph_view(pipeline: Pipeline) -> RenderableType:
     return Group(head, table(["stage", "after", "reads", "returns", "device", "#workers", "#batch rows"], rows))
 
 
-def node_rows(registry: Registry) -> list[dict[str, Any]]:
+def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]:
+    """Nodes, and versions that are stranded or drain, as `status --json` prints them."""
+    standing = operate.census(registry, most_delayed)
+    workers = registry.workers()
+    live = operate.live_versions(registry, standing, workers)
+    stranded = [
+        {
+            "pipeline": v.ref,
+            "current": v.current,
+            "stages": list(v.missing),
+            "registered_from": v.source or None,
+            "commands": v.commands,
+            **v.jobs.counts(),
+        }
+        for v in live
+        if v.missing
+    ]
+    draining = [{"pipeline": v.ref, **v.jobs.counts()} for v in live if v.draining]
+    return {"nodes": _node_rows(registry, standing, workers), "stranded": stranded, "draining": draining}
+
+
+def _node_rows(
+    registry: Registry, standing: Mapping[str, operate.Standing], workers: Sequence[WorkerReport]
+) -> list[dict[str, Any]]:
     """Per node that has work, workers or is current: what waits, what runs, who serves it."""
     loads = registry.loads()
-    workers: dict[str, list[WorkerReport]] = {}
-    for report in registry.workers():
-        workers.setdefault(report.node, []).append(report)
+    paused = operate.paused_nodes(registry)
+    serving: dict[str, list[WorkerReport]] = {}
+    for report in workers:
+        serving.setdefault(report.node, []).append(report)
     current = set(registry.current().values())
     rows = []
     for ref in registry.versions():
-        pipeline = registry.find(ref).pipeline
-        for node in pipeline.graph.nodes:
+        for node in registry.find(ref).pipeline.graph.nodes:
             key = f"{ref}/{node.name}"
-            mine = workers.get(key, [])
+            mine = serving.get(key, [])
+            here = standing.get(key, operate.Standing())
             ready, held = loads.get(f"{key}.ready_rows", 0), loads.get(f"{key}.held_rows", 0)
-            if not (ready or held or mine or ref in current):
+            if not (ready or held or here or mine or ref in current):
                 continue
             batches = sum(w.batches for w in mine)
             fill = sum(w.rows for w in mine) / sum(w.batches * w.max_rows for w in mine) if batches else None
             rows.append(
                 {
                     "node": key,
+                    "paused": key in paused,
                     "waiting_rows": ready,
                     "waiting_bytes": loads.get(f"{key}.ready_bytes", 0),
                     "running_rows": held,
+                    "delayed_jobs": here.delayed,
                     "committed": loads.get(f"{key}.committed", 0),
                     "failed_attempts": loads.get(f"{key}.failed", 0),
                     "workers": len(mine),
@@ -123,16 +155,35 @@ def node_rows(registry: Registry) -> list[dict[str, Any]]:
     return rows
 
 
-def status_view(registry: Registry) -> RenderableType:
-    """The live table of `status` and `up`."""
+def jobs_text(counts: Mapping[str, int]) -> str:
+    """`3 waiting, 1 running` of `Standing.counts()`."""
+    return ", ".join(f"{n} {key.removesuffix('_jobs')}" for key, n in counts.items() if key.endswith("_jobs") and n)
+
+
+def status_view(registry: Registry, most_delayed: int = 1_000) -> Group:
+    """The live table of `status` and `up`, with versions that drain or are stranded below it."""
+    status = status_of(registry, most_delayed)
     rows = []
-    for r in node_rows(registry):
+    for r in status["nodes"]:
         fill = "" if r["batch_fill"] is None else f"{100 * r['batch_fill']:.0f} %"
-        state = "no worker" if not r["workers"] else ", ".join(r["states"])
+        states = [*(["paused"] if r["paused"] else []), *(r["states"] or ["no worker"])]
         numbers = (r["waiting_rows"], r["running_rows"], r["committed"], r["failed_attempts"], r["workers"])
-        rows.append((r["node"], *numbers, state, fill))
+        rows.append((r["node"], *numbers, ", ".join(states), fill))
     columns = ["node", "#waiting", "#running", "#committed", "#failed tries", "#workers", "state", "#batch fill"]
-    return table(columns, rows)
+    below = [Text(f"draining: {v['pipeline']}: {jobs_text(v)}") for v in status["draining"]]
+    for v in status["stranded"]:
+        what = f"stranded: {v['pipeline']}: {jobs_text(v)}; no worker for {', '.join(v['stages'])}"
+        below.append(Text.assemble((shown(what), "yellow")))
+        place = f" on {v['registered_from'].partition(':')[0]}" if v["registered_from"] else ""
+        below.append(Text(shown(f"  to run it, with the files of version {v['pipeline'].partition('@')[2]}{place}:")))
+        below += [Text(shown(f"  {command}")) for command in v["commands"]]
+    return Group(table(columns, rows), *below)
+
+
+def print_status(registry: Registry) -> None:
+    """Prints the same once; a command to copy is cut nowhere."""
+    for part in status_view(registry, 100_000).renderables:
+        out.print(part, soft_wrap=isinstance(part, Text))
 
 
 class _ConsoleStream(io.TextIOBase):

@@ -30,7 +30,10 @@ _LINE_EVERY_S = 10.0
 
 
 class Fleet:
-    """Workers to start. `start()` connects and starts them; `stop()` drains; `wait()` returns the exit status."""
+    """Workers to start. `start()` connects and starts them; `stop()` drains; `wait()` returns the exit status.
+
+    With `make_current` False new jobs go on with the version that they take, unless there is none yet.
+    """
 
     def __init__(
         self,
@@ -38,10 +41,12 @@ class Fleet:
         namespace: str | None = None,
         *,
         allow_cpu: bool = False,
+        make_current: bool = True,
         output: TextIO | None = None,
     ) -> None:
         self.settings = Settings.load(url=url, namespace=namespace)
         self._allow_cpu = allow_cpu
+        self._make_current = make_current
         self.output = output
         self._pipelines: list[Pipeline] = []
         self._plans: list[WorkerPlan] = []
@@ -86,13 +91,18 @@ class Fleet:
         self.registry = Registry(self._broker.client, self.settings.namespace, self.settings.lanes)
         self.registry.open()
         for pipeline in self._pipelines:
-            self.registry.register(pipeline)
+            self.registry.register(pipeline, current=self._make_current)
         for plan in self._plans:
             supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings, self.output)
             thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
             self.supervisors.append(supervisor)
             self._threads.append(thread)
             thread.start()
+
+    def not_current(self) -> list[str]:
+        """`name@version` of the pipelines here that new jobs do not take."""
+        current = set(self.registry.current().values())
+        return [p.ref for p in self._pipelines if p.ref not in current]
 
     @property
     def url(self) -> str:
@@ -138,6 +148,11 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
         signal.signal(number, lambda *_: stop.set())
     fleet.start()
     terminal.err.print(f"workers on {fleet.url}, namespace {fleet.settings.namespace}; Ctrl-C drains", soft_wrap=True)
+    for ref in fleet.not_current():
+        terminal.err.print(
+            f"{ref} gets no new jobs yet: another version is current; switch with: torchrelay deploy FILE",
+            soft_wrap=True,
+        )
     try:
         if live:
             with Live(console=terminal.out, auto_refresh=False) as view:
@@ -159,7 +174,7 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
 
 
 def _status_line(fleet: Fleet) -> str:
-    rows = terminal.node_rows(fleet.registry)
+    rows = terminal.status_of(fleet.registry, 1)["nodes"]
     return "; ".join(
         f"{r['node'].rpartition('/')[2]} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows
     )
