@@ -1,25 +1,50 @@
-"""Turns rows into jobs: checks them against the declared columns and encodes them. No I/O, so that the synchronous and
-the asynchronous client share it."""
+"""Turns rows and tables into jobs: checks them against the declared columns and encodes them. No I/O: both clients
+share it."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypedDict
 from zlib import crc32
 
-from torchrelay.config.columns import table_of_row
-from torchrelay.errors import InputError
+from torchrelay.config.columns import check_table, table_of_row
+from torchrelay.errors import InputError, TorchrelayError
+from torchrelay.producer.futures import JobFuture
 from torchrelay.queues import codec
-from torchrelay.queues.job import FLAG_HIGH, FLAG_KEYED, FLAG_UNTIL_ACK, Packed, Ref, encode_payload, split_inline
+from torchrelay.queues.job import (
+    FLAG_HIGH,
+    FLAG_KEEP,
+    FLAG_KEYED,
+    FLAG_TABLE,
+    FLAG_UNTIL_ACK,
+    Packed,
+    Ref,
+    encode_payload,
+    split_inline,
+)
 from torchrelay.queues.priority import Priority, parse_priority
 from torchrelay.queues.registry import Registered
 from torchrelay.queues.transitions import NewJob
 
 DEFAULT_KEEP_S = 3600
 _LONGEST_S = 10 * 366 * 86400.0
+
+Outcome = JobFuture[Any] | TorchrelayError
+
+
+class Options(TypedDict, total=False):
+    """What every way to submit takes by keyword; `Relay.submit` says what each means."""
+
+    priority: str | int
+    deadline_s: float | None
+    delay_s: float
+    keep_s: int | None
+    wait_s: float
+    meta: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +56,35 @@ class SubmitOptions:
     delay_s: float = 0.0
     keep_s: int | None = None
     meta: bytes = b""
+    wait_s: float = 0.0
 
     @classmethod
-    def parse(
-        cls,
-        priority: object = Priority.MEDIUM,
-        deadline_s: object = None,
-        delay_s: object = 0,
-        keep_s: object = None,
-        meta: Mapping[str, Any] | None = None,
-    ) -> SubmitOptions:
+    def parse(cls, options: Mapping[str, Any]) -> SubmitOptions:
         """Checks what the caller gave; raises InputError that names the option, the value and the range."""
-        packed = b""
-        if meta is not None:
-            if not isinstance(meta, Mapping):
-                raise InputError(f"meta must be a mapping, not {type(meta).__name__}")
-            packed = codec.encode(dict(meta))
-            if len(packed) > 2048:
-                raise InputError(f"meta takes {len(packed)} bytes, over the limit of 2048; put large values in columns")
+        for name in options.keys() - Options.__annotations__.keys():
+            near = difflib.get_close_matches(name, list(Options.__annotations__), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(Options.__annotations__)}"
+            raise InputError(f"unknown option {name!r:.60}; {hint}")
+        deadline_s, keep_s = options.get("deadline_s"), options.get("keep_s")
         return cls(
-            parse_priority(priority),
+            parse_priority(options.get("priority", Priority.MEDIUM)),
             None if deadline_s is None else _seconds("deadline_s", deadline_s, least=0.001),
-            _seconds("delay_s", delay_s, least=0.0),
+            _seconds("delay_s", options.get("delay_s", 0), least=0.0),
             None if keep_s is None else math.ceil(_seconds("keep_s", keep_s, least=0.0)),
-            packed,
+            _packed_meta(options.get("meta")),
+            _wait(options.get("wait_s", 0.0)),
         )
+
+
+def _packed_meta(meta: object) -> bytes:
+    if meta is None:
+        return b""
+    if not isinstance(meta, Mapping):
+        raise InputError(f"meta must be a mapping, not {type(meta).__name__}")
+    packed = codec.encode(dict(meta))
+    if len(packed) > 2048:
+        raise InputError(f"meta takes {len(packed)} bytes, over the limit of 2048; put large values in columns")
+    return packed
 
 
 def _seconds(name: str, value: object, least: float) -> float:
@@ -64,7 +93,7 @@ def _seconds(name: str, value: object, least: float) -> float:
     return float(value)
 
 
-def parse_wait(value: object) -> float:
+def _wait(value: object) -> float:
     """How long to wait for room, in seconds; infinity is one's own choice."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise InputError(f"wait_s {value!r:.60} must be a number of seconds from 0")
@@ -84,6 +113,30 @@ def lane_of_key(digest: bytes, lanes: int) -> int:
     return crc32(digest) % lanes
 
 
+class Owner(Protocol):
+    """Who wants to know what became of a draft that was sent together with others' drafts."""
+
+    @property
+    def gone(self) -> bool: ...
+    def take(self, number: int, outcome: Outcome) -> None: ...
+
+
+@dataclass(slots=True)
+class Draft:
+    """A checked row or table on its way: what is needed to encode it, again if its id turns out to be taken.
+
+    `owner`, where there is one, is told what became of its draft `number`.
+    """
+
+    columns: dict[str, bytes]
+    rows: int = 1
+    flags: int = 0
+    digest: bytes = b""
+    key: str = ""
+    owner: Owner | None = None
+    number: int = 0
+
+
 class JobEncoder:
     """Encodes jobs of one pipeline version."""
 
@@ -93,23 +146,54 @@ class JobEncoder:
         self._graph = registered.pipeline.graph
         self._boost = boost_ms_per_point
 
-    def columns(self, row: Mapping[str, Any]) -> dict[str, bytes]:
+    @property
+    def ref(self) -> str:
+        """`name@version`."""
+        return self.registered.pipeline.ref
+
+    def row(self, row: Mapping[str, Any], key: str | None = None) -> Draft:
         """One row as a table of one: checked against the declared columns, and each column encoded."""
         if not isinstance(row, Mapping):
             raise InputError(f"a row is a mapping of column to value, not {type(row).__name__}")
-        encoded: dict[str, bytes] = {}
-        for name, column in table_of_row(self._types, row).items():
-            try:
-                encoded[name] = codec.encode(column)
-            except InputError as error:
-                raise InputError(f"column {name!r}: {error}") from error
-        return encoded
+        return self._keyed(Draft(_encoded(table_of_row(self._types, row))), key)
 
-    def encode(
-        self, job_id: str, encoded: Mapping[str, bytes], rows: int, options: SubmitOptions, digest: bytes = b""
-    ) -> tuple[NewJob, dict[str, bytes]]:
+    def rows(self, rows: Iterable[Mapping[str, Any]], keys: Sequence[str] | None, first: int = 0) -> list[Draft]:
+        """Many rows, each a job of its own; an error names the row, counted from `first`."""
+        drafts: list[Draft] = []
+        for number, row in enumerate(rows, first):
+            try:
+                drafts.append(self.row(row))
+            except InputError as error:
+                raise InputError(f"row {number}: {error}") from error
+        if keys is not None:
+            if isinstance(keys, str) or len(keys) != len(drafts):
+                raise InputError(f"{len(drafts)} rows need {len(drafts)} keys, a sequence; {len(keys)} came")
+            for draft, key in zip(drafts, keys, strict=True):
+                self._keyed(draft, key)
+        return drafts
+
+    def table(self, table: Mapping[str, Any], on_error: str, key: str | None = None) -> Draft:
+        """N rows as one job."""
+        if on_error not in ("raise", "keep"):
+            raise InputError(f'on_error {on_error!r:.60} must be "raise" or "keep"')
+        columns, rows = check_table(self._types, table)
+        limit = self.registered.pipeline.spec.limits.rows_per_job
+        if rows > limit:
+            raise InputError(
+                f"the table has {rows} rows, over the pipeline's limits.rows_per_job of {limit}; "
+                "submit it in parts, or raise the limit"
+            )
+        flags = FLAG_TABLE | (FLAG_KEEP if on_error == "keep" else 0)
+        return self._keyed(Draft(_encoded(columns), rows, flags), key)
+
+    def _keyed(self, draft: Draft, key: str | None) -> Draft:
+        if key is not None:
+            draft.digest, draft.key = key_digest(self.registered.pipeline.name, key), key
+        return draft
+
+    def encode(self, job_id: str, draft: Draft, options: SubmitOptions) -> tuple[NewJob, dict[str, bytes]]:
         """The job, and the blobs to write before it: name -> bytes."""
-        inline, large = split_inline(encoded)
+        inline, large = split_inline(draft.columns)
         columns: dict[str, Packed] = dict(inline)
         blobs: dict[str, bytes] = {}
         refs = ""
@@ -120,20 +204,35 @@ class JobEncoder:
             columns[column] = ref
             refs += ref.text(self._graph.consumers(column, 0))
         payload = encode_payload(columns, options.meta)
-        flags = FLAG_HIGH if options.priority >= Priority.HIGH else 0
+        flags = draft.flags | (FLAG_HIGH if options.priority >= Priority.HIGH else 0)
         keep_s = DEFAULT_KEEP_S if options.keep_s is None else options.keep_s
+        digest = draft.digest
         if digest:
             flags |= FLAG_KEYED
-            content = hashlib.blake2b(digest_size=16)
-            for column in sorted(encoded):
-                content.update(column.encode() + b"\0" + encoded[column])
-            digest += content.digest()
+            digest += _content(draft)
         elif options.keep_s is None:
             flags |= FLAG_UNTIL_ACK
         nbytes = len(payload) + sum(map(len, large.values()))
         deadline_ms = 0.0 if options.deadline_s is None else options.deadline_s * 1000.0
         boost_ms = options.priority * self._boost
-        job = NewJob(
-            job_id, payload, rows, nbytes, boost_ms, options.delay_s * 1000.0, deadline_ms, keep_s, flags, refs, digest
-        )
+        delay_ms = options.delay_s * 1000.0
+        job = NewJob(job_id, payload, draft.rows, nbytes, boost_ms, delay_ms, deadline_ms, keep_s, flags, refs, digest)
         return job, blobs
+
+
+def _encoded(columns: Mapping[str, Any]) -> dict[str, bytes]:
+    encoded: dict[str, bytes] = {}
+    for name, column in columns.items():
+        try:
+            encoded[name] = codec.encode(column)
+        except InputError as error:
+            raise InputError(f"column {name!r}: {error}") from error
+    return encoded
+
+
+def _content(draft: Draft) -> bytes:
+    """16 bytes that stand for what is submitted: a table is never the same job as a row, nor with other errors."""
+    content = hashlib.blake2b(bytes([draft.flags]) if draft.flags else b"", digest_size=16)
+    for column in sorted(draft.columns):
+        content.update(column.encode() + b"\0" + draft.columns[column])
+    return content.digest()

@@ -28,7 +28,10 @@ _ACK_BATCH = 256
 
 
 class Inbox:
-    """Futures by job id, and the thread that settles them. `start()` runs it; `close()` ends it."""
+    """Futures by job id, and the thread that settles them. `start()` runs it; `close()` ends it.
+
+    `after_settling` is called when some were settled, once for many; it must not raise.
+    """
 
     def __init__(self, client: redis.Redis, lanes: tuple[Transitions, ...]) -> None:
         self._client = client
@@ -41,6 +44,7 @@ class Inbox:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._reconnects = 0
+        self.after_settling: Callable[[], object] = _nothing
 
     def listen(self, lane: int, client: str) -> None:
         """Adds the reply list of a client name."""
@@ -113,12 +117,15 @@ class Inbox:
                     pipe.hexists(lane.keys.bucket(future.id), job_field(future.id))
                 pipe.hmget(lane.keys.done, [f.id for f in part])
                 *live, ended = pipe.execute()
+                outcomes: list[tuple[str, Terminal | JobError]] = []
                 for future, alive, record in zip(part, live, ended, strict=True):
                     if record is not None:
-                        self._settle([(future.id, Terminal.decode(record))])
+                        outcomes.append((future.id, Terminal.decode(record)))
                     elif not alive:
                         gone = ResultExpired("its result is not kept any more, or it never was", job_id=future.id)
-                        self._settle([(future.id, gone)])
+                        outcomes.append((future.id, gone))
+                if outcomes:
+                    self._settle(outcomes)
 
     def _run(self) -> None:
         next_look = time.monotonic() + RECONCILE_S
@@ -183,6 +190,7 @@ class Inbox:
                 fn(future)
             except Exception:
                 log.exception("a done callback of job %s raised", future.id)
+        self.after_settling()
 
     def _flush_acks(self, *, all_of_them: bool) -> None:
         while len(self._acks) >= _ACK_BATCH or (all_of_them and self._acks):
@@ -192,3 +200,7 @@ class Inbox:
                 mine = [i for i in batch if lane_of(i) == lane_number]
                 if mine:
                     self._channel.run(lane.ack(mine))
+
+
+def _nothing() -> None:
+    pass

@@ -1,21 +1,27 @@
-"""Sends encoded jobs: in batches, several in flight, waiting for room where asked. One owner at a time."""
+"""Sends encoded jobs: in batches, several in flight, waiting for room where asked. One owner at a time.
+
+The synchronous client calls `send`, which waits; the sender thread of the asynchronous one goes by the steps of which
+`send` is made (`parcels`, `dispatch`, `settle`, `drop`), so that who waits for room holds up nobody else.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 
-from torchrelay.errors import BrokerError, QueueFull, RunConflict, TorchrelayError
-from torchrelay.producer.encoding import JobEncoder, SubmitOptions, lane_of_key
+from torchrelay.errors import BrokerError, QueueFull, ResultExpired, RunConflict, TorchrelayError
+from torchrelay.producer.encoding import Draft, JobEncoder, Outcome, SubmitOptions, lane_of_key
 from torchrelay.producer.futures import JobFuture, Source
 from torchrelay.producer.inbox import Inbox
+from torchrelay.producer.lookups import reached
 from torchrelay.queues.blobs import write_blobs
-from torchrelay.queues.channel import Channel, Pending
+from torchrelay.queues.channel import LOST, Channel, Pending
 from torchrelay.queues.keys import IdSource
 from torchrelay.queues.transitions import (
     MAX_BYTES_PER_CALL,
@@ -26,10 +32,14 @@ from torchrelay.queues.transitions import (
     Transitions,
 )
 
-_IN_FLIGHT = 8
+IN_FLIGHT = 8
+_STALE_S = 0.005
+
+log = logging.getLogger("torchrelay.producer")
 
 
-def _pauses() -> Iterator[float]:
+def pauses() -> Iterator[float]:
+    """Seconds between two looks for room."""
     pause_s = 0.005
     while True:
         yield pause_s
@@ -37,26 +47,36 @@ def _pauses() -> Iterator[float]:
 
 
 @dataclass(slots=True)
-class Draft:
-    """One checked row on its way: what is needed to encode it, again if its id turns out to be taken."""
+class Item:
+    """One job of a parcel, and the blobs to write before it."""
 
-    columns: dict[str, bytes]
-    rows: int
-    digest: bytes = b""
-    key: str = ""
+    draft: Draft
+    job: NewJob
+    future: JobFuture[Any]
+    blobs: dict[str, bytes]
 
 
 @dataclass(slots=True)
-class _Sent:
+class Parcel:
+    """What one call carries: jobs for one lane. `pending` is the answer to come, None while it is not under way."""
+
+    encoder: JobEncoder
+    options: SubmitOptions
     lane: int
-    drafts: list[Draft]
-    futures: list[JobFuture[Any]]
-    jobs: list[NewJob]
-    pending: Pending[Submitted]
+    items: list[Item]
+    made_at: float = field(default_factory=time.monotonic)
+    pending: Pending[Submitted] | None = None
+    watched: bool = False
+    written: bool = False
+
+    @property
+    def gives_up_at(self) -> float:
+        """When waiting for room ends, by time.monotonic()."""
+        return self.made_at + self.options.wait_s
 
 
 class Submitter:
-    """Owns the producer's channel, sessions and id sources. Not thread-safe: the Relay holds its lock around it."""
+    """Owns the producer's channel, sessions and id sources. Not thread-safe: the client holds its lock around it."""
 
     def __init__(
         self,
@@ -83,6 +103,10 @@ class Submitter:
         for lane in range(len(self._lanes)):
             self._new_client(lane)
 
+    def give_up(self) -> None:
+        """Waits no longer for a lost server; may be called from another thread."""
+        self._channel.give_up()
+
     def close(self) -> None:
         self._channel.close()
 
@@ -92,187 +116,185 @@ class Submitter:
         self._sessions[lane : lane + 1] = [Session(ids.client)]
         self._inbox.listen(lane, ids.client)
 
-    def send(
-        self, encoder: JobEncoder, drafts: Iterable[Draft], options: SubmitOptions, wait_s: float
-    ) -> list[JobFuture[Any]]:
-        """Submits all; returns their futures in order.
+    def send(self, encoder: JobEncoder, drafts: list[Draft], options: SubmitOptions) -> list[Outcome]:
+        """Submits all; returns each one's future, or why it did not go in, in order.
 
-        Raises QueueFull once `wait_s` has passed without room, and RunConflict when a key was used with other content;
-        both carry the futures of the jobs that went in as `accepted`.
+        One that finds no room within `wait_s`, or no server, ends the call: those behind it do not go in either.
         """
-        deadline = time.monotonic() + wait_s
-        flight: deque[_Sent] = deque()
-        futures: list[JobFuture[Any]] = []
-        try:
-            for lane, group in self._groups(drafts):
-                flight.append(self._send_group(encoder, lane, group, options, deadline))
-                if len(flight) >= _IN_FLIGHT:
-                    futures += self._settle(encoder, flight.popleft(), options, deadline)
-            while flight:
-                futures += self._settle(encoder, flight.popleft(), options, deadline)
-        except (QueueFull, RunConflict) as error:
-            error.accepted = (*futures, *error.accepted, *self._abandon(flight))
-            raise
-        except BaseException:
-            self._abandon(flight)
-            raise
-        return futures
+        outcomes: list[Outcome] = []
+        flight: deque[Parcel] = deque()
+        refusal: TorchrelayError | None = None
+        deadline = time.monotonic() + options.wait_s
 
-    def _abandon(self, flight: deque[_Sent]) -> list[JobFuture[Any]]:
-        """What became of the batches behind one that was refused: those that went in are accepted too."""
-        accepted: list[JobFuture[Any]] = []
-        for sent in flight:
+        def finish() -> None:
+            nonlocal refusal
+            parcel = flight.popleft()
             try:
-                statuses = sent.pending.result().statuses
-            except TorchrelayError:
-                statuses = ""
-            for future, status in zip(sent.futures, statuses.ljust(len(sent.futures), "-"), strict=True):
-                if status == "n":
-                    future.submitted_at = time.monotonic()
-                    accepted.append(future)
-                else:
-                    self._inbox.forget([future])
-        return accepted
+                outcomes.extend(self._settle_or_wait(parcel, deadline if refusal is None else 0.0))
+            except TorchrelayError as error:
+                self.drop(parcel, error)
+                refusal = refusal or error
+                outcomes.extend([error] * len(parcel.items))
 
-    def _groups(self, drafts: Iterable[Draft]) -> Iterator[tuple[int, list[Draft]]]:
-        """Batches of one lane each: a key chooses its lane, other jobs take the lanes in turn."""
+        try:
+            for parcel in self.parcels(encoder, drafts, options):
+                flight.append(parcel)
+                try:
+                    self.dispatch(parcel)
+                except QueueFull:
+                    pass  # tried again when its turn to be settled comes
+                while len(flight) >= IN_FLIGHT:
+                    finish()
+                if refusal is not None:
+                    break
+            while flight:
+                finish()
+        except BaseException:
+            self._inbox.forget(item.future for parcel in flight for item in parcel.items)
+            raise
+        if refusal is not None:
+            outcomes.extend([refusal] * (len(drafts) - len(outcomes)))
+        return outcomes
+
+    def parcels(self, encoder: JobEncoder, drafts: Iterable[Draft], options: SubmitOptions) -> Iterator[Parcel]:
+        """Encodes the drafts as it goes, in order: a key chooses its lane, other jobs take the lanes in turn."""
         lanes = len(self._lanes)
-        group: list[Draft] = []
-        group_lane = self._turn % lanes
+        items: list[Item] = []
+        nbytes = 0
+        parcel_lane = turn = self._turn % lanes
         self._turn += 1
         for draft in drafts:
-            lane = lane_of_key(draft.digest, lanes) if draft.digest else group_lane
-            if group and (lane != group_lane or len(group) >= MAX_JOBS_PER_CALL):
-                yield group_lane, group
-                group = []
-            group_lane = lane
-            group.append(draft)
-        if group:
-            yield group_lane, group
+            lane = lane_of_key(draft.digest, lanes) if draft.digest else turn
+            if items and (lane != parcel_lane or len(items) >= MAX_JOBS_PER_CALL or nbytes > MAX_BYTES_PER_CALL):
+                yield Parcel(encoder, options, parcel_lane, items)
+                items, nbytes = [], 0
+                turn = self._turn % lanes
+                self._turn += 1
+                lane = lane if draft.digest else turn
+            parcel_lane = lane
+            items.append(self._item(encoder, lane, draft, options))
+            nbytes += len(items[-1].job.payload)
+        if items:
+            yield Parcel(encoder, options, parcel_lane, items)
 
-    def _send_group(
-        self, encoder: JobEncoder, lane: int, drafts: list[Draft], options: SubmitOptions, deadline: float
-    ) -> _Sent:
-        ids = self._ids[lane]
-        jobs: list[NewJob] = []
-        futures: list[JobFuture[Any]] = []
-        blobs: dict[str, bytes] = {}
-        ref = encoder.registered.pipeline.ref
-        for draft in drafts:
-            job, large = encoder.encode(ids.take(), draft.columns, draft.rows, options, draft.digest)
-            jobs.append(job)
-            futures.append(JobFuture(self._source, job.id, ref))
-            blobs.update(large)
-        if options.keep_s != 0:
-            self._inbox.watch(futures)
+    def _item(self, encoder: JobEncoder, lane: int, draft: Draft, options: SubmitOptions) -> Item:
+        job, blobs = encoder.encode(self._ids[lane].take(), draft, options)
+        return Item(draft, job, JobFuture(self._source, job.id, encoder.ref), blobs)
+
+    def dispatch(self, parcel: Parcel) -> None:
+        """Sends a parcel; its answer is for `settle`. Raises QueueFull when there is no memory for its blobs."""
+        lane = self._lanes[parcel.lane]
+        if not parcel.watched and parcel.options.keep_s != 0:
+            self._inbox.watch(item.future for item in parcel.items)
+            parcel.watched = True
+        blobs = {name: data for item in parcel.items for name, data in item.blobs.items()}
+        if blobs and not parcel.written:
+            with reached():
+                write_blobs(self._client, lane, blobs)
+            parcel.written = True
+        jobs = [item.job for item in parcel.items]
+        waited_s = time.monotonic() - parcel.made_at
+        if parcel.options.deadline_s is not None and waited_s > _STALE_S:
+            jobs = [job._replace(deadline_ms=max(job.deadline_ms - waited_s * 1000.0, 1.0)) for job in jobs]
+        number = parcel.encoder.registered.number
+        call = lane.submit(self._sessions[parcel.lane], number, jobs, self._results_max_bytes)
+        parcel.pending = self._channel.send(call)
+
+    def settle(self, parcel: Parcel, *, again: bool = False) -> list[Outcome]:
+        """Waits for the answer; each job's future, or RunConflict where its key stands for other content.
+
+        Raises QueueFull when nothing of it went in: dispatch it again, or drop it.
+        """
+        if parcel.pending is None:
+            self.dispatch(parcel)
+        pending, parcel.pending = parcel.pending, None
+        assert pending is not None  # dispatched above
+        answer = pending.result()
+        now = time.monotonic()
+        for item in parcel.items:
+            item.future.submitted_at = now
+        if answer.statuses.count("n") == len(parcel.items):
+            outcomes: list[Outcome] = [item.future for item in parcel.items]
+        else:
+            outcomes = self._settle_each(parcel, answer, again)
+        if parcel.options.keep_s == 0:
+            self._settle_unkept(outcomes)
+        return outcomes
+
+    def _settle_each(self, parcel: Parcel, answer: Submitted, again: bool) -> list[Outcome]:
+        named = iter(answer.named)
+        outcomes: list[Outcome] = []
+        moved: list[JobFuture[Any]] = []
+        for item, status in zip(parcel.items, answer.statuses, strict=True):
+            if status == "n":
+                outcomes.append(item.future)
+                continue
+            self._inbox.forget([item.future])
+            if status in "ke":
+                item.future.id = next(named)
+                item.future.joined = True
+                moved.append(item.future)
+                outcomes.append(item.future)
+            elif status == "x":
+                next(named)
+                outcomes.append(
+                    RunConflict(
+                        f"key {item.draft.key!r:.80} was already used with other content; use another key, or submit "
+                        "the same content to get the same job"
+                    )
+                )
+            elif again:
+                why = f"job {item.job.id} was refused twice ({status}): does something else write here?"
+                outcomes.append(BrokerError(why))
+            else:
+                outcomes.append(self._once_more(parcel, item, status))
+        self._inbox.watch(moved)
         try:
-            if blobs:
-                self._write_blobs(lane, blobs, deadline)
-        except (TorchrelayError, redis.RedisError):
-            self._inbox.forget(futures)
-            raise
-        return _Sent(lane, drafts, futures, jobs, self._dispatch(encoder, lane, jobs))
+            self._inbox.reconcile(moved)
+        except LOST as error:
+            log.info("the server is away; %d jobs that keys led to are looked at later: %s", len(moved), error)
+        return outcomes
 
-    def _write_blobs(self, lane: int, blobs: dict[str, bytes], deadline: float) -> None:
-        for pause_s in _pauses():
+    def _once_more(self, parcel: Parcel, item: Item, status: str) -> Outcome:
+        if status in "dt":
+            # Another client drew the same random name: take a new one.
+            self._new_client(parcel.lane)
+        # Else its blobs ran out while it waited for room. Either way it is sent once more.
+        fresh = self._item(parcel.encoder, parcel.lane, item.draft, parcel.options)
+        one = Parcel(parcel.encoder, parcel.options, parcel.lane, [fresh])
+        try:
+            return self.settle(one, again=True)[0]
+        except TorchrelayError as error:
+            self.drop(one, error)
+            return error
+
+    def _settle_unkept(self, outcomes: list[Outcome]) -> None:
+        for future in outcomes:
+            if isinstance(future, JobFuture):
+                gone = ResultExpired("it was submitted with keep_s=0: its result is not kept", job_id=future.id)
+                with self._inbox.settled:
+                    future.settle(gone)
+
+    def drop(self, parcel: Parcel, why: TorchrelayError) -> None:
+        """Forgets a parcel that did not go in; where that is certain, its blobs go at once, not in ten minutes."""
+        self._inbox.forget(item.future for item in parcel.items)
+        if parcel.written and isinstance(why, QueueFull):
+            keys = self._lanes[parcel.lane].keys
             try:
-                write_blobs(self._client, self._lanes[lane], blobs)
-                return
+                self._client.delete(*[keys.blob(name) for item in parcel.items for name in item.blobs])
+            except (redis.RedisError, OSError) as error:
+                log.debug("blobs of jobs that found no room go by themselves: %s", error)
+
+    def _settle_or_wait(self, parcel: Parcel, deadline: float) -> list[Outcome]:
+        """While the queue is full and there is time, the parcel is sent again."""
+        rests = pauses()
+        while True:
+            try:
+                return self.settle(parcel)
             except QueueFull:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise
-                self._rest(min(pause_s, left_s))
-
-    def _rest(self, seconds: float) -> None:
-        # Others send over the same session meanwhile: what is in flight is answered first, to keep its window.
-        self._channel.drain()
-        self._sleep(seconds)
-
-    def _dispatch(self, encoder: JobEncoder, lane: int, jobs: list[NewJob]) -> Pending[Submitted]:
-        """One call where the batch fits its limit of bytes; else the first parts are waited for here."""
-        parts: list[list[NewJob]] = [[]]
-        size = 0
-        for job in jobs:
-            if parts[-1] and size + len(job.payload) > MAX_BYTES_PER_CALL:
-                parts.append([])
-                size = 0
-            parts[-1].append(job)
-            size += len(job.payload)
-        number = encoder.registered.number
-        calls = [self._lanes[lane].submit(self._sessions[lane], number, p, self._results_max_bytes) for p in parts]
-        if len(calls) == 1:
-            return self._channel.send(calls[0])
-        answers = [self._channel.run(call) for call in calls]
-        joined = Submitted("".join(a.statuses for a in answers), [i for a in answers for i in a.named])
-        pending: Pending[Submitted] = Pending(self._channel, replace(calls[0], read=lambda _: joined))
-        pending.settle(None)
-        return pending
-
-    def _settle(
-        self, encoder: JobEncoder, sent: _Sent, options: SubmitOptions, deadline: float, *, again: bool = False
-    ) -> list[JobFuture[Any]]:
-        answer = self._answer(encoder, sent, deadline)
-        now = time.monotonic()
-        for future in sent.futures:
-            future.submitted_at = now
-        if answer.statuses.count("n") == len(sent.futures):
-            return sent.futures
-        named = iter(answer.named)
-        conflicts: list[str] = []
-        moved: list[JobFuture[Any]] = []
-        kept: list[JobFuture[Any]] = []
-        for i, status in enumerate(answer.statuses):
-            future = sent.futures[i]
-            if status == "n":
-                kept.append(future)
-                continue
-            self._inbox.forget([future])
-            if status in "ke":
-                future.id = next(named)
-                moved.append(future)
-                kept.append(future)
-            elif status == "x":
-                next(named)
-                conflicts.append(sent.drafts[i].key)
-            elif again:
-                raise BrokerError(f"job {future.id} was refused twice ({status}): does something else write here?")
-            else:
-                if status in "dt":
-                    # Another client drew the same random name: take a new one.
-                    self._new_client(sent.lane)
-                # Else its blobs ran out while it waited for room. Either way it is sent once more.
-                more = self._send_group(encoder, sent.lane, [sent.drafts[i]], options, deadline)
-                kept += self._settle(encoder, more, options, deadline, again=True)
-        self._inbox.watch(moved)
-        self._inbox.reconcile(moved)
-        if conflicts:
-            raise RunConflict(
-                f"key {conflicts[0]!r:.80} was already used with other content"
-                + (f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else "")
-                + "; use another key, or submit the same row to get the same job",
-                accepted=tuple(kept),
-            )
-        return kept
-
-    def _answer(self, encoder: JobEncoder, sent: _Sent, deadline: float) -> Submitted:
-        """The server's answer; while the queue is full and there is time, the batch is sent again."""
-        pending, pauses, started = sent.pending, _pauses(), time.monotonic()
-        while True:
-            try:
-                return pending.result()
-            except QueueFull:
-                now = time.monotonic()
-                if now >= deadline:
-                    self._inbox.forget(sent.futures)
-                    raise
-                self._rest(min(next(pauses), deadline - now))
-                waited_ms = (time.monotonic() - started) * 1000.0
-                jobs = [
-                    j._replace(deadline_ms=max(j.deadline_ms - waited_ms, 1.0)) if j.deadline_ms else j
-                    for j in sent.jobs
-                ]
-                pending = self._dispatch(encoder, sent.lane, jobs)
-            except TorchrelayError:
-                self._inbox.forget(sent.futures)
-                raise
+                # Others send over the same session meanwhile: what is in flight is answered first, to keep its window.
+                self._channel.drain()
+                self._sleep(min(next(rests), left_s))

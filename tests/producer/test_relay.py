@@ -489,7 +489,7 @@ def test_close_ends_waiting_threads_and_can_be_repeated(server_url: str, served:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_until(lambda: relay._inbox.outstanding == 1)
+    wait_until(lambda: relay._core.inbox.outstanding == 1)
     began = time.monotonic()
     relay.close()
     relay.close()
@@ -509,7 +509,7 @@ def test_futures_that_nobody_holds_are_forgotten_once_they_end(near: Relay) -> N
     for future in near.submit_many("echo", [row(i) for i in range(300)]):
         future.result(10)
     gc.collect()
-    assert near._inbox.outstanding == 0
+    assert near._core.inbox.outstanding == 0
 
 
 def test_a_full_queue_is_refused_or_waited_for(server_url: str, namespace: str, tmp_path: Path) -> None:
@@ -627,7 +627,7 @@ def test_a_client_outlives_a_restart_of_its_server(tmp_path: Path) -> None:
 
 def test_garbage_among_the_replies_stops_nobody(near: Relay) -> None:
     """A forged reply, or a key of another type in its place: results still come, by the records."""
-    key = near._inbox._reply_keys[0]
+    key = near._core.inbox._reply_keys[0]
     near.submit("echo", row()).result(10)
     near.registry.client.rpush(key, b"\xff\xff\xff\xff\xff garbage")
     assert out(near.submit("echo", row("b"))) == "b!"
