@@ -17,6 +17,7 @@ def check_columns(spec: PipelineSpec, graph: Graph, report: Report) -> None:
     """Reports every column that is read and not provided, or that two branches provide."""
     for node, stage in zip(graph.nodes, spec.stages, strict=True):
         _check_inputs(graph, node, stage, report)
+        _check_when(graph, node, stage, report)
         _check_pad(graph, node, stage, report)
     _check_result(spec, graph, report)
 
@@ -42,24 +43,32 @@ def _complete(graph: Graph, among: Iterable[Node]) -> bool:
 
 
 def _check_inputs(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
-    before = graph.ancestors(node)
-    seen, complete = _makers(graph, before), _complete(graph, before)
     place: Place = ("stages", node.index - 1)
-    wanted: Mapping[str, str] = {c: c for c in sorted(seen)} if node.inputs is None else node.inputs
+    wanted: Mapping[str, str] = node.inputs or {}
+    if node.inputs is None:
+        wanted = {c: c for c in sorted(_makers(graph, graph.ancestors(node)))}
     for j, (local, source) in enumerate(wanted.items()):
         key: Place = place
         if node.inputs is not None:
             key = (*place, "inputs", j if isinstance(stage.inputs, list) else local)
-        maker, _, column = source.rpartition(".")
-        if maker:
-            _check_selected(graph, node, source, key, report)
-        elif column not in seen and complete:
-            text = f"stage {node.name!r} reads column {column!r}, which nothing before it provides; "
-            report(key, text + _hint(column, seen))
-        elif len(seen.get(column, ())) > 1:
-            both = sorted(seen[column])
-            text = f"stage {node.name!r} gets column {column!r} from {' and '.join(both)}; "
-            report(key, text + f"choose one: inputs: {{{local}: {both[0]}.{column}}}")
+        _check_source(graph, node, source, (key, f"inputs: {{{local}: %s}}"), report)
+
+
+def _check_source(graph: Graph, node: Node, source: str, at: tuple[Place, str], report: Report) -> None:
+    """`at`: where it stands in the file, and how another choice would be written there."""
+    key, writing = at
+    before = graph.ancestors(node)
+    seen = _makers(graph, before)
+    maker, _, column = source.rpartition(".")
+    if maker:
+        _check_selected(graph, node, source, key, report)
+    elif column not in seen and _complete(graph, before):
+        text = f"stage {node.name!r} reads column {column!r}, which nothing before it provides; "
+        report(key, text + _hint(column, seen))
+    elif len(seen.get(column, ())) > 1:
+        both = sorted(seen[column])
+        text = f"stage {node.name!r} gets column {column!r} from {' and '.join(both)}; "
+        report(key, text + "choose one: " + writing % f"{both[0]}.{column}")
 
 
 def _check_selected(graph: Graph, node: Node, source: str, key: Place, report: Report) -> None:
@@ -74,6 +83,58 @@ def _check_selected(graph: Graph, node: Node, source: str, key: Place, report: R
         report(
             key, f"stage {node.name!r} reads {source}, but {maker} declares no such column; {_hint(column, provided)}"
         )
+        return
+    wanted = before[maker].index if maker in before else 0
+    found = _carried_to(graph, node, column, wanted)
+    if wanted not in found:
+        newest = graph.nodes[found[-1] - 1].name
+        text = f"stage {node.name!r} reads {source}, but only {newest}.{column} comes this far: the newest goes on; "
+        report(key, text + f"give it another name in {newest}, or read {newest}.{column}")
+
+
+def _carried_to(graph: Graph, node: Node, column: str, maker: int) -> list[int]:
+    """Whose column of this name comes to a node, the newest last: each stage passes on the newest that came to it.
+
+    `maker` counts as one that makes it, declared or not; 0 is the input.
+    """
+    carried = {0: 0}
+    ranks = {0: 0} | {n.index: n.rank for n in graph.nodes}
+    for n in graph.ordered:
+        mine = column in n.outputs or n.index == maker
+        carried[n.index] = n.index if mine else max((carried[p] for p in n.preds), key=ranks.__getitem__)
+    return sorted({carried[p] for p in node.preds}, key=ranks.__getitem__)
+
+
+def _check_when(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
+    if node.when is None or stage.use is None:
+        return
+    place: Place = ("stages", node.index - 1)
+    if node.rows != "same":
+        text = f"stage {node.name!r}: when goes with `rows: same` only; put a stage with `when` before or after it"
+        report((*place, "when"), text)
+        return
+    _check_source(graph, node, node.when, ((*place, "when"), "when: %s"), report)
+    kind = graph.type_of(node.when, node)
+    if kind is not None and (kind.shape or kind.dtype.startswith("complex")):
+        text = f"stage {node.name!r}: when reads {node.when}, which is {kind} in each row; "
+        report((*place, "when"), text + "name a column of one value per row, best a bool")
+    if not node.outputs:
+        text = f"stage {node.name!r}: when needs outputs: rows that skip keep a column's older value, or get null; "
+        report((*place, "when"), text + "add outputs: {COLUMN: TYPE}")
+    seen = _makers(graph, graph.ancestors(node))
+    for column, made in node.outputs.items():
+        key: Place = (*place, "outputs", column)
+        older = graph.type_of(column, node)
+        if len(seen.get(column, ())) > 1:
+            both = " and ".join(sorted(seen[column]))
+            text = f"stage {node.name!r}: rows that skip it keep {column!r}, which comes from {both}; "
+            report(key, text + "rename it in one of them")
+        elif older is None and not made.nullable:
+            text = f"stage {node.name!r}: rows that skip it have no {column!r}, as no stage before makes it; "
+            report(key, text + "write ? behind its type, for null")
+        elif older is not None and (older.dtype, older.shape) != (made.dtype, made.shape):
+            text = f"stage {node.name!r}: rows that skip it keep {column!r} as {older}, the others have {made}; "
+            report(key, text + "give both one type, or another name here")
 
 
 def _check_pad(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:

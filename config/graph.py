@@ -136,17 +136,14 @@ class Graph:
         if stage == "input":
             return {c: (t, ()) for c, t in self.input.items()}
         # A stage that is not there is reported elsewhere; until then it declares nothing.
-        return next(({c: (t, n.stack) for c, t in n.outputs.items()} for n in self.nodes if n.name == stage), {})
+        found = next((n for n in self.nodes if n.name == stage), None)
+        return {} if found is None else _made(found, self._visible(found) if found.when is not None else {})
 
     def _visible(self, node: Node) -> Made:
         """Declared columns that come to a node: the last maker on its way counts."""
         found = self._made_by("input")
         for other in self.ancestors(node):
-            for column, kind in other.outputs.items():
-                if other.when is not None and column in found:
-                    # Rows that skip keep what they had.
-                    kind = replace(kind, nullable=kind.nullable or _seen(found[column], other.at).nullable)
-                found[column] = kind, other.stack
+            found |= _made(other, found)
         return found
 
     def types_of(self, node: Node) -> dict[str, ColumnType]:
@@ -167,6 +164,15 @@ class Graph:
         stage, _, column = source.rpartition(".")
         made = (self._made_by(stage) if stage else visible).get(column)
         return None if made is None else _seen(made, node.at)
+
+
+def _made(node: Node, visible: Made) -> Made:
+    kinds = dict(node.outputs)
+    for column in kinds.keys() & visible.keys() if node.when is not None else ():
+        # Rows that skip keep what they had.
+        older = _seen(visible[column], node.at)
+        kinds[column] = replace(kinds[column], nullable=kinds[column].nullable or older.nullable)
+    return {column: (kind, node.stack) for column, kind in kinds.items()}
 
 
 def _seen(made: tuple[ColumnType, tuple[int, ...]], at: tuple[int, ...]) -> ColumnType:

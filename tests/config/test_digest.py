@@ -25,6 +25,7 @@ stages:
         "timeout_s: 5",
         "queue: {max_rows: 5, max_bytes: 1GiB}",
         "device: gpu",
+        "rows: same",
         "args: {}",
         "outputs: {}",
         "torch: {channels_last: false}",
@@ -34,6 +35,42 @@ stages:
 def test_tuning(load: Load, line: str) -> None:
     """Tuning, and what is at its default, keeps the version."""
     assert load(BASE + f"    {line}\n").version == load(BASE).version
+
+
+@pytest.mark.parametrize("limits", ["limits: {}", "limits: {rows_per_job: 5}"])
+def test_limits(load: Load, limits: str) -> None:
+    """How large a job may grow is tuning."""
+    assert load(BASE + limits + "\n").version == load(BASE).version
+
+
+def test_kept(load: Load, folder: Path) -> None:
+    """A file of an older torchrelay has the version that it had there."""
+    (folder / "s.py").write_text("class Stage: pass\n")
+    (folder / "w.bin").write_bytes(b"1")
+    text = """pipeline: p
+input: {x: "int64[*]"}
+output: [y]
+stages:
+  - {name: a, use: "s.py:Stage", after: input, inputs: [x], outputs: {y: str}, args: {size: 2}, weights: w.bin,
+     torch: {dtype: float16}}
+  - {name: b, use: "s.py:Stage", after: a, inputs: {z: a.y}, batch: {pad: {}}}
+"""
+    assert load(text).version == "f6fef683"
+
+
+def test_rows(load: Load) -> None:
+    """How rows change, and which skip, are part of the version."""
+    head = 'pipeline: p\ninput: {x: str}\noutput: [x]\nstages:\n  - {name: a, use: "s.py:Stage", outputs: {y: "str?"}'
+    tails = [
+        "}\n",
+        ", rows: expand}\n",
+        ", when: x}\n",
+        ", when: input.x}\n",
+        ", rows: expand}\n  - {name: b, rows: {collapse: a}}\n",
+        ', rows: expand}\n  - {name: b, use: "s.py:Stage", outputs: {z: str}, rows: {collapse: a}}\n',
+        ', rows: expand}\n  - {name: b, use: "s.py:Stage", outputs: {z: str}}\n',
+    ]
+    assert len({load(head + t).version for t in tails}) == len(tails)
 
 
 def test_results(load: Load, folder: Path) -> None:

@@ -83,9 +83,10 @@ def test_consumers(load: Load) -> None:
 
 
 def test_selected_from_input(load: Load) -> None:
-    """`input.t` is the pipeline's input, also where a stage returned another `t`."""
-    g = graph(load, stage("a", outputs="{t: int64}"), stage("b", inputs="{first: input.t, now: t}"))
-    assert {k: str(v) for k, v in g.types_of(g.node("b")).items()} == {"first": "str", "now": "int64"}
+    """`input.t` is the pipeline's input, also where a stage beside it returned another `t`."""
+    a, b = stage("a", after="input", outputs="{t: int64}"), stage("b", after="input", outputs="{u: str}")
+    g = graph(load, a, b, stage("c", after="[a, b]", inputs="{first: input.t, now: t}"))
+    assert {k: str(v) for k, v in g.types_of(g.node("c")).items()} == {"first": "str", "now": "int64"}
 
 
 def test_file_order(load: Load) -> None:
