@@ -141,13 +141,13 @@ def _checked(value: object, length: int) -> Payload:
 
 
 def _origins(value: object, length: int) -> Origins:
-    origins: Origins = {}
-    for name, parts in value.items() if isinstance(value, dict) else [("", None)]:
-        sound = type(name) is str and isinstance(parts, list) and parts and all(type(p) is int for p in parts)
-        if not sound or not all(0 <= p <= 255 for p in parts):
-            raise DecodeError("payload has a malformed origin", length=length)
-        origins[name] = tuple(parts)
-    return origins
+    if isinstance(value, dict) and all(type(n) is str and _is_origin(o) for n, o in value.items()):
+        return {name: tuple(origin) for name, origin in value.items()}
+    raise DecodeError("payload has malformed origins", length=length)
+
+
+def _is_origin(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(n) is int and 0 <= n <= 255 for n in value)
 
 
 def decode_payload(data: bytes) -> Payload:

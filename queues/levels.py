@@ -2,7 +2,7 @@
 
 An expanding node makes several rows, or none, of each of its rows; its counts travel with the job as a hidden column
 `#<node>`. A column stays as it was made, at its *stack* of expanding nodes, however the rows change later. Who reads it
-at another stack gets it grouped (one list, or array, per row) up to the part that both stacks share, then repeated down.
+at another stack gets it grouped (one list or array per row) up to the part that both stacks share, then repeated.
 """
 
 from __future__ import annotations

@@ -111,15 +111,17 @@ def _expanded(
 
 
 def _counts(counts: object, total: int, stage: str) -> Counts:
-    if hasattr(counts, "tolist"):
-        counts = counts.tolist()
-    sound = isinstance(counts, list | tuple) and all(isinstance(c, int | np.integer) and c >= 0 for c in counts)
-    if not sound or len(counts) != total or any(isinstance(c, bool) for c in counts):  # type: ignore[arg-type]  # it is a list here
+    listed = counts.tolist() if hasattr(counts, "tolist") else counts
+    if not isinstance(listed, list | tuple) or len(listed) != total or not all(map(_is_count, listed)):
         raise InputError(
             f"stage {stage!r}: Expand.counts must hold one whole number from 0 for each of the {total} rows, "
             f"not {counts!r:.80}"
         )
-    return np.asarray(counts, np.int64)
+    return np.asarray(listed, np.int64)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _plain(outputs: object, stage: str) -> Mapping[str, Any]:

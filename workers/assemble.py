@@ -1,149 +1,358 @@
-"""From granted jobs to tables for the stage, and from its outputs to what is committed: columns, refs, riding along."""
+"""From a job's payloads to the table that a stage computes, and from what it made to the job's next payload.
+
+No I/O: the bytes behind refs come from `fetch`, and what is to be written is returned. `compute` does the work between.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import redis
+import numpy as np
 
 from torchrelay.config.columns import Column
-from torchrelay.errors import DecodeError
+from torchrelay.config.graph import Graph, Node
+from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues import codec
-from torchrelay.queues.blobs import fetch_blobs
-from torchrelay.queues.job import Packed, Ref, decode_payload, encode_payload, split_inline
-from torchrelay.queues.transitions import Output
-from torchrelay.workers.claimer import Held
-from torchrelay.workers.node import NodeContext
-from torchrelay.workers.patience import patiently
+from torchrelay.queues.job import (
+    AT,
+    COUNTS,
+    FROM_INPUT,
+    REJECTED,
+    Origins,
+    Packed,
+    Payload,
+    Ref,
+    decode_payload,
+    is_hidden,
+    join_payloads,
+)
+from torchrelay.queues.levels import Levels, RowFailure, failures_of
+
+J = TypeVar("J")
+Index = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Incoming(NamedTuple, Generic[J]):
+    """One job as it comes to a node: `job` is the caller's own handle of it. `last`: this is its last attempt."""
+
+    job: J
+    payloads: Sequence[bytes]
+    rows: int
+    keep: bool = False
+    last: bool = False
 
 
 @dataclass(slots=True)
-class Work:
-    """One job made ready for the stage: its inputs decoded, and what rides along untouched."""
+class Work(Generic[J]):
+    """One job made ready for its stage: `table` holds the `rows` rows that enter, of `total` that the job has here.
 
-    held: Held
+    `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip.
+    """
+
+    incoming: Incoming[J]
     table: dict[str, Column]
+    rows: int
+    total: int
+    riding: Payload
+    fields: dict[str, Any]
+    levels: Levels
+    active: Index | None = None
+    skips: bool = False
+    before: dict[str, Column] = field(default_factory=dict)
+
+    @property
+    def job(self) -> J:
+        return self.incoming.job
+
+
+class Rejection(NamedTuple):
+    """Why one row goes no further."""
+
+    error_type: str
+    message: str
+    attempts: int
+
+
+class Output(NamedTuple):
+    """One job's part of a batch: columns of the rows that were made, and by row number those that were not.
+
+    `counts` has an entry per row that entered, None unless the stage expands.
+    """
+
+    columns: Mapping[str, Column]
+    counts: Index | None
+    rejected: Mapping[int, Rejection]
+
+
+class Closed(NamedTuple):
+    """What a node leaves of a job: columns that it made, those that ride along, and how many rows there are now."""
+
+    made: dict[str, bytes]
     riding: dict[str, Packed]
-    meta: bytes
-    fields: dict[str, Any] = field(default_factory=dict)
+    origins: Origins | None
+    rows: int
+
+
+class Opened(NamedTuple, Generic[J]):
+    """A batch of jobs, ready or not: one bad job harms no other."""
+
+    ready: list[Work[J]]
+    bad: list[tuple[J, Exception]]
+    lost: list[J]
 
 
 @dataclass(slots=True)
-class _Parsed:
-    """One job before its blobs are read: the columns that the stage reads, and what rides along."""
+class _Parsed(Generic[J]):
+    """One job before its blobs are read: `wanted` by the stage's own names, with where each was made."""
 
-    held: Held
-    wanted: dict[str, Packed]
-    riding: dict[str, Packed]
-    meta: bytes
-    refs: list[Ref]
+    incoming: Incoming[J]
+    all: Payload
+    wanted: dict[str, tuple[Packed, tuple[int, ...]]]
+    hidden: dict[str, Packed]
+
+    def refs(self) -> list[Ref]:
+        packed = [p for p, _ in self.wanted.values()]
+        return [p for p in (*packed, *self.hidden.values()) if type(p) is Ref]
 
 
-class Assembler:
-    """Decodes inputs and encodes outputs of one node."""
+_WHEN, _BEFORE = "?", "<"  # beside the stage's own names, among what is read of a job
+_Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[bytes | None]]
 
-    def __init__(self, context: NodeContext, client: redis.Redis) -> None:
-        self._context = context
-        self._client = client
-        inputs = context.node.inputs
-        self._sources = None if inputs is None else {local: _split(source) for local, source in inputs.items()}
-        self._stage_of = {n.index: n.name for n in context.pipeline.graph.nodes} | {0: "input"}
 
-    def open_all(self, batch: Sequence[Held]) -> tuple[list[Work], list[tuple[Held, DecodeError]], list[Held]]:
-        """(ready, undecodable with why, lost) of a batch: one bad job harms no other. Blobs are read in one go."""
-        ready: list[Work] = []
-        bad: list[tuple[Held, DecodeError]] = []
-        lost: list[Held] = []
-        parsed: list[_Parsed] = []
-        for held in batch:
+class Assembler(Generic[J]):
+    """Opens and closes the jobs of one node. `fetch` reads the bytes behind refs, None for those that are gone."""
+
+    def __init__(self, graph: Graph, node: Node, fetch: _Fetch[J] | None = None, rows_per_job: int = 2**31 - 1) -> None:
+        self._graph = graph
+        self._node = node
+        self._fetch = fetch
+        self._rows_per_job = rows_per_job
+        self._ranks = {n.name: n.rank for n in graph.nodes} | {"input": 0}
+        # One chain on which rows stay as many as they are needs no origins, and a small job costs little.
+        self._plain = graph.plain
+        self._before = {n.rank: {a.rank for a in graph.ancestors(n)} for n in graph.nodes}
+
+    def open_all(self, batch: Iterable[Incoming[J]]) -> Opened[J]:
+        """Decodes what the stage reads of each job; blobs of the whole batch are read together."""
+        opened: Opened[J] = Opened([], [], [])
+        parsed: list[_Parsed[J]] = []
+        for incoming in batch:
             try:
-                parsed.append(self._parse(held))
-            except DecodeError as error:
-                bad.append((held, error))
-        fetched = self._fetch(parsed)
+                parsed.append(self._parse(incoming))
+            except (DecodeError, InputError) as error:
+                opened.bad.append((incoming.job, error))
+        wanted = [(job.incoming.job, ref) for job in parsed for ref in job.refs()]
+        fetched = dict(zip([r for _, r in wanted], self._fetch(wanted), strict=True)) if wanted and self._fetch else {}
         for job in parsed:
-            if job.refs and None in [fetched[ref] for ref in job.refs]:
-                lost.append(job.held)
+            if any(fetched.get(ref) is None for ref in job.refs()):
+                opened.lost.append(job.incoming.job)
                 continue
             try:
-                ready.append(self._decode(job, fetched))
+                opened.ready.append(self._decode(job, fetched))
             except DecodeError as error:
-                bad.append((job.held, error))
-        return ready, bad, lost
+                opened.bad.append((job.incoming.job, error))
+        return opened
 
-    def _parse(self, held: Held) -> _Parsed:
-        payloads = held.entry.payloads
-        by_stage: dict[str, dict[str, Packed]] = {}
-        columns: dict[str, Packed] = {}
-        meta = b""
-        for pred, payload in zip(self._context.node.preds, payloads, strict=True):
-            part, meta, _ = decode_payload(payload)
-            by_stage[self._stage_of[pred]] = part
-            columns = {**columns, **part} if columns else part
-        wanted = self._inputs(columns, by_stage)
-        refs = [c for c in wanted.values() if type(c) is Ref]
-        return _Parsed(held, wanted, self._riding(columns), meta, refs)
+    def _parse(self, incoming: Incoming[J]) -> _Parsed[J]:
+        parts = [decode_payload(p) for p in incoming.payloads]
+        merged = join_payloads(parts)
+        node, wanted = self._node, {}
+        if node.inputs is None:
+            wanted = {c: self._unique(parts, merged, c) for c in merged.columns if not is_hidden(c)}
+        else:
+            wanted = {local: self._source(parts, merged, source) for local, source in node.inputs.items()}
+        if node.when is not None:
+            wanted[_WHEN] = self._source(parts, merged, node.when)
+            for column in node.outputs.keys() & merged.columns.keys():
+                wanted[_BEFORE + column] = self._unique(parts, merged, column)
+        hidden: dict[str, Packed] = {}
+        if not self._plain or incoming.keep:
+            levels = {*node.before, *(n for _, stack in wanted.values() for n in stack)}
+            hidden = {
+                c: packed
+                for c, packed in merged.columns.items()
+                if c[0] == REJECTED or (c[0] == COUNTS and int(c[1:]) in levels)
+            }
+        return _Parsed(incoming, merged, wanted, hidden)
 
-    def _fetch(self, jobs: Sequence[_Parsed]) -> dict[Ref, bytes | None]:
-        """The bytes behind every ref that the jobs read, None where they are gone; a round trip per lane."""
-        fetched: dict[Ref, bytes | None] = {}
-        for number, lane in enumerate(self._context.lanes):
-            refs = [ref for job in jobs if job.held.lane == number for ref in job.refs]
-            if refs:
-                fetch = partial(fetch_blobs, self._client, lane, refs)
-                fetched.update(zip(refs, patiently(fetch), strict=True))
-        return fetched
+    def _source(self, parts: Sequence[Payload], merged: Payload, source: str) -> tuple[Packed, tuple[int, ...]]:
+        """What `column` or `stage.column` stands for."""
+        stage, _, column = source.rpartition(".")
+        if not stage or self._plain:
+            return self._unique(parts, merged, column)
+        for part in parts:
+            origin = part.origins.get(column, FROM_INPUT)
+            if column in part.columns and origin[0] == self._ranks[stage]:
+                return part.columns[column], origin[1:]
+        raise _missing(source, merged)
 
-    def _decode(self, job: _Parsed, fetched: Mapping[Ref, bytes | None]) -> Work:
+    def _unique(self, parts: Sequence[Payload], merged: Payload, column: str) -> tuple[Packed, tuple[int, ...]]:
+        if column not in merged.columns:
+            raise _missing(column, merged)
+        origin = merged.origins.get(column, FROM_INPUT)
+        if len(parts) > 1:
+            ranks = {p.origins.get(column, FROM_INPUT)[0] for p in parts if column in p.columns}
+            rivals = ranks - {0, origin[0]} - self._before.get(origin[0], set())
+            if rivals:
+                names = sorted(n.name for n in self._graph.nodes if n.rank in {*rivals, origin[0]})
+                raise InputError(
+                    f"stage {self._node.name!r} gets column {column!r} from {' and '.join(names)}, which run side by "
+                    f"side; choose one: inputs: {{{column}: {names[0]}.{column}}}"
+                )
+        return merged.columns[column], origin[1:]
+
+    def _decode(self, job: _Parsed[J], fetched: Mapping[Ref, bytes | None]) -> Work[J]:
+        incoming, node = job.incoming, self._node
+        hidden = {name: _value(packed, fetched) for name, packed in job.hidden.items()}
+        levels = Levels.of(hidden)
+        total = len(levels.counts(node.before[-1])) if node.rows == "collapse" else incoming.rows
         table: dict[str, Column] = {}
-        rows = job.held.entry.rows
-        for local, packed in job.wanted.items():
-            data = packed if isinstance(packed, bytes) else fetched[packed]
-            value = codec.decode(data or b"")
-            if not hasattr(value, "__len__") or len(value) != rows:
-                raise DecodeError(f"column {local!r} does not hold the job's {rows} rows")
-            table[local] = value  # type: ignore[assignment]  # the codec gives arrays and lists
-        return Work(job.held, table, job.riding, job.meta, _fields(job.meta))
+        for local, (packed, stack) in job.wanted.items():
+            value = _value(packed, fetched)
+            if not hasattr(value, "__len__"):
+                raise DecodeError(f"column {local!r} is no column")
+            table[local] = levels.align(value, stack, node.at)
+            if len(table[local]) != total:
+                raise DecodeError(f"column {local!r} does not hold the job's {total} rows")
+        work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels)
+        if node.when is not None or len(hidden):
+            self._select(work, failures_of(hidden))
+        return work
 
-    def _riding(self, columns: dict[str, Packed]) -> dict[str, Packed]:
-        node = self._context.node
-        if not node.succs and self._context.pipeline.output is None:
-            return {}  # the result is what the terminal stages return
-        return columns if node.keeps is None else {c: v for c, v in columns.items() if c in node.keeps}
+    def _select(self, work: Work[J], failures: Sequence[RowFailure]) -> None:
+        """Leaves the rows that enter: not those of rejected rows, nor those for which `when` is false."""
+        alive = np.ones(work.total, bool)
+        if failures:
+            alive = ~np.isin(work.levels.entry_rows(self._node.at, work.total), [f.row for f in failures])
+        enters = alive
+        if self._node.when is not None:
+            enters = alive & _truth(work.table.pop(_WHEN))
+            work.skips = bool((alive & ~enters).any())
+            work.before = {name[1:]: work.table.pop(name) for name in list(work.table) if name[0] == _BEFORE}
+        if not enters.all():
+            work.active = np.flatnonzero(enters)
+            work.rows = len(work.active)
+            work.table = {name: take_rows(column, work.active) for name, column in work.table.items()}
 
-    def _inputs(self, columns: dict[str, Packed], by_stage: dict[str, dict[str, Packed]]) -> dict[str, Packed]:
-        if self._sources is None:
-            return columns
-        out: dict[str, Packed] = {}
-        for local, (stage, column) in self._sources.items():
-            source = by_stage.get(stage, columns) if stage else columns
-            if column not in source:
-                raise DecodeError(f"column {column!r} is missing; the job holds {sorted(columns) or 'no columns'}")
-            out[local] = source[column]
-        return out
+    def close(self, work: Work[J], output: Output) -> Closed:
+        """What is committed for one job, the made columns over those that ride along.
 
-    def close(self, work: Work, outputs: Mapping[str, Column]) -> tuple[Output, dict[str, bytes]]:
-        """What is committed for one job, the returned columns over those that ride along; and the blobs to write first.
-
-        Raises InputError for a value that cannot travel.
+        Raises InputError for a value that cannot travel, or for more rows than the pipeline allows a job.
         """
-        context, held = self._context, work.held
-        keeps = context.node.keeps
-        encoded = {name: codec.encode(value) for name, value in outputs.items() if keeps is None or name in keeps}
-        columns: dict[str, Packed] = {c: v for c, v in work.riding.items() if c not in outputs}
-        inline, large = split_inline(encoded)
-        columns.update(inline)
-        refs = ""
-        blobs: dict[str, bytes] = {}
-        for name, data in large.items():
-            ref = Ref.of(f"{held.entry.job_id}.{context.node.index}.{held.fence}.{name}", len(data))
-            blobs[ref.name] = data
-            columns[name] = ref
-            refs += ref.text(context.pipeline.graph.consumers(name, context.node.index))
-        return Output(held.entry.packed, encode_payload(columns, work.meta), None, refs), blobs
+        node = self._node
+        columns, total = dict(output.columns), work.total
+        made: dict[str, bytes] = {}
+        if output.counts is not None:
+            counts = np.zeros(work.total, np.uint32)
+            counts[slice(None) if work.active is None else work.active] = output.counts
+            total = int(counts.sum(dtype=np.int64))
+            made[f"{COUNTS}{node.index}"] = codec.encode(counts)
+        elif work.active is not None or output.rejected:
+            columns = self._spread(work, output)
+        if total > self._rows_per_job:
+            raise InputError(
+                f"stage {node.name!r} made {total} rows of this job, above limits.rows_per_job "
+                f"({self._rows_per_job}); raise the limit, or submit fewer rows at once"
+            )
+        if output.rejected:
+            made[f"{REJECTED}{node.index}"] = codec.encode(self._failures(work, output.rejected))
+        for name, column in columns.items():
+            if node.keeps is None or name in node.keeps:
+                made[name] = _encoded(name, column)
+        riding = self._riding(work.riding, made)
+        return Closed(made, riding, None if self._plain else self._origins(work.riding.origins, made, riding), total)
+
+    def _spread(self, work: Work[J], output: Output) -> dict[str, Column]:
+        """Columns of the rows that were made, as columns of all: others keep what they had, or are null."""
+        numbers = np.arange(work.total) if work.active is None else work.active
+        kept = numbers[[i for i in range(len(numbers)) if i not in output.rejected]]
+        return {
+            name: spread_rows(column, kept, work.total, work.before.get(name), nulls=work.skips)
+            for name, column in output.columns.items()
+        }
+
+    def _failures(self, work: Work[J], rejected: Mapping[int, Rejection]) -> list[list[Any]]:
+        entry = work.levels.entry_rows(self._node.at, work.total)
+        if work.active is not None:
+            entry = entry[work.active]
+        by_row = {int(entry[i]): why for i, why in sorted(rejected.items(), reverse=True)}
+        return [list(RowFailure(row, self._node.name, *why)) for row, why in sorted(by_row.items())]
+
+    def _riding(self, payload: Payload, made: Mapping[str, bytes]) -> dict[str, Packed]:
+        node = self._node
+        kept: dict[str, Packed] = {}
+        stacks = set(node.stack)
+        ends = not node.succs and self._graph.result is None
+        for name, packed in payload.columns.items():
+            if name in made or is_hidden(name):
+                continue
+            stack = payload.origins.get(name, FROM_INPUT)[1:]
+            # Without an `output` list the result is what the last stages return; a mere regrouping returns what it
+            # regroups.
+            rides = (node.identity and stack[: len(node.before)] == node.before) if ends else True
+            if rides and (node.keeps is None or name in node.keeps):
+                kept[name] = packed
+                stacks.update(stack)
+        for name, packed in payload.columns.items():
+            if name[0] == REJECTED or (name[0] == COUNTS and int(name[1:]) in stacks):
+                kept[name] = packed
+        return kept
+
+    def _origins(self, old: Origins, made: Mapping[str, bytes], riding: Mapping[str, Packed]) -> Origins:
+        node = self._node
+        origins = {name: origin for name, origin in old.items() if name in riding and not is_hidden(name)}
+        origins.update((name, (node.rank, *node.stack)) for name in made if not is_hidden(name))
+        if not node.succs:
+            origins[AT] = (0, *node.stack)
+        return origins
+
+
+def take_rows(column: Column, index: Index) -> Column:
+    """Some rows of a column."""
+    return column[index] if isinstance(column, np.ndarray) else [column[i] for i in index.tolist()]
+
+
+def spread_rows(column: Column, kept: Index, total: int, before: Column | None, *, nulls: bool) -> Column:
+    """A column of `total` rows with the given ones at `kept`; the others have the value before, else null or zeros."""
+    base: Any = before
+    if isinstance(column, np.ndarray):
+        row = column.shape[1:]
+        if before is None and not nulls:
+            base = np.zeros((total, *row), column.dtype)
+        if isinstance(base, np.ndarray) and base.dtype == column.dtype and base.shape[1:] == row:
+            whole = base.copy()
+            whole[kept] = column
+            return whole
+    values: list[Any] = [None] * total if base is None else list(base)
+    for i, value in zip(kept.tolist(), column, strict=True):
+        values[i] = value
+    return values
+
+
+def _truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if isinstance(column, np.ndarray):
+        if column.ndim != 1:
+            raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
+        return column.astype(bool)
+    return np.fromiter((bool(value) for value in column), bool, len(column))
+
+
+def _value(packed: Packed, fetched: Mapping[Ref, bytes | None]) -> Any:
+    return codec.decode((packed if isinstance(packed, bytes) else fetched[packed]) or b"")
+
+
+def _encoded(name: str, column: Column) -> bytes:
+    try:
+        return codec.encode(column)
+    except InputError as error:
+        raise InputError(f"column {name!r}: {error}") from error
+
+
+def _missing(column: str, payload: Payload) -> DecodeError:
+    there = sorted(c for c in payload.columns if not is_hidden(c))
+    return DecodeError(f"column {column!r} is missing; the job holds {', '.join(there) or 'no columns'}")
 
 
 def _fields(meta: bytes) -> dict[str, Any]:
@@ -151,8 +360,3 @@ def _fields(meta: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise DecodeError("the job's meta is no mapping", length=len(meta))
     return fields
-
-
-def _split(source: str) -> tuple[str, str]:
-    stage, dot, column = source.rpartition(".")
-    return (stage, column) if dot else ("", source)

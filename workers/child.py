@@ -133,7 +133,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
     spec = pipeline.spec.stages[node.index - 1]
     device = pick_device(spec, orders.device)
     runner = make_runner(
-        import_use(spec.use, pipeline.base_dir),
+        spec.use and import_use(spec.use, pipeline.base_dir),
         spec,
         types=pipeline.graph.types_of(node),
         outputs=node.outputs,

@@ -7,16 +7,13 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import redis
-
-from torchrelay.queues.blobs import write_blobs
 from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Failure
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.node import NodeContext
-from torchrelay.workers.patience import patiently
 
 log = logging.getLogger("torchrelay.worker")
 # Finished jobs of a grant wait this long for the rest of it, so that one script commits them together.
@@ -25,14 +22,22 @@ _IN_FLIGHT = 8
 _MAX_COMMIT_BYTES = 1 << 20
 
 
+class Charge(NamedTuple):
+    """A failed job and why. `final`: it is not tried again; `after_s`: the stage chose the wait, in seconds."""
+
+    held: Held
+    why: Failure
+    final: bool = False
+    after_s: float | None = None
+
+
 class Committer:
     """Sends commits without waiting for each, eight at most; `flush()` and `drain()` bound what waits here."""
 
-    def __init__(self, context: NodeContext, channel: Channel, session: Session, client: redis.Redis) -> None:
+    def __init__(self, context: NodeContext, channel: Channel, session: Session) -> None:
         self._context = context
         self._channel = channel
         self._session = session
-        self._client = client
         self._open: Counter[tuple[int, str]] = Counter()
         self._outputs: dict[tuple[int, str], list[Output]] = {}
         self._oldest = 0.0
@@ -48,10 +53,6 @@ class Committer:
         """Notes jobs that were taken into the window."""
         for h in held:
             self._open[h.lane, h.fence] += 1
-
-    def write_blobs(self, lane: int, blobs: dict[str, bytes]) -> None:
-        """Writes output columns that are too large to travel inline."""
-        patiently(lambda: write_blobs(self._client, self._context.lanes[lane], blobs, must_pass=True))
 
     def commit(self, held: Held, output: Output) -> None:
         """Queues one job's output; `flush()` decides when it goes."""
@@ -105,32 +106,34 @@ class Committer:
                 fields = {"jobs": ",".join(refused[:3]) + (",..." if len(refused) > 3 else ""), "fence": fence}
                 log.info("%d outputs not committed: %s", len(refused), why, extra={"fields": fields})
 
-    def fail(self, failed: Sequence[tuple[Held, Failure]]) -> float:
+    def fail(self, failed: Sequence[Charge]) -> float:
         """Charges an attempt to each job; retries wait with full jitter, as the stage's `retry` says.
 
         Returns the shortest of those waits, in seconds.
         """
-        retry = self._context.spec.retry
-        base_s, cap_s = retry.backoff_s
-        shortest_s = cap_s
-        for grant in {(h.lane, h.fence) for h, _ in failed}:
-            mine = [(h, why) for h, why in failed if (h.lane, h.fence) == grant]
+        attempts = self._context.spec.retry.attempts
+        shortest_s = self._context.spec.retry.backoff_s[1]
+        context = self._context
+        for grant, final in {((c.held.lane, c.held.fence), c.final) for c in failed}:
+            mine = [c for c in failed if (c.held.lane, c.held.fence) == grant and c.final == final]
             charges = []
-            for h, why in mine:
-                limit_s = min(cap_s, base_s * 2.0 ** min(h.entry.attempts, 30))
-                wait_s = random.uniform(0.0, limit_s)
+            for held, why, _, after_s in mine:
+                wait_s = self._wait_s(held) if after_s is None else after_s
                 shortest_s = min(shortest_s, wait_s)
-                charges.append((h.entry.packed, wait_s * 1000.0, why))
-                fields = {"job": h.entry.job_id, "attempt": h.entry.attempts + 1, "error": why.error_type}
+                charges.append((held.entry.packed, wait_s * 1000.0, why))
+                fields = {"job": held.entry.job_id, "attempt": held.entry.attempts + 1, "error": why.error_type}
                 log.warning("job failed: %s", why.message[:300], extra={"fields": fields})
-            context = self._context
             call = context.lanes[grant[0]].fail(
-                self._session, grant[1], context.number, context.node.index, charges, retry.attempts
+                self._session, grant[1], context.number, context.node.index, charges, 1 if final else attempts
             )
             self._channel.run(call)
             self._closed(grant, len(mine))
         self.failures += len(failed)
         return shortest_s
+
+    def _wait_s(self, held: Held) -> float:
+        base_s, cap_s = self._context.spec.retry.backoff_s
+        return random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(held.entry.attempts, 30)))
 
     def lose(self, lost: Sequence[Held], why: Failure) -> None:
         """Restarts jobs whose bytes are gone."""

@@ -5,36 +5,28 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import redis
 
-from torchrelay.config.columns import Column
 from torchrelay.errors import InputError
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers import progress
-from torchrelay.workers.assemble import Assembler, Work
+from torchrelay.workers.assemble import Assembler, Incoming, Work
 from torchrelay.workers.claimer import Claimer, Held
-from torchrelay.workers.committer import Committer
+from torchrelay.workers.committer import Charge, Committer
+from torchrelay.workers.compute import Failed, Outcome, Runs, compute
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
+from torchrelay.workers.storage import Storage
 
 log = logging.getLogger("torchrelay.worker")
 _SLOW_S = 0.02
-
-
-class Runs(Protocol):
-    """What computes a batch: per-job tables in, per-job tables out."""
-
-    def run(
-        self, tables: Sequence[Mapping[str, Column]], rows: Sequence[int], meta: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Column]]: ...
 
 
 class StageLoop:
@@ -57,11 +49,15 @@ class StageLoop:
         self._channel = channel
         self._client = client
         self.claimer = Claimer(context, channel, session)
-        self.committer = Committer(context, channel, session, client)
-        self._assembler = Assembler(context, client)
+        self.committer = Committer(context, channel, session)
+        self._storage = Storage(context, client)
+        self._assembler: Assembler[Held] = Assembler(
+            context.pipeline.graph, context.node, self._storage.fetch, context.pipeline.spec.limits.rows_per_job
+        )
         self._loaded_at = -1
         self._jobs = self._rows = self._batches = 0
         self._busy_s = 0.0
+        self._forward_at = 0.0
 
     def run(self) -> None:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
@@ -134,84 +130,89 @@ class StageLoop:
             # Given back, they are ended by the next claim or by the upkeep; they must not start.
             self.committer.release(late)
             batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
-        ready, bad, lost = self._assembler.open_all(batch)
-        if bad:
-            self._fail([(h, self._failure(error)) for h, error in bad])
-        if lost:
-            self.committer.lose(lost, self._failure(None, "BytesLost", "the bytes of an input column are gone"))
-        if ready:
-            if self._slow(sum(w.held.entry.rows for w in ready)):
+        last = self._context.spec.retry.attempts - 1
+        opened = self._assembler.open_all(
+            Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
+        )
+        if opened.bad:
+            self._fail([Charge(h, self._failure(Failed(error))) for h, error in opened.bad])
+        if opened.lost:
+            gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
+            self.committer.lose(opened.lost, self._failure(gone))
+        if opened.ready:
+            if self._slow(sum(w.total for w in opened.ready)):
                 # What is finished must not wait for a long forward to end.
                 self.committer.drain()
-            self._forward(ready)
+            self._compute(opened.ready)
 
     def _slow(self, rows: int) -> bool:
         rate = self.claimer.rows_per_s
         return rate == 0 or rows / rate > _SLOW_S
 
-    def _forward(self, works: list[Work]) -> None:
-        """Computes and commits; a batch that raises is halved until the jobs that raise stand alone."""
-        self._report(works)
+    def _compute(self, works: list[Work[Held]]) -> None:
         started = time.monotonic()
-        rows = [w.held.entry.rows for w in works]
-        try:
-            outputs = self._runner.run([w.table for w in works], rows, [w.fields for w in works])
-        except (Exception, SystemExit) as error:
-            self._busy_s += time.monotonic() - started
-            self._report()
-            if len(works) == 1:
-                self._fail([(works[0].held, self._failure(error))])
-            else:
-                middle = len(works) // 2
-                self._forward(works[:middle])
-                self._forward(works[middle:])
-            return
-        elapsed = time.monotonic() - started
-        # The forward is over: what follows may wait for the server, and is no fault of these jobs.
-        self._report()
-        self._commit(works, outputs)
-        self._account(works, elapsed, time.monotonic() - started)
-
-    def _commit(self, works: Sequence[Work], outputs: Sequence[Mapping[str, Column]]) -> None:
-        """Writes the batch's blobs in one go, then commits its jobs."""
-        closed: list[tuple[Held, Output]] = []
-        blobs: dict[int, dict[str, bytes]] = {}
-        for work, columns in zip(works, outputs, strict=True):
-            try:
-                output, large = self._assembler.close(work, columns)
-            except InputError as error:
-                # The stage returned something that cannot travel: its failure, as if it had raised.
-                self._fail([(work.held, self._failure(error))])
-                continue
-            closed.append((work.held, output))
-            if large:
-                blobs.setdefault(work.held.lane, {}).update(large)
-        for lane, named in blobs.items():
-            self.committer.write_blobs(lane, named)
-        for held, output in closed:
-            self.committer.commit(held, output)
-
-    def _account(self, works: list[Work], busy_s: float, total_s: float) -> None:
-        rows = sum(w.held.entry.rows for w in works)
+        for group in compute(works, self._runner, self._context.spec.batch.max_rows, self):
+            self._settle(group)
         self._jobs += len(works)
-        self._rows += rows
-        self._batches += 1
-        self._busy_s += busy_s
-        rate = rows / max(total_s, 1e-6)
+        rate = sum(w.job.entry.rows for w in works) / max(time.monotonic() - started, 1e-6)
         claimer = self.claimer
         claimer.rows_per_s = rate if claimer.rows_per_s == 0 else 0.8 * claimer.rows_per_s + 0.2 * rate
         self._report()
 
-    def _fail(self, failed: Sequence[tuple[Held, Failure]]) -> None:
+    def _settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
+        """Writes the group's blobs in one go, then commits its jobs; charges those that failed."""
+        placed: list[tuple[Held, Output]] = []
+        blobs: dict[int, dict[str, bytes]] = {}
+        failed: list[Charge] = []
+        for work, outcome in group:
+            if isinstance(outcome, Failed):
+                failed.append(self._charge(work.job, outcome))
+                continue
+            try:
+                closed = self._assembler.close(work, outcome)
+                output, large = self._storage.place(work.job, closed, work.riding.meta)
+            except InputError as error:
+                # The stage returned something that cannot travel: its failure, as if it had raised.
+                failed.append(self._charge(work.job, Failed(error)))
+                continue
+            placed.append((work.job, output))
+            if large:
+                blobs.setdefault(work.job.lane, {}).update(large)
+        self._storage.write(blobs)
+        for job, output in placed:
+            self.committer.commit(job, output)
+        if failed:
+            self._fail(failed)
+
+    # What `compute` tells: it is this worker's Meter.
+
+    def started(self, works: Sequence[Work[Held]]) -> None:
+        self._forward_at = time.monotonic()
+        self._report(works)
+
+    def stopped(self, rows: int) -> None:
+        """The forward is over: what follows may wait for the server, and is no fault of these jobs."""
+        self._busy_s += time.monotonic() - self._forward_at
+        self._batches += 1
+        self._rows += rows
+        self._report()
+
+    def ended(self, works: Sequence[Work[Held]]) -> Sequence[bool]:
+        return self._storage.ended([w.job for w in works])
+
+    def _fail(self, failed: Sequence[Charge]) -> None:
         self.claimer.expect(self.committer.fail(failed))
 
-    def _failure(self, error: BaseException | None, kind: str = "", message: str = "") -> Failure:
-        trace = "".join(traceback.format_exception(error)) if error else ""
-        return Failure(
-            self._context.node.name, kind or type(error).__name__, message or str(error), trace, self._context.worker
-        )
+    def _charge(self, held: Held, failed: Failed) -> Charge:
+        return Charge(held, self._failure(failed), failed.final, failed.after_s)
 
-    def _report(self, works: Sequence[Work] = (), state: int = progress.READY) -> None:
+    def _failure(self, failed: Failed) -> Failure:
+        error = failed.error
+        trace = "".join(traceback.format_exception(error)) if error else ""
+        kind, message = failed.error_type or type(error).__name__, failed.message or str(error)
+        return Failure(self._context.node.name, kind, message, trace, self._context.worker)
+
+    def _report(self, works: Sequence[Work[Held]] = (), state: int = progress.READY) -> None:
         self._page.write(
             Progress(
                 state=state,
@@ -223,6 +224,6 @@ class StageLoop:
                 busy_s=self._busy_s,
                 failures=self.committer.failures,
                 fences=(*self.committer.fences, *self.claimer.asked_fences),
-                started=b"".join([w.held.entry.packed for w in works]),
+                started=b"".join([w.job.entry.packed for w in works]),
             )
         )

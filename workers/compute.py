@@ -1,0 +1,209 @@
+"""Runs a batch through its stage, and finds out whose fault it is when that fails.
+
+A batch that raises is halved until the jobs that raise stand alone. A job with more rows than a batch takes several
+forwards, and leaves as one. Of a table that keeps what it can (`on_error="keep"`), the rows that raise are found by
+halving too, and become rejected rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol
+
+import numpy as np
+
+from torchrelay.config.columns import Column
+from torchrelay.errors import RetryLater
+from torchrelay.stages import Made
+from torchrelay.stages.batch import join_rows
+from torchrelay.workers.assemble import J, Output, Rejection, Work
+
+_FAULTS = (Exception, SystemExit)
+# So many rows that raise alone, and none that passes: the stage is at fault, not the rows.
+_HOPELESS_ROWS = 8
+
+
+class Runs(Protocol):
+    """What computes a batch; see `stages.Runner.run`."""
+
+    def run(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]],
+        ended: Any = None,
+    ) -> list[Made]: ...
+
+
+class Meter(Protocol[J]):
+    """Is told of every forward, and knows which jobs have ended."""
+
+    def started(self, works: Sequence[Work[J]]) -> None: ...
+    def stopped(self, rows: int) -> None: ...
+    def ended(self, works: Sequence[Work[J]]) -> Sequence[bool]: ...
+
+
+class Failed(NamedTuple):
+    """Why a job has no output. `final`: trying it again is of no use; `after_s`: try it no sooner."""
+
+    error: BaseException | None
+    final: bool = False
+    after_s: float | None = None
+    error_type: str = ""
+    message: str = ""
+
+
+Outcome = Output | Failed
+
+
+def compute(
+    works: Sequence[Work[J]], runner: Runs, max_rows: int, meter: Meter[J]
+) -> Iterator[list[tuple[Work[J], Outcome]]]:
+    """Yields the jobs in groups as they finish. Use, or copy, a group's columns before asking for the next."""
+    if len(works) == 1 and works[0].rows and (works[0].rows > max_rows or works[0].incoming.keep):
+        yield [(works[0], _Rows(works[0], runner, max_rows, meter).outcome())]
+        return
+    try:
+        made = _forward(works, [w.table for w in works], [w.rows for w in works], runner, meter)
+    except RetryLater as later:
+        yield [(w, Failed(later, after_s=later.after_s)) for w in works]
+    except _FAULTS as error:
+        if len(works) == 1:
+            yield [(works[0], Failed(error))]
+            return
+        middle = len(works) // 2
+        yield from compute(works[:middle], runner, max_rows, meter)
+        yield from compute(works[middle:], runner, max_rows, meter)
+    else:
+        yield [(w, _judged(w, m)) for w, m in zip(works, made, strict=True)]
+
+
+def _forward(
+    works: Sequence[Work[J]],
+    tables: Sequence[Mapping[str, Column]],
+    rows: Sequence[int],
+    runner: Runs,
+    meter: Meter[J],
+) -> list[Made]:
+    meter.started(works)
+    try:
+        return runner.run(tables, rows, [w.fields for w in works], lambda: meter.ended(works))
+    finally:
+        meter.stopped(sum(rows))
+
+
+def _judged(work: Work[J], made: Made) -> Outcome:
+    rejected = {i: Rejection("Rejected", why, 1) for i, why in made.rejected.items()}
+    return _unless_refused(work, Output(made.columns, made.counts, rejected))
+
+
+def _unless_refused(work: Work[J], output: Output) -> Outcome:
+    """A job that is not to go on without some of its rows fails with the first of them."""
+    if output.rejected and not work.incoming.keep:
+        row, first = min(output.rejected.items())
+        where = f"row {row}: " if work.rows > 1 else ""
+        return Failed(None, final=True, error_type=first.error_type, message=where + first.message)
+    return output
+
+
+class _Hopeless(Exception):
+    """Nothing passes."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    start: int
+    rows: int
+    made: Made
+
+
+class _Rows(Generic[J]):
+    """One job, in pieces of its rows."""
+
+    def __init__(self, work: Work[J], runner: Runs, max_rows: int, meter: Meter[J]) -> None:
+        self._work = work
+        self._runner = runner
+        self._max_rows = max_rows
+        self._meter = meter
+        self._pieces: list[_Piece] = []
+        self._raised: dict[int, Rejection] = {}
+        self._first: BaseException | None = None
+
+    def outcome(self) -> Outcome:
+        work = self._work
+        try:
+            for start in range(0, work.rows, self._max_rows):
+                self._run(start, min(start + self._max_rows, work.rows), 1)
+        except RetryLater as later:
+            return Failed(later, after_s=later.after_s)
+        except _Hopeless:
+            return Failed(self._first)
+        except _FAULTS as error:
+            return Failed(error)
+        if not self._pieces and not work.incoming.last:
+            return Failed(self._first)
+        return _unless_refused(work, self._joined())
+
+    def _run(self, start: int, end: int, tries: int) -> None:
+        work = self._work
+        table: Mapping[str, Column] = work.table
+        if end - start < work.rows:
+            table = {name: column[start:end] for name, column in work.table.items()}
+        try:
+            (made,) = _forward([work], [table], [end - start], self._runner, self._meter)
+        except RetryLater:
+            raise
+        except _FAULTS as error:
+            self._first = self._first or error
+            if not work.incoming.keep:
+                raise
+            self._narrow(start, end, tries, error)
+        else:
+            # The stage may use its buffers again for the next piece.
+            self._pieces.append(_Piece(start, end - start, made if end - start == work.rows else _own(made)))
+
+    def _narrow(self, start: int, end: int, tries: int, error: BaseException) -> None:
+        if end - start > 1:
+            middle = (start + end) // 2
+            self._run(start, middle, tries + 1)
+            self._run(middle, end, tries + 1)
+            return
+        self._raised[start] = Rejection(type(error).__name__, str(error), tries)
+        if not self._pieces and not self._work.incoming.last and len(self._raised) >= _HOPELESS_ROWS:
+            raise _Hopeless
+
+    def _joined(self) -> Output:
+        if not self._pieces:
+            # Every row raised; a run without rows tells what columns there would be.
+            (nothing,) = self._runner.run([{n: c[:0] for n, c in self._work.table.items()}], [0], [{}])
+            self._pieces.append(_Piece(0, 0, nothing))
+        rejected = dict(self._raised)
+        for piece in self._pieces:
+            rejected.update((piece.start + i, Rejection("Rejected", why, 1)) for i, why in piece.made.rejected.items())
+        if len(self._pieces) == 1:
+            columns: dict[str, Column] = self._pieces[0].made.columns
+        else:
+            # A piece of which nothing is left may not even know its columns.
+            full = [p.made.columns for p in self._pieces if p.rows > len(p.made.rejected)]
+            full = full or [self._pieces[0].made.columns]
+            columns = {name: join_rows([part[name] for part in full]) for name in full[0]}
+        return Output(columns, self._counts(), rejected)
+
+    def _counts(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        counts = np.zeros(self._work.rows, np.int64)
+        for piece in self._pieces:
+            if piece.made.counts is None:
+                return None
+            counts[piece.start : piece.start + piece.rows] = piece.made.counts
+        return counts
+
+
+def _own(made: Made) -> Made:
+    columns: dict[str, Column] = {}
+    for name, column in made.columns.items():
+        if isinstance(column, np.ndarray):
+            columns[name] = column.copy()
+        else:
+            columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
+    return made._replace(columns=columns)
