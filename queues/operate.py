@@ -89,7 +89,8 @@ def pause(registry: Registry, target: Target, *, on: bool = True) -> list[str]:
     """
     matched: set[str] = set()
     for lane in registry.lanes:
-        matched.update(run(registry.client, lane.pause(target.name, target.version, target.stage, on)))
+        nodes: list[str] = run(registry.client, lane.pause(target.name, target.version, target.stage, on))
+        matched.update(nodes)
     return sorted(matched)
 
 

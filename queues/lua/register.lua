@@ -6,6 +6,8 @@
 -- ARGV[5] host:path, '' for unknown  ARGV[6] how many entries of history are kept
 -- Returns {number, 1 when new, the version that is current now}; number 0, with nothing written, for a version that
 -- came without a record and is not known. History is a LIST of 'ms name@version', the latest first.
+-- A no-op that is allowed out of memory comes first (rule 5): workers that start help to drain.
+redis.call('HDEL', KEYS[1], '')
 local number = redis.call('HGET', KEYS[3], ARGV[2])
 local fresh = number and 0 or 1
 if fresh == 1 and ARGV[3] == '' then return {0, 0, ''} end

@@ -11,10 +11,12 @@ import redis
 
 from tests.conftest import private_server
 from tests.queues.conftest import Lane
+from torchrelay.config import Pipeline
 from torchrelay.errors import QueueFull
 from torchrelay.queues.blobs import read_blobs, write_blobs
 from torchrelay.queues.job import FLAG_UNTIL_ACK, Ref, encode_payload
 from torchrelay.queues.keys import ControlKeys, new_token
+from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import Call, script
 
 
@@ -55,6 +57,7 @@ def test_every_operation_but_submit_passes_out_of_memory(full_lane, shape):
     lane.submit(pipeline, 12)
     lane.submit(pipeline, delay_ms=1)
     lane.submit(pipeline, deadline_ms=1)
+    [late] = lane.submit(pipeline, delay_ms=3_600_000)
     worker, other = lane.worker(pipeline), lane.worker(pipeline)
     with out_of_memory(lane):
         with pytest.raises(QueueFull, match="maxmemory"):
@@ -74,6 +77,11 @@ def test_every_operation_but_submit_passes_out_of_memory(full_lane, shape):
         lane.worker(pipeline).claim(1, 1, lease_ms=1)
         lane.until(lambda: lane.run(lane.t.reap())[0])
         assert lane.run(lane.t.cancel([b.job_id])) == "w"
+        assert lane.run(lane.t.purge({pipeline: 1}, [late])) == 1
+        assert len(lane.run(lane.t.pause("p1", "", "", True))) == len(getattr(lane, shape))
+        assert worker.claim(1).paused
+        assert lane.run(lane.t.pause("p1", "", "", False))
+        assert lane.run(lane.t.census(0, 10))[1]
         assert lane.run(lane.t.redrive([c.job_id])) == [f"{c.job_id}~1"]
         assert lane.run(lane.t.promote())[0] >= 0
         lane.define(lane.CHAIN)
@@ -89,6 +97,19 @@ def test_heartbeats_pass_out_of_memory(full_lane):
     with out_of_memory(full_lane):
         assert full_lane.run(beat) == 1
         assert full_lane.run(beat) == 1
+
+
+def test_a_worker_that_starts_registers_out_of_memory(full_lane, make_pipeline):
+    """It is there to drain what fills the memory."""
+    lane = full_lane
+    pipeline = Pipeline.load(
+        make_pipeline("pipeline: p\nstages: [{name: s, use: 'stages.py:f'}]\n", "def f(batch): ...")
+    )
+    registry = Registry(lane.redis, lane.keys.namespace, 1)
+    with out_of_memory(lane):
+        registry.open()
+        number = registry.register(pipeline, current=False).number
+        assert (registry.find("p").pipeline.ref, registry.find("p").number) == (pipeline.ref, number)
 
 
 def test_blobs_of_workers_pass_and_those_of_producers_do_not(full_lane):
