@@ -284,17 +284,11 @@ class Assembler(Generic[J]):
         node = self._node
         kept: dict[str, Packed] = {}
         stacks = set(node.stack)
-        ends = not node.succs and self._graph.result is None
-        for name, packed in payload.columns.items():
-            if name in made or is_hidden(name):
-                continue
-            stack = payload.origins.get(name, FROM_INPUT)[1:]
-            # Without an `output` list the result is what the last stages return; a mere regrouping returns what it
-            # regroups.
-            rides = (node.identity and stack[: len(node.before)] == node.before) if ends else True
-            if rides and (node.keeps is None or name in node.keeps):
-                kept[name] = packed
-                stacks.update(stack)
+        if node.succs or self._graph.result is not None:  # else the result is what the last stages return
+            for name, packed in payload.columns.items():
+                if name not in made and not is_hidden(name) and (node.keeps is None or name in node.keeps):
+                    kept[name] = packed
+                    stacks.update(payload.origins.get(name, FROM_INPUT)[1:])
         for name, packed in payload.columns.items():
             if name[0] == REJECTED or (name[0] == COUNTS and int(name[1:]) in stacks):
                 kept[name] = packed
