@@ -1,4 +1,4 @@
-"""What both clients stand on: the connection, the registry, the sending and the receiving side, and the futures' source.
+"""What both clients stand on: connection, registry, the sending and the receiving side, and the source of futures.
 
 Everything here may block; the asynchronous client calls it from threads of its own.
 """
@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ import redis
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerError, InputError, PipelineNotFound, QueueFull, RunConflict, TorchrelayError
+from torchrelay.errors import (
+    BrokerError,
+    DeadlineExceeded,
+    InputError,
+    PipelineNotFound,
+    QueueFull,
+    RunConflict,
+    TorchrelayError,
+)
 from torchrelay.producer.encoding import Draft, JobEncoder, Outcome, SubmitOptions
 from torchrelay.producer.futures import JobFuture
 from torchrelay.producer.inbox import Inbox
@@ -74,6 +82,8 @@ class Core:
         return InputError(f"this {self._client} is closed; make a new one")
 
     def close(self) -> None:
+        if self.opened:
+            self.submitter.give_up()  # who submits while the server is away must not hold this up
         with self.lock:
             first, self.closed = not self.closed, True
             self._closing.set()
@@ -260,3 +270,9 @@ def all_in(outcomes: Iterable[Outcome]) -> list[JobFuture[Any]]:
 def options_of(options: Mapping[str, Any], **defaults: Any) -> SubmitOptions:
     """Parsed options, with this call's own defaults."""
     return SubmitOptions.parse({**defaults, **options})
+
+
+def past_deadline(future: JobFuture[Any], unserved: Sequence[str]) -> DeadlineExceeded:
+    """What `infer` raises when no news of the job's end came in time."""
+    why = f"; no live worker serves {', '.join(unserved)}" if unserved else ""
+    return DeadlineExceeded(f"its deadline passed before it ended{why}", job_id=future.id)

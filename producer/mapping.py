@@ -1,4 +1,4 @@
-"""Rows in, results out, with a bounded number of jobs under way between them: the flow, without I/O, of both clients."""
+"""Rows in, results out, a bounded number of jobs under way between them: the flow of both clients, without I/O."""
 
 from __future__ import annotations
 
@@ -76,6 +76,13 @@ class Window(Generic[F]):
     def pending(self) -> list[F]:
         """All that have not ended."""
         return [future for future in self._waiting if not future.done()]
+
+
+def yields_errors(on_error: str) -> bool:
+    """What `map` was told to do with a job that fails; raises InputError."""
+    if on_error not in ("raise", "return"):
+        raise InputError(f'on_error {on_error!r:.60} must be "raise" or "return"')
+    return on_error == "return"
 
 
 def accepted_of(refused: QueueFull | RunConflict) -> list[Future]:

@@ -10,11 +10,11 @@ from typing import Any, Literal, Unpack, overload
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import DeadlineExceeded, InputError, JobError
-from torchrelay.producer.core import Core, options_of
+from torchrelay.errors import JobError
+from torchrelay.producer.core import Core, options_of, past_deadline
 from torchrelay.producer.encoding import Options, SubmitOptions
 from torchrelay.producer.futures import JobFuture, Row, Table
-from torchrelay.producer.mapping import Window, map_rows
+from torchrelay.producer.mapping import Window, map_rows, yields_errors
 from torchrelay.queues.registry import Registry
 
 __all__ = ["Relay"]
@@ -223,16 +223,3 @@ class Relay:
     def cancel(self, job_ids: Sequence[str]) -> list[bool]:
         """Ends these jobs; for each whether this call ended it."""
         return self._core.cancel([self.job(job_id).id for job_id in job_ids])
-
-
-def yields_errors(on_error: str) -> bool:
-    """What `map` was told to do with a job that fails; raises InputError."""
-    if on_error not in ("raise", "return"):
-        raise InputError(f'on_error {on_error!r:.60} must be "raise" or "return"')
-    return on_error == "return"
-
-
-def past_deadline(future: JobFuture[Any], unserved: Sequence[str]) -> DeadlineExceeded:
-    """What `infer` raises when no news of the job's end came in time."""
-    why = f"; no live worker serves {', '.join(unserved)}" if unserved else ""
-    return DeadlineExceeded(f"its deadline passed before it ended{why}", job_id=future.id)

@@ -46,7 +46,7 @@ def pauses() -> Iterator[float]:
         pause_s = min(pause_s * 2, 0.1)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Item:
     """One job of a parcel, and the blobs to write before it."""
 
@@ -279,11 +279,23 @@ class Submitter:
         """Forgets a parcel that did not go in; where that is certain, its blobs go at once, not in ten minutes."""
         self._inbox.forget(item.future for item in parcel.items)
         if parcel.written and isinstance(why, QueueFull):
-            keys = self._lanes[parcel.lane].keys
-            try:
-                self._client.delete(*[keys.blob(name) for item in parcel.items for name in item.blobs])
-            except (redis.RedisError, OSError) as error:
-                log.debug("blobs of jobs that found no room go by themselves: %s", error)
+            self._delete_blobs(parcel.lane, parcel.items)
+
+    def take_out(self, parcel: Parcel, unwanted: list[Item]) -> None:
+        """Takes jobs out of a parcel that waits for room."""
+        self._inbox.forget(item.future for item in unwanted)
+        left = set(parcel.items).difference(unwanted)
+        parcel.items = [item for item in parcel.items if item in left]
+        if parcel.written:
+            self._delete_blobs(parcel.lane, unwanted)
+
+    def _delete_blobs(self, lane: int, items: list[Item]) -> None:
+        names = [self._lanes[lane].keys.blob(name) for item in items for name in item.blobs]
+        try:
+            if names:
+                self._client.delete(*names)
+        except (redis.RedisError, OSError) as error:
+            log.debug("blobs of jobs that found no room go by themselves: %s", error)
 
     def _settle_or_wait(self, parcel: Parcel, deadline: float) -> list[Outcome]:
         """While the queue is full and there is time, the parcel is sent again."""

@@ -17,6 +17,8 @@ import torchrelay
 ROOT = Path(__file__).parent.parent
 ROOMS = ("config", "queues", "producer", "stages", "workers")
 PUBLIC = {
+    "AsyncJobFuture",
+    "AsyncRelay",
     "Batch",
     "JobFuture",
     "Pipeline",

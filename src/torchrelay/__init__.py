@@ -12,6 +12,8 @@ from torchrelay import errors
 
 if TYPE_CHECKING:
     from torchrelay.config.pipeline import Pipeline
+    from torchrelay.producer.async_futures import AsyncJobFuture
+    from torchrelay.producer.async_relay import AsyncRelay
     from torchrelay.producer.futures import JobFuture
     from torchrelay.producer.relay import Relay
     from torchrelay.queues.priority import Priority
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncJobFuture",
+    "AsyncRelay",
     "Batch",
     "JobFuture",
     "Pipeline",
@@ -34,6 +38,8 @@ __all__ = [
 ]
 # Where each public name lives; they are imported at first use, so that a small process stays small.
 _HOMES = {
+    "AsyncJobFuture": "torchrelay.producer.async_futures",
+    "AsyncRelay": "torchrelay.producer.async_relay",
     "Batch": "torchrelay.stages",
     "JobFuture": "torchrelay.producer.futures",
     "Pipeline": "torchrelay.config.pipeline",
