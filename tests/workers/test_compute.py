@@ -1,0 +1,194 @@
+"""Which rows and jobs a failing forward is charged to. Real runners; nothing of Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrelay.config.columns import Column
+from torchrelay.errors import RetryLater
+from torchrelay.queues.job import Payload
+from torchrelay.queues.levels import Levels
+from torchrelay.stages import Batch, Expand, Runner, Stage
+from torchrelay.workers.assemble import Incoming, Output, Work
+from torchrelay.workers.compute import Failed, compute
+
+
+class Watch:
+    """Notes every forward: (jobs, rows)."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[int, int]] = []
+
+    def started(self, works: Sequence[Work[int]]) -> None:
+        self.forwards.append((len(works), 0))
+
+    def stopped(self, rows: int) -> None:
+        self.forwards[-1] = (self.forwards[-1][0], rows)
+
+    def ended(self, works: Sequence[Work[int]]) -> list[bool]:
+        return [w.job == 1 for w in works]
+
+
+class Act(Stage):
+    """Doubles x, but does as told where `do` says so."""
+
+    def __init__(self, act: Callable[[Batch], Any] | None = None) -> None:
+        self.buffer = np.zeros(1000, np.int64)
+        self.act = act
+
+    def forward(self, batch: Batch) -> Any:
+        for i, order in enumerate(batch["do"]):
+            if order == "raise":
+                raise ValueError("told to raise")
+            if order == "reject":
+                batch.reject(i, "told to reject")
+            if order == "later":
+                raise RetryLater(7)
+        if self.act is not None:
+            return self.act(batch)
+        # A stage may answer from a buffer that it uses again.
+        out = self.buffer[: len(batch)]
+        out[:] = batch["x"] * 2
+        return {"y": out}
+
+
+def job(number: int, orders: list[str], *, keep: bool = False, last: bool = False) -> Work[int]:
+    table: dict[str, Column] = {"x": np.arange(len(orders)) + 100 * number, "do": list(orders)}
+    incoming = Incoming(number, [], len(orders), keep, last)
+    return Work(incoming, table, len(orders), len(orders), Payload({}), {}, Levels({}))
+
+
+def results(
+    works: Sequence[Work[int]], stage: Stage | None = None, max_rows: int = 100, **runner: Any
+) -> tuple[dict[int, Any], Watch]:
+    watch = Watch()
+    done: dict[int, Any] = {}
+    for group in compute(works, Runner(stage or Act(), "act", **runner), max_rows, watch):
+        for work, outcome in group:
+            assert work.job not in done
+            if isinstance(outcome, Output):
+                columns: Mapping[str, Any] = outcome.columns
+                outcome = outcome._replace(columns={n: np.asarray(c).tolist() for n, c in columns.items()})
+            done[work.job] = outcome
+    return done, watch
+
+
+orders = st.lists(st.sampled_from(["", "", "", "", "raise", "reject"]), max_size=12)
+
+
+@given(st.lists(st.tuples(orders, st.booleans(), st.booleans()), min_size=1, max_size=5), st.integers(1, 8))
+def test_every_row_ends_as_its_order_says(jobs: list[tuple[list[str], bool, bool]], max_rows: int) -> None:
+    """Whatever stands beside it in the batch: good rows are computed, bad ones charged to their own job or row."""
+    works = [job(n, do, keep=keep, last=last) for n, (do, keep, last) in enumerate(jobs)]
+    done, _ = results(works, max_rows=max_rows)
+    for n, (do, keep, last) in enumerate(jobs):
+        outcome = done[n]
+        good = [2 * (i + 100 * n) for i, order in enumerate(do) if not order]
+        if not keep:
+            if "raise" in do:
+                assert isinstance(outcome, Failed)
+                # A refusal that comes before the row that raises, in an earlier forward, is not yet known.
+                assert outcome.final is False
+            elif "reject" in do:
+                assert outcome == Failed(None, True, None, "Rejected", outcome.message)
+                assert outcome.message.endswith("told to reject")
+            else:
+                assert outcome.columns.get("y", []) == good
+            continue
+        if do and set(do) == {"raise"} and not last:
+            assert isinstance(outcome, Failed)
+            assert isinstance(outcome.error, ValueError)
+            continue
+        if isinstance(outcome, Failed):
+            # The stage was given up before a row passed: that takes eight rows that raise.
+            assert not last
+            assert do.count("raise") >= 8
+            continue
+        kinds = {"ValueError": "raise", "Rejected": "reject"}
+        assert {i: kinds[r.error_type] for i, r in outcome.rejected.items()} == {
+            i: order for i, order in enumerate(do) if order
+        }
+        if good or do:
+            assert outcome.columns.get("y", []) == good
+
+
+def test_a_large_job_runs_in_slices_and_leaves_as_one() -> None:
+    """No forward is larger than a batch, and a buffer that the stage uses again harms no earlier slice."""
+    done, watch = results([job(0, [""] * 10)], max_rows=4)
+    assert watch.forwards == [(1, 4), (1, 4), (1, 2)]
+    assert done[0].columns == {"y": [2 * i for i in range(10)]}
+
+
+def test_slices_of_an_expanding_stage_count_on() -> None:
+    """Counts of all slices stand in the order of the rows, with none for those that were rejected."""
+
+    def expand(batch: Batch) -> Expand:
+        counts = [int(x) % 3 for x in batch["x"]]
+        return Expand({"y": np.repeat(batch["x"], counts)}, counts)
+
+    do = ["", "", "", "", "reject", "", "raise", ""]
+    done, _ = results([job(0, do, keep=True)], Act(expand), max_rows=3, expands=True)
+    assert done[0].counts.tolist() == [0, 1, 2, 0, 0, 2, 0, 1]
+    assert done[0].columns == {"y": [1, 2, 2, 5, 5, 7]}
+    assert {i: r.attempts for i, r in done[0].rejected.items()} == {4: 1, 6: 2}
+
+
+def test_rows_that_all_raise_are_the_stage_s_fault_until_the_last_attempt() -> None:
+    """The job fails as a whole after eight of them; on its last attempt every row gets its error."""
+    done, watch = results([job(0, ["raise"] * 64, keep=True)])
+    assert isinstance(done[0], Failed)
+    assert not done[0].final
+    assert len(watch.forwards) < 32
+    done, _ = results([job(0, ["raise"] * 64, keep=True, last=True)], expands=True)
+    assert sorted(done[0].rejected) == list(range(64))
+    assert done[0].counts.tolist() == [0] * 64
+
+
+def test_retry_later_puts_the_whole_batch_off_without_halving() -> None:
+    """Something is away: no job of the batch is examined for it."""
+    done, watch = results([job(0, ["", ""]), job(1, ["later"]), job(2, [""])])
+    assert {n: (f.after_s, f.final) for n, f in done.items()} == dict.fromkeys(range(3), (7.0, False))
+    assert watch.forwards == [(3, 4)]
+
+
+def test_a_stage_may_ask_which_jobs_have_ended() -> None:
+    """`batch.cancelled` has one truth value per row."""
+    done, _ = results([job(0, ["", ""]), job(1, [""] * 3)], Act(lambda batch: {"y": batch.cancelled}))
+    assert done[1].columns == {"y": [True] * 3}
+    assert done[0].columns == {"y": [False] * 2}
+
+
+@pytest.mark.parametrize("row", [-1, 2, 10**9])
+def test_rejecting_a_row_that_is_not_there_fails_the_forward(row: int) -> None:
+    """A wrong number must not reject another job's row."""
+    done, _ = results([job(0, ["", ""])], Act(lambda batch: batch.reject(row, "no")))
+    assert "the batch has rows 0 to 1" in str(done[0].error)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (Expand({"y": [1]}, [1]), "one whole number from 0 for each of the 2 rows"),
+        (Expand({"y": [1, 2]}, [3, -1]), "one whole number"),
+        (Expand({"y": [1, 2]}, [1.0, 1.0]), "one whole number"),
+        (Expand({"y": [1, 2, 3]}, [1, 1]), "needs 2 rows"),
+        ({"y": [1, 2]}, "return Expand"),
+        (Expand([1, 2], [1, 1]), "mapping of column"),  # type: ignore[arg-type]  # what a user may do
+    ],
+)
+def test_what_an_expanding_stage_returns_wrongly_is_named(given: Any, says: str) -> None:
+    """Counts and rows that do not fit each other are the stage's failure, in words."""
+    done, _ = results([job(0, ["", ""])], Act(lambda batch: given), expands=True)
+    assert says in str(done[0].error)
+
+
+def test_expand_from_a_stage_that_is_not_declared_to_is_refused() -> None:
+    """The message says what to declare."""
+    done, _ = results([job(0, [""])], Act(lambda batch: Expand({"y": [1]}, [1])))
+    assert "declare `rows: expand`" in str(done[0].error)
