@@ -141,7 +141,7 @@ def stage_table(fleet: Fleet, rows: int, elapsed: float) -> Table:
         time.sleep(0.1)
     reports = {w.node.rpartition("/")[2]: w for w in fleet.registry.workers()}
     cells = []
-    for node in terminal.node_rows(fleet.registry):
+    for node in terminal.status_of(fleet.registry)["nodes"]:
         stage = node["node"].rpartition("/")[2]
         report = reports[stage]
         mean = report.rows / max(report.batches, 1)

@@ -180,10 +180,10 @@ def _unserved(registry: Registry, pipeline: Pipeline, path: str, force: bool) ->
     stages = [n.name for n in pipeline.graph.nodes]
     missing = operate.wait_loaded(registry, pipeline.ref, stages, 0.0 if force else _LOADING_S)
     if missing and not force:
-        commands = "\n".join(f"  {operate.worker_command(f':{path}' if path else '', s)}" for s in missing)
+        commands = "; ".join(operate.worker_command(f":{path}" if path else "", s) for s in missing)
         raise NoWorkers(
-            f"no live worker serves {', '.join(missing)} of {pipeline.ref}; nothing was changed. Start one for each "
-            f"(it does not switch), or pass --force:\n{commands}"
+            f"no live worker serves {', '.join(missing)} of {pipeline.ref}; nothing was changed. Start one, which does "
+            f"not switch, and come again, or pass --force: {commands}"
         )
     return missing
 

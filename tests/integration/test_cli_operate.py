@@ -227,7 +227,7 @@ def test_a_purge_asks_on_a_terminal(
 ) -> None:
     """The question says about how many; only a yes cancels them."""
     relay.register(write(tmp_path))
-    [*waiting] = relay.submit_many("tell", [{"n": "a"}, {"n": "b"}])
+    waiting = relay.submit_many("tell", [{"n": "a"}, {"n": "b"}])
     later = relay.submit("tell", {"n": "c"}, delay_s=3600)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "torchrelay.cli", "purge", "tell", "--redis", server.url, "--namespace", namespace]
@@ -260,7 +260,7 @@ def test_a_deploy_lets_old_jobs_finish_on_the_old_version(
 
     refused = cli("deploy", str(second_path))
     assert refused.returncode == 4, refused.stderr
-    assert f"torchrelay worker {second_path} --stage work" in refused.stderr.replace("\n", "")
+    assert f"torchrelay worker {second_path} --stage work" in refused.stderr
     assert relay.registry.current() == {"tell": first}
     assert list(relay.registry.versions()) == [first]
 
@@ -305,12 +305,36 @@ def test_a_deploy_lets_old_jobs_finish_on_the_old_version(
     stop(old_workers)
     back = cli("rollback", "tell", first.partition("@")[2])
     assert back.returncode == 4, back.stderr
-    assert f"torchrelay worker {first_path} --stage" in back.stderr.replace("\n", "")
+    assert f"torchrelay worker {first_path} --stage" in back.stderr
     assert relay.registry.current() == {"tell": second}
     forced = cli("rollback", "tell", first.partition("@")[2], "--force")
     assert forced.returncode == 0, forced.stderr
     assert "no worker serves work, end" in forced.stderr
     assert relay.registry.current() == {"tell": first}
+
+
+def test_a_deploy_that_waits_for_a_stranded_version_says_what_would_run_it(
+    server: PrivateServer, namespace: str, relay: Relay, tmp_path: Path
+) -> None:
+    """It waits on, and ends when the last old job has, whatever ended it."""
+    relay.register(write(tmp_path))
+    job = relay.submit("tell", {"n": "a"}, delay_s=3600)
+    command = [sys.executable, "-m", "torchrelay.cli", "deploy", str(write(tmp_path, "two")), "--force", "--wait"]
+    with (tmp_path / "err").open("wb") as err:
+        waiting = subprocess.Popen(
+            [*command, "--redis", server.url, "--namespace", namespace], stdout=subprocess.PIPE, stderr=err
+        )
+    try:
+        says = f"{job.pipeline} needs: torchrelay worker {tmp_path}/one/tell.yaml --stage work"
+        wait_until(lambda: says in (tmp_path / "err").read_text(), 30.0)
+        assert waiting.poll() is None
+        assert job.cancel()
+        stdout, _ = waiting.communicate(timeout=20)
+        assert waiting.returncode == 0
+        assert b"1 jobs delayed" in stdout
+    finally:
+        waiting.kill()
+        waiting.wait()
 
 
 def test_a_worker_of_another_version_says_how_to_switch(serve: Any, relay: Relay, tmp_path: Path) -> None:
