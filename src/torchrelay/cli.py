@@ -26,6 +26,8 @@ from torchrelay.cli_options import (
     EXIT_NO_WORKER,
     EXIT_USAGE,
     CpuOption,
+    FileArgument,
+    FilesArgument,
     JsonOption,
     NamespaceOption,
     RedisOption,
@@ -59,13 +61,11 @@ app = typer.Typer(
 )
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
-app.add_typer(operate_app)
+app.registered_commands += operate_app.registered_commands
 
 
 @app.command()
-def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...")], set_: SetOption = None, as_json: JsonOption = False
-) -> None:
+def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
     """Validate pipeline files, import their stages, and show what they would run.
 
     Example: [bold]torchrelay check pipeline.yaml[/bold]
@@ -78,7 +78,7 @@ def check(
             problems = check_stages(pipeline)
         except ConfigError as error:
             problems = error.problems
-        found.append({"file": str(file), "ok": not problems, "problems": list(problems)})
+        found.append({"file": file, "ok": not problems, "problems": list(problems)})
         if not problems:
             found[-1]["pipeline"] = pipeline.ref
         if as_json:
@@ -96,7 +96,7 @@ def check(
 
 @app.command()
 def up(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    files: FilesArgument,
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -116,7 +116,7 @@ def up(
 
 @app.command()
 def worker(
-    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    file: FileArgument,
     stage: Annotated[str, typer.Option("--stage", "-s", help="The stage to serve.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     redis: RedisOption = None,
@@ -164,7 +164,7 @@ def _rows(text: str, files: Sequence[str] | None) -> list[dict[str, Any]]:
 
 @app.command()
 def submit(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME\\[@VERSION], or a YAML file.")],
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME\\[@VERSION], or a FILE as for up.")],
     row: Annotated[str, typer.Argument(metavar="JSON|-", help="One row, or - for JSON lines on standard input.")],
     file: Annotated[
         list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")
