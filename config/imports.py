@@ -24,6 +24,9 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from torchrelay.errors import ConfigError
 
+MADE_UP = "_torchrelay_stages_"
+"""How the names begin under which files are imported; nobody else can import them by these."""
+
 
 def split_use(use: str) -> tuple[str, str]:
     """("file.py" or "package.module", "name"); raises ConfigError."""
@@ -88,8 +91,22 @@ def _find_module(where: str) -> ModuleSpec | None:
     return spec
 
 
+def module_origin(where: str) -> str | None:
+    """Where a module would be imported from, by its name; None when it is not found. Nothing is run."""
+    spec = _find_module(where)
+    return None if spec is None else spec.origin or where
+
+
 def import_use(use: str, base_dir: Path) -> Any:
     """The class or function; raises ConfigError with the reason when it cannot be imported."""
+    found = import_named(use, base_dir)
+    if not callable(found):
+        raise ConfigError(f"use {use!r:.120}: {split_use(use)[1]} is {type(found).__name__}, not a stage class")
+    return found
+
+
+def import_named(use: str, base_dir: Path, what: str = "use ") -> Any:
+    """What a module, or a file in the folder, holds under a name. `what` stands before it in errors (ConfigError)."""
     where, name = split_use(use)
     try:
         module = _load_file(where, base_dir) if where.endswith(".py") else importlib.import_module(where)
@@ -100,17 +117,15 @@ def import_use(use: str, base_dir: Path) -> Any:
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"use {use!r:.120}: importing it raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+            f"{what}{use!r:.120}: importing it raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
         ) from error
     found = getattr(module, name, None)
     if found is None:
         public = [n for n in vars(module) if not n.startswith("_")]
         near = difflib.get_close_matches(name, public, 1)
         raise ConfigError(
-            f"use {use!r:.120}: {where} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"{what}{use!r:.120}: {where} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if not callable(found):
-        raise ConfigError(f"use {use!r:.120}: {name} is {type(found).__name__}, not a stage class")
     return found
 
 
@@ -128,7 +143,7 @@ def _load_file(where: str, base_dir: Path) -> Any:
     # Of the content too: a file that was edited, in a notebook say, is another version and is imported anew.
     identity = os.fsencode(path) + b"\0" + _bytes_of(path, where)
     digest = hashlib.blake2b(identity, digest_size=6).hexdigest()
-    name = f"_torchrelay_stages_{digest}_{path.stem}"
+    name = f"{MADE_UP}{digest}_{path.stem}"
     known = sys.modules.get(name)
     if known is not None:
         return known

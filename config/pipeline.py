@@ -1,63 +1,161 @@
-"""`Pipeline`: a pipeline file, checked as a whole, with its version. It imports no stage: `check` and workers do."""
+"""`Pipeline`: a pipeline, checked as a whole, with its version. It imports no stage: `check` and workers do."""
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
+import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-
 from torchrelay.config.digest import version_of
 from torchrelay.config.graph import Graph
 from torchrelay.config.graph_build import build_graph
-from torchrelay.config.imports import resolve_inside, source_digest
-from torchrelay.config.spec import COMING, PipelineSpec, StageConfig
+from torchrelay.config.imports import import_named
+from torchrelay.config.spec import PipelineSpec
+from torchrelay.config.stage_spec import StageSpec, plain, use_text
 from torchrelay.config.types import ColumnType
-from torchrelay.config.yaml_source import Place, Source, read_source
+from torchrelay.config.validation import check_files, read_spec
+from torchrelay.config.yaml_source import Place, PythonSource, Source, in_stage, read_source
 from torchrelay.errors import ConfigError
 
 RECORD_FORMAT = 1
 _VERSION = re.compile(r"[0-9a-f]{8}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class Pipeline:
-    """One version of a pipeline. `path` is None for one that came out of a namespace's registry."""
+    """One version of a pipeline. Its parts mean what the keys of a file mean, and are checked in the same way.
+
+    Args:
+        name: what jobs are submitted to.
+        stages: its stages; without any `after`, each follows the one above.
+        input: column -> type of a row; without it, anything is taken as it comes.
+        output: the columns of the result; default what the last stages return.
+        limits: rows_per_job, what one job may grow to.
+        base_dir: the folder that files are relative to; default that of the file that calls this, else the current one.
+
+    `path` is its file, `source` the text that loads it anew in a worker: a file, or module.py:name. Both are None for
+    one that was only built in memory, or that came out of a namespace's registry.
+
+    Raises ConfigError with every problem as `pipeline 'name': stage 'x': what; remedy`.
+    """
 
     name: str
     version: str
     spec: PipelineSpec
     graph: Graph
-    path: Path | None = None
-    marks: Mapping[Place, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    folder: Path | None
+    path: Path | None = field(compare=False)
+    source: str | None = field(compare=False)
+    _data: Mapping[str, Any] = field(compare=False)
+    _marks: Mapping[Place, tuple[int, int]] = field(compare=False)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        stages: Sequence[StageSpec],
+        input: Mapping[str, str] | None = None,
+        output: Sequence[str] | None = None,
+        limits: Mapping[str, int] | None = None,
+        base_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        folder = Path(base_dir) if base_dir is not None else _folder_of(sys._getframe(1).f_globals.get("__file__"))
+        source = PythonSource(f"pipeline {name!r:.80}")
+        given = {"input": input, "output": output, "limits": limits}
+        try:
+            top = {key: plain(value, key) for key, value in given.items() if value is not None}
+        except ConfigError as error:
+            raise ConfigError(f"{source.label}: {error}") from error
+        source.data = {"pipeline": name, **top, "stages": []}
+        if not folder.is_dir():
+            source.report((), f"base_dir {str(folder)!r:.200} is no folder")
+        if not isinstance(stages, list | tuple):
+            source.report((), f"stages: a list of StageSpec is expected, {type(stages).__qualname__} came")
+            stages = ()
+        for i, stage in enumerate(stages):
+            source.data["stages"].append({})
+            if not isinstance(stage, StageSpec):
+                source.report(("stages", i), f"a StageSpec is expected, {type(stage).__qualname__} came")
+                continue
+            source.data["stages"][i] = {"name": stage.name, **stage.data()}
+            try:
+                if stage.use is not None:
+                    source.data["stages"][i]["use"] = use_text(stage.use, folder)
+            except ConfigError as error:
+                source.report(("stages", i), str(error))
+        if source.problems:
+            # The rest would be reported for stages that are not there.
+            raise ConfigError("\n".join(source.lines()), source.lines())
+        self._set(source, folder.resolve(), {})
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> Pipeline:
-        """Reads and checks a file; `overrides` map STAGE.KEY to YAML values, as `--set` gives them.
+    def load(cls, path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> Pipeline:
+        """Reads and checks a YAML file, or `module.py:name`, a Pipeline that a Python file holds.
 
-        Raises ConfigError with every problem as `file:line:column: what; remedy`.
+        `overrides` map STAGE.KEY to YAML values, as `--set` gives them. Raises ConfigError with every problem as
+        `file:line:column: what; remedy`.
         """
-        path = Path(path)
-        source = read_source(path)
-        base_dir = path.resolve().parent
-        spec = _validate(source, overrides or {})
+        module = split_module(os.fspath(path))
+        if module is not None:
+            return cls._of_module(*module, overrides or {})
+        file = Path(path)
+        source = read_source(file)
+        made = cls.__new__(cls)
+        made._set(source, file.resolve().parent, overrides or {}, file.resolve(), str(file.resolve()))
+        return made
+
+    @classmethod
+    def _of_module(cls, file: Path, name: str, overrides: Mapping[str, str]) -> Pipeline:
+        where = file.resolve()
+        label = f"{file}:{name}"
+        if not where.is_file():
+            raise ConfigError(f"{label}: there is no file {file}")
+        found = import_named(f"{where.name}:{name}", where.parent, "")
+        if not isinstance(found, Pipeline):
+            raise ConfigError(f"{label}: {name} is {type(found).__qualname__}, not a torchrelay.Pipeline")
+        # Made anew rather than taken: the module may be imported already, and stage files have changed since.
+        source = PythonSource(label, found._data)
+        made = cls.__new__(cls)
+        made._set(source, found.base_dir, overrides, where, f"{where}:{name}")
+        return made
+
+    def _set(
+        self,
+        source: Source,
+        base_dir: Path,
+        overrides: Mapping[str, str],
+        path: Path | None = None,
+        text: str | None = None,
+    ) -> None:
+        spec = read_spec(source, overrides)
         graph = None
         if spec is not None:
             wrong_keys = bool(source.problems)
             graph = build_graph(spec, source.report, columns=not wrong_keys)
-            _check_files(spec, base_dir, source)
+            check_files(spec, base_dir, source)
         if source.problems or spec is None or graph is None:
-            lines = source.lines() or (f"{path}:1:1: the file is empty; a pipeline has `pipeline:` and `stages:`",)
+            lines = source.lines()
+            lines = lines or (f"{source.label}:1:1: the file is empty; a pipeline has `pipeline:` and `stages:`",)
             raise ConfigError("\n".join(lines), lines)
-        return cls(spec.pipeline, version_of(spec, base_dir), spec, graph, path.resolve(), source.marks)
+        self._fill(spec, version_of(spec, base_dir), graph, base_dir)
+        self.__dict__.update(path=path, source=text, _data=source.data, _marks=source.marks)
+
+    def _fill(self, spec: PipelineSpec, version: str, graph: Graph, folder: Path | None) -> None:
+        # Frozen: only a constructor may, and by this way.
+        self.__dict__.update(name=spec.pipeline, version=version, spec=spec, graph=graph, folder=folder)
+        self.__dict__.update(path=None, source=None, _data={}, _marks={})
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.version))
+
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.ref}: {', '.join(n.name for n in self.graph.nodes)}>"
 
     @property
     def ref(self) -> str:
@@ -67,16 +165,22 @@ class Pipeline:
     @property
     def base_dir(self) -> Path:
         """The folder that files of the pipeline are relative to. ConfigError for one that came from the registry."""
-        if self.path is None:
+        if self.folder is None:
             raise ConfigError(f"{self.ref} came from the registry, without its files; load its YAML file")
-        return self.path.parent
+        return self.folder
 
     def where(self, *place: str | int) -> str:
-        """`file:line:column` of a path of keys, or of the nearest key above it."""
-        while place and place not in self.marks:
+        """`file:line:column` of a path of keys, or of the nearest key above it; a name where there is no such file."""
+        if not self._marks:
+            return self.source or f"pipeline {self.name!r}"
+        while place and place not in self._marks:
             place = place[:-1]
-        line, column = self.marks.get(place, (1, 1))
+        line, column = self._marks.get(place, (1, 1))
         return f"{self.path}:{line}:{column}"
+
+    def problem(self, place: Place, text: str) -> str:
+        """A problem that was found later, as a line like those of ConfigError."""
+        return f"{self.where(*place)}: {text if self._marks else in_stage(text, self._data, place)}"
 
     @cached_property
     def input(self) -> dict[str, ColumnType]:
@@ -106,155 +210,25 @@ class Pipeline:
             graph = build_graph(spec, lambda place, message: problems.append(message))
             if graph is None:
                 raise ValueError("; ".join(problems))
-            return cls(spec.pipeline, content["version"], spec, graph)
+            made = cls.__new__(cls)
+            made._fill(spec, content["version"], graph, None)
+            return made
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"a registered pipeline cannot be read by this torchrelay: {error}") from error
 
 
-def _validate(source: Source, overrides: Mapping[str, str]) -> PipelineSpec | None:
-    if source.data is None:
-        return None
-    if not isinstance(source.data, dict):
-        source.report((), "a pipeline file is a mapping with `pipeline:` and `stages:`")
-        return None
-    data = copy.deepcopy(source.data)
-    changed = _apply(source, data, overrides)
-    # Wrong keys are reported and taken out, so that what else is wrong with the file is reported in the same run.
-    taken: set[Place] = set()
-    for _ in range(8):
-        try:
-            return PipelineSpec.model_validate(data)
-        except ValidationError as error:
-            found = [(_place(e["loc"], data, e["type"] == "missing"), e) for e in error.errors()]
-        for place, problem in found:
-            if place not in taken:
-                origin = next((f"--set {o}: " for at, o in changed.items() if place[: len(at)] == at), "")
-                source.report(place, origin + _message(problem, place, data))
-        if any(problem["type"] == "missing" for _, problem in found):
-            return None
-        for place, _ in found:
-            whole = _removable(place)
-            if whole is None or not (whole in taken or _take_out(data, whole)):
-                return None
-            taken.add(whole)
+def _folder_of(file: object) -> Path:
+    folder = Path(file).parent if isinstance(file, str) else None
+    return folder if folder is not None and folder.is_dir() else Path.cwd()
+
+
+def split_module(text: str) -> tuple[Path, str] | None:
+    """The parts of `module.py:name`; None for any other text. Raises ConfigError for a Python file without a name."""
+    file, colon, name = text.rpartition(":")
+    if colon and file.endswith(".py") and not os.path.exists(text):
+        if not name.isidentifier():
+            raise ConfigError(f"{text!r:.200}: {name!r} is no Python name; write module.py:name")
+        return Path(file), name
+    if text.endswith(".py"):
+        raise ConfigError(f"{text!r:.200}: name the Pipeline in it: {os.path.basename(text)}:NAME")
     return None
-
-
-def _place(loc: tuple[str | int, ...], data: Any, missing: bool) -> Place:
-    """The path of keys in the file; pydantic's paths also hold words of its own, such as the form of `inputs`."""
-    out: Place = ()
-    for i, part in enumerate(loc):
-        if _holds(data, part):
-            out, data = (*out, part), data[part]
-        elif missing and i == len(loc) - 1:
-            out = (*out, part)
-    return out
-
-
-def _removable(place: Place) -> Place | None:
-    """What goes when this is wrong: an item goes with its list. None when nothing sensible would be left."""
-    while place and isinstance(place[-1], int):
-        place = place[:-1]
-    return None if place in ((), ("stages",)) or place[-1] == "after" else place
-
-
-def _take_out(data: Any, place: Place) -> bool:
-    for part in place[:-1]:
-        data = data[part] if _holds(data, part) else None
-    if not _holds(data, place[-1]):
-        return False
-    del data[place[-1]]
-    return True
-
-
-def _holds(data: Any, part: Any) -> bool:
-    if isinstance(data, dict):
-        return part in data
-    return isinstance(data, list) and isinstance(part, int) and part < len(data)
-
-
-def _apply(source: Source, data: Any, overrides: Mapping[str, str]) -> dict[Place, str]:
-    """Puts `stage.batch.max_rows` into that stage's mapping; returns which places came from which override."""
-    changed: dict[Place, str] = {}
-    stages = data.get("stages")
-    names = [s.get("name") if isinstance(s, dict) else None for s in stages] if isinstance(stages, list) else []
-    for dotted, text in overrides.items():
-        name, *keys = dotted.split(".")
-        if name not in names or not all(keys) or not keys:
-            near = difflib.get_close_matches(name, [n for n in names if isinstance(n, str)], 1)
-            hint = f"did you mean {near[0]!r}?" if near else "write STAGE.KEY=VALUE"
-            source.report((), f"--set {dotted:.120}: there is no such stage or key; {hint}")
-            continue
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            source.report((), f"--set {dotted:.120}: {text!r:.80} is no YAML value; put quotes inside the quotes")
-            continue
-        place: Place = ("stages", names.index(name))
-        inner = stages[place[1]]
-        for key in keys[:-1]:
-            if not isinstance(inner.get(key), dict):
-                inner[key] = {}
-            inner = inner[key]
-        inner[keys[-1]] = value
-        changed[(*place, *keys)] = dotted
-    return changed
-
-
-def _message(problem: Any, place: Place, data: Any) -> str:
-    kind, value = problem["type"], problem.get("input")
-    key = place[-1] if place else ""
-    if kind == "extra_forbidden":
-        return _unknown_key(str(key), place)
-    if kind == "missing":
-        return f"{_dotted(place, data)} is missing; add it"
-    if kind == "string_pattern_mismatch":
-        rule = "letters, digits and _, at most 64 (pipelines and stages: small letters, digits, - and _)"
-        return f"{_dotted(place, data)}: {value!r:.80} is no allowed name; write {rule}"
-    text = problem["msg"].removeprefix("Value error, ")
-    if kind in ("model_type", "dict_type"):
-        text = "a mapping of keys to values is expected"
-    return f"{_dotted(place, data)}: {text}" + ("" if kind == "value_error" else f" ({value!r:.80} came)")
-
-
-def _dotted(place: Place, data: Any) -> str:
-    """`stage 'encode': batch.max_rows` rather than stages.0.batch.max_rows."""
-    if place[:1] == ("stages",) and len(place) > 1:
-        stage = data["stages"][place[1]]
-        name = stage.get("name") if isinstance(stage, dict) else None
-        who = f"stage {name!r:.80}" if isinstance(name, str) else f"stage number {int(place[1]) + 1}"
-        return f"{who}: {'.'.join(map(str, place[2:]))}".removesuffix(": ")
-    return ".".join(str(p) for p in place) or "the file"
-
-
-def _fields(place: Place) -> list[str]:
-    """The known keys beside the last one of a path, found by walking the models."""
-    model: Any = PipelineSpec
-    for part in place[:-1]:
-        if isinstance(part, int):
-            model = StageConfig
-        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[part].annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _unknown_key(key: str, place: Place) -> str:
-    if key in COMING:
-        return f"key {key!r} is not supported by this version of torchrelay yet; take it out"
-    near = difflib.get_close_matches(key, _fields(place), 1)
-    known = ", ".join(_fields(place))
-    return f"unknown key {key!r:.80}; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {known}")
-
-
-def _check_files(spec: PipelineSpec, base_dir: Path, source: Source) -> None:
-    for i, stage in enumerate(spec.stages):
-        try:
-            if stage.use is not None:
-                source_digest(stage.use, base_dir)
-        except ConfigError as error:
-            source.report(("stages", i, "use"), str(error))
-        try:
-            if stage.weights is not None:
-                resolve_inside(stage.weights, base_dir, "weights")
-        except ConfigError as error:
-            source.report(("stages", i, "weights"), str(error))

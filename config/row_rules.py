@@ -17,7 +17,7 @@ def check_rows(spec: PipelineSpec, graph: Graph, report: Report) -> bool:
         for key, text in (*_join(graph, node), *_collapse(graph, node, stage)):
             ok = False
             report(("stages", node.index - 1, *([key] if key else [])), f"stage {stage.name!r} {text}")
-        for key, text in (*_without_use(spec, graph, node, stage), *_outputs(graph, node, stage)):
+        for key, text in (*_without_use(node, stage), *_outputs(graph, node, stage)):
             report(("stages", node.index - 1, *([key] if key else [])), f"stage {stage.name!r}{text}")
     return ok
 
@@ -67,7 +67,7 @@ def _collapse(graph: Graph, node: Node, stage: StageConfig) -> Problems:
 _WITH_CODE = ("inputs", "outputs", "args", "weights", "torch", "when", "device")
 
 
-def _without_use(spec: PipelineSpec, graph: Graph, node: Node, stage: StageConfig) -> Problems:
+def _without_use(node: Node, stage: StageConfig) -> Problems:
     if stage.use is not None:
         return
     if node.rows != "collapse":
@@ -78,8 +78,6 @@ def _without_use(spec: PipelineSpec, graph: Graph, node: Node, stage: StageConfi
             yield key, f": {key} needs code; take it out, or add `use`: without it the stage only regroups rows"
     if stage.batch.pad:
         yield "batch", ": batch.pad needs code; take it out, or add `use`: without it the stage only regroups rows"
-    if not node.succs and spec.output is None:
-        yield "", " ends the pipeline and makes no column; say what the result holds: output: [COLUMN, ...]"
 
 
 def _outputs(graph: Graph, node: Node, stage: StageConfig) -> Problems:

@@ -1,9 +1,10 @@
-"""Reads a YAML file into plain data that remembers where each key stands, and refuses what YAML lets slip."""
+"""A pipeline as plain data that knows where each key stands. Reads YAML files, and refuses what YAML lets slip."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ Place = tuple[str | int, ...]
 
 @dataclass
 class Source:
-    """`data` as plain values; `marks` maps a path of keys to (line, column), from 1."""
+    """`data` as plain values; `marks` maps a path of keys to (line, column), from 1. `label` is the file."""
 
-    path: Path
+    label: str
     data: Any = None
     marks: dict[Place, tuple[int, int]] = field(default_factory=dict)
     problems: list[tuple[tuple[int, int], str]] = field(default_factory=list)
@@ -37,12 +38,38 @@ class Source:
 
     def lines(self) -> tuple[str, ...]:
         """`file:line:column: message` of every problem, in the order of the file."""
-        return tuple(f"{self.path}:{line}:{column}: {text}" for (line, column), text in sorted(set(self.problems)))
+        return tuple(f"{self.label}:{line}:{column}: {text}" for (line, column), text in sorted(set(self.problems)))
+
+
+class PythonSource(Source):
+    """Data that Python code gave: its places are stages, in their order. `label` is the pipeline."""
+
+    def where(self, place: Place) -> tuple[int, int]:
+        stage = place[1] if place[:1] == ("stages",) and len(place) > 1 else -1
+        return int(stage) + 1, 0
+
+    def report(self, place: Place, message: str) -> None:
+        super().report(place, in_stage(message, self.data, place))
+
+    def lines(self) -> tuple[str, ...]:
+        """`pipeline name: stage 'x': message` of every problem, in the order of the stages."""
+        return tuple(f"{self.label}: {text}" for _, text in sorted(set(self.problems)))
+
+
+def in_stage(message: str, data: Any, place: Place) -> str:
+    """The message with its stage's name in front, unless it says it."""
+    stages = data.get("stages") if isinstance(data, Mapping) else None
+    if place[:1] != ("stages",) or len(place) < 2 or not isinstance(stages, list):
+        return message
+    stage = stages[int(place[1])]
+    name = stage.get("name") if isinstance(stage, dict) else None
+    who = f"stage {name!r:.80}" if isinstance(name, str) else f"stage number {int(place[1]) + 1}"
+    return message if who in message else f"{who}: {message}"
 
 
 def read_source(path: Path) -> Source:
     """Reads the file; problems inside it are in `problems`. Raises ConfigError when it cannot be read at all."""
-    source = Source(path)
+    source = Source(str(path))
     text = _text_of(path)
     try:
         loader = yaml.SafeLoader(text)

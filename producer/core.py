@@ -231,7 +231,7 @@ class Core:
             unserved = self._registry.unserved(pipeline)
         except (*LOST, BrokerError, PipelineNotFound):
             return []  # it is a hint only
-        file = pipeline.path or f"{pipeline.name}.yaml"
+        file = pipeline.source or f"{pipeline.name}.yaml"
         fresh = [stage for stage in unserved if f"{ref}/{stage}" not in self._warned]
         self._warned.update(f"{ref}/{stage}" for stage in fresh)
         return [

@@ -118,7 +118,7 @@ class Registry:
 
         With `current` False new jobs go on with the version that they take; the first one of a name is taken anyway.
         """
-        number, _ = self._write(pipeline.name, pipeline.ref, pipeline.record(), "0", pipeline.path)
+        number, _ = self._write(pipeline.name, pipeline.ref, pipeline.record(), "0", pipeline.source)
         marks = [(s.queue.max_rows, s.queue.max_bytes) for s in pipeline.spec.stages]
         graph = pack_graph(pipeline.ref, pipeline.graph, marks)
         for lane in self.lanes:

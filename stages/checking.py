@@ -15,14 +15,12 @@ def check_stages(pipeline: Pipeline) -> tuple[str, ...]:
     problems: list[str] = []
     for i, spec in enumerate(pipeline.spec.stages):
         if spec.use is None:
-            continue
-        if spec.use is None:
             continue  # it only regroups rows
         try:
             found = stage_target(import_use(spec.use, pipeline.base_dir), spec.name)
         except ConfigError as error:
-            problems.append(f"{pipeline.where('stages', i, 'use')}: {error}")
+            problems.append(pipeline.problem(("stages", i, "use"), str(error)))
             continue
         for problem in bind_args(found, spec.args):
-            problems.append(f"{pipeline.where('stages', i, 'args')}: stage {spec.name!r}: {problem}")
+            problems.append(pipeline.problem(("stages", i, "args"), f"stage {spec.name!r}: {problem}"))
     return tuple(problems)

@@ -123,7 +123,7 @@ def _read_orders() -> Orders:
 
 def serve(orders: Orders, stop: _Stop) -> None:
     """Loads the stage and runs the loop until it drains."""
-    pipeline = Pipeline.load(Path(orders.pipeline), orders.overrides)
+    pipeline = Pipeline.load(orders.pipeline, orders.overrides)
     if pipeline.ref != orders.ref:
         raise ConfigError(
             f"{orders.pipeline} or its code changed since this worker was started: it was {orders.ref} and is "

@@ -141,7 +141,7 @@ class Supervisor:
     def _start_child(self, page: ProgressPage) -> subprocess.Popen[bytes]:
         plan = self._plan
         orders = Orders(
-            pipeline=str(plan.pipeline.path),
+            pipeline=plan.pipeline.source or "",
             ref=plan.pipeline.ref,
             overrides=plan.overrides,
             stage=plan.stage,

@@ -12,12 +12,14 @@ from torchrelay import errors
 
 if TYPE_CHECKING:
     from torchrelay.config.pipeline import Pipeline
+    from torchrelay.config.stage_spec import StageSpec
     from torchrelay.producer.async_futures import AsyncJobFuture
     from torchrelay.producer.async_relay import AsyncRelay
     from torchrelay.producer.futures import JobFuture
     from torchrelay.producer.relay import Relay
     from torchrelay.queues.priority import Priority
     from torchrelay.stages.batch import Batch
+    from torchrelay.stages.outputs import Expand
     from torchrelay.stages.stage import Stage, StageContext
     from torchrelay.stages.torch_stage import TorchStage
 
@@ -26,12 +28,14 @@ __all__ = [
     "AsyncJobFuture",
     "AsyncRelay",
     "Batch",
+    "Expand",
     "JobFuture",
     "Pipeline",
     "Priority",
     "Relay",
     "Stage",
     "StageContext",
+    "StageSpec",
     "TorchStage",
     "__version__",
     "errors",
@@ -41,12 +45,14 @@ _HOMES = {
     "AsyncJobFuture": "torchrelay.producer.async_futures",
     "AsyncRelay": "torchrelay.producer.async_relay",
     "Batch": "torchrelay.stages",
+    "Expand": "torchrelay.stages",
     "JobFuture": "torchrelay.producer.futures",
     "Pipeline": "torchrelay.config.pipeline",
     "Priority": "torchrelay.queues.priority",
     "Relay": "torchrelay.producer.relay",
     "Stage": "torchrelay.stages",
     "StageContext": "torchrelay.stages",
+    "StageSpec": "torchrelay.config.stage_spec",
     "TorchStage": "torchrelay.stages",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torchrelay import terminal
 from torchrelay.cli_options import (
     EXIT_FAILED,
+    FilesArgument,
     JsonOption,
     NamespaceOption,
     RedisOption,
@@ -107,7 +107,7 @@ def _confirm(registry: Registry, found: operate.Target, target: str) -> None:
 
 @operate_app.command()
 def deploy(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...")],
+    files: FilesArgument,
     force: ForceOption = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until the old versions' jobs have ended.")] = False,
     redis: RedisOption = None,
@@ -128,7 +128,7 @@ def deploy(
         raise ConfigError(f"two of the files are versions of one pipeline ({', '.join(names)}); deploy one of them")
     with open_relay(redis, namespace) as relay:
         registry = relay.registry
-        unserved = {p.ref: _unserved(registry, p, str(p.path), force) for p in loaded}
+        unserved = {p.ref: _unserved(registry, p, p.source or "", force) for p in loaded}
         before = registry.current()
         for pipeline in loaded:
             registry.register(pipeline)
@@ -167,7 +167,7 @@ def rollback(
         _finish(registry, [_switched(registry, found, before, unserved)], False, as_json)
 
 
-def _checked(file: Path, overrides: dict[str, str]) -> Pipeline:
+def _checked(file: str, overrides: dict[str, str]) -> Pipeline:
     pipeline = Pipeline.load(file, overrides)
     problems = check_stages(pipeline)
     if problems:

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.pipeline import Pipeline, split_module
 from torchrelay.config.yaml_source import read_source
 from torchrelay.errors import ConfigError
 from torchrelay.producer.relay import Relay
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BROKER, EXIT_NO_WORKER, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 
+_FILE_HELP = "A pipeline's YAML file, or module.py:name for one in Python."
+FileArgument = Annotated[str, typer.Argument(metavar="FILE", help=_FILE_HELP)]
+FilesArgument = Annotated[list[str], typer.Argument(metavar="FILE...", help=_FILE_HELP)]
 RedisOption = Annotated[
     str | None,
     typer.Option("--redis", metavar="URL", help="The server; else $TORCHRELAY_REDIS_URL, else the embedded one."),
@@ -39,7 +42,7 @@ def overrides_of(values: Sequence[str] | None) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def overrides_by_file(files: Sequence[Path], values: Sequence[str] | None) -> list[dict[str, str]]:
+def overrides_by_file(files: Sequence[str], values: Sequence[str] | None) -> list[dict[str, str]]:
     """For each file the overrides of its own stages; ConfigError for one that names no stage of any."""
     overrides = overrides_of(values)
     mine: list[dict[str, str]] = []
@@ -57,9 +60,11 @@ def _none_stray(mine: list[dict[str, str]], stray: list[str]) -> list[dict[str, 
     return mine
 
 
-def _stage_names(file: Path) -> set[str]:
+def _stage_names(file: str) -> set[str]:
     try:
-        data = read_source(file).data
+        if split_module(file) is not None:
+            return {n.name for n in Pipeline.load(file).graph.nodes}
+        data = read_source(Path(file)).data
     except ConfigError:
         return set()  # loading it says what is wrong
     stages = data.get("stages") if isinstance(data, dict) else None
@@ -72,8 +77,8 @@ def open_relay(redis: str | None, namespace: str | None) -> Relay:
 
 def pipeline_name(relay: Relay, pipeline: str, overrides: dict[str, str]) -> str:
     """NAME[@VERSION], or a file, which is registered."""
-    if pipeline.endswith((".yaml", ".yml")) or "/" in pipeline:
-        return relay.register(Pipeline.load(Path(pipeline), overrides))
+    if pipeline.endswith((".yaml", ".yml")) or "/" in pipeline or split_module(pipeline) is not None:
+        return relay.register(Pipeline.load(pipeline, overrides))
     return pipeline
 
 

@@ -72,9 +72,14 @@ class Fleet:
         device: str = "auto",
     ) -> None:
         """Adds one stage, or every stage with `replicas.min` workers each."""
+        if pipeline.source is None:
+            raise ConfigError(
+                f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
+                "as module.py:name, or write a YAML file"
+            )
         names = [s.name for s in pipeline.spec.stages]
         if stage is not None and stage not in names:
-            raise ConfigError(f"{pipeline.path}: no stage {stage!r}; its stages are {', '.join(names)}")
+            raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {', '.join(names)}")
         if not _DEVICE.match(device):
             raise ConfigError(f"device {device!r:.40} is none of auto, cpu, cuda, cuda:N")
         if device == "auto" and self._allow_cpu:

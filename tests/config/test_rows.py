@@ -250,14 +250,6 @@ def test_refused(problems: Problems, stages: tuple[str, ...], says: str) -> None
     assert any(re.search(says, p) for p in found), found
 
 
-def test_end_without_columns(problems: Problems) -> None:
-    """A regrouping end makes no column, so the result has to be named."""
-    stages = HEAD + "stages:\n" + PAGES + stage("b", use="", rows="{collapse: pages}")
-    assert problems(stages) == [
-        "5:5: stage 'b' ends the pipeline and makes no column; say what the result holds: output: [COLUMN, ...]"
-    ]
-
-
 @pytest.mark.parametrize("limit", ["0", "-1", "true", "1.5", "many"])
 def test_limits(load: Load, problems: Problems, limit: str) -> None:
     """`rows_per_job` is a whole number from 1; a million unless it is given."""
