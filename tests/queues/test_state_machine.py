@@ -192,7 +192,15 @@ class LaneMachine(RuleBasedStateMachine):
         return worker, grant, number, node, subset(grant.entries, mask)
 
     def committed(
-        self, worker: Any, grant: Grant, number: int, node: int, entries: list[Entry], blob: str, again: bool
+        self,
+        worker: Any,
+        grant: Grant,
+        number: int,
+        node: int,
+        entries: list[Entry],
+        blob: str,
+        again: bool,
+        rows: int | None = None,
     ) -> None:
         outputs, expected = [], ""
         for made in worker.outputs(node, entries):
@@ -203,15 +211,16 @@ class LaneMachine(RuleBasedStateMachine):
                 added = (f"{job_id}.{node}.{grant.fence}.{len(self.answered)}", later if blob == "next" else 0)
                 self.lane.blob(added[0])
                 ref = f"{added[0]}:1:5:{added[1]},"
-            outputs.append(Output(made.token, made.payload, refs=ref))
+            outputs.append(Output(made.token, made.payload, rows, ref))
             expected += self.model.commit(grant.fence, node, (made.token[:-1].decode(), made.token[-1] - 128), added)
         call = self.lane.t.commit(worker.session, grant.fence, number, node, outputs)
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
-    @rule(which=PICK, mask=FEW, blob=BLOBS, again=st.booleans())
-    def commit(self, which: int, mask: int, blob: str, again: bool) -> None:
-        self.committed(*self.pick(which, mask), blob, again)
+    @rule(which=PICK, mask=FEW, blob=BLOBS, again=st.booleans(), rows=st.sampled_from([None, None, 0, 1, 7]))
+    def commit(self, which: int, mask: int, blob: str, again: bool, rows: int | None) -> None:
+        """An expanding or regrouping node leaves another number of rows."""
+        self.committed(*self.pick(which, mask), blob, again, rows)
 
     @precondition(lambda self: self.given)
     @rule(which=PICK, mask=FEW, most=st.integers(1, 3), delayed=st.booleans(), again=st.booleans())
