@@ -16,7 +16,16 @@ from torchrelay.config.columns import Column, row_of_table
 from torchrelay.errors import DecodeError
 from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden, shared_length
 
-__all__ = ["Levels", "ResultTable", "RowFailure", "failures_of", "result_row", "result_table", "stacks_of"]
+__all__ = [
+    "Levels",
+    "ResultTable",
+    "RowFailure",
+    "failures_of",
+    "result_row",
+    "result_rows",
+    "result_table",
+    "stacks_of",
+]
 
 Stack = tuple[int, ...]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
@@ -147,6 +156,26 @@ def result_row(values: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
     return row_of_table(
         {n: levels.align(c, origins.get(n, FROM_INPUT)[1:], ()) for n, c in values.items() if not is_hidden(n)}
     )
+
+
+def result_rows(values: Mapping[str, Any], origins: Origins, rows: int) -> list[dict[str, Any]]:
+    """Per submitted row of a table job what `result_row` gives for it alone; `rows` is their number."""
+    levels = Levels.of(values)
+    columns = {
+        n: _row_values(levels.align(c, origins.get(n, FROM_INPUT)[1:], ()))
+        for n, c in values.items()
+        if not is_hidden(n)
+    }
+    if not columns:
+        return [{} for _ in range(rows)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _row_values(column: Column) -> list[Any]:
+    """What `row_of_table` gives for each row."""
+    if not isinstance(column, np.ndarray) or column.ndim > 1:
+        return list(column)
+    return column.tolist() if column.dtype.isbuiltin == 1 else [value.item() for value in column]
 
 
 def result_table(values: Mapping[str, Any], origins: Origins) -> ResultTable:

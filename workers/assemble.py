@@ -252,10 +252,7 @@ class Assembler(Generic[J]):
         elif work.active is not None or output.rejected:
             columns = self._spread(work, output)
         if total > self._rows_per_job:
-            raise InputError(
-                f"stage {node.name!r} made {total} rows of this job, above limits.rows_per_job "
-                f"({self._rows_per_job}); raise the limit, or submit fewer rows at once"
-            )
+            raise too_many_rows(node.name, total, self._rows_per_job)
         if output.rejected:
             made[f"{REJECTED}{node.index}"] = codec.encode(self._failures(work, output.rejected))
         for name, column in columns.items():
@@ -301,6 +298,14 @@ class Assembler(Generic[J]):
         if not node.succs:
             origins[AT] = (0, *node.stack)
         return origins
+
+
+def too_many_rows(stage: str, rows: int, limit: int) -> InputError:
+    """A job grew beyond what its pipeline allows."""
+    return InputError(
+        f"stage {stage!r} made {rows} rows of this job, above limits.rows_per_job "
+        f"({limit}); raise the limit, or submit fewer rows at once"
+    )
 
 
 def take_rows(column: Column, index: Index) -> Column:

@@ -23,12 +23,12 @@ import redis
 
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import WorkerRetired
 from torchrelay.stages import StageContext, make_runner
+from torchrelay.workers.device import pick_device
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.loop import StageLoop
 from torchrelay.workers.node import NodeContext
@@ -59,32 +59,6 @@ class Orders:
 
     def encode(self) -> str:
         return json.dumps(asdict(self)) + "\n"
-
-
-def pick_device(stage: StageConfig, asked: str) -> str:
-    """The torch device name for a stage. `asked` is auto, auto-cpu (fall back), cpu, cuda or cuda:N.
-
-    Raises DeviceError when the stage wants a GPU and there is none.
-    """
-    if asked not in ("auto", "auto-cpu"):
-        if asked.startswith("cuda") and not _cuda():
-            raise DeviceError(f"stage {stage.name!r}: no CUDA device here for {asked!r}; use --device cpu")
-        return asked
-    if stage.device == "cpu":
-        return "cpu"
-    if _cuda():
-        return "cuda:0"
-    if asked == "auto-cpu":
-        return "cpu"
-    raise DeviceError(f"stage {stage.name!r} wants a GPU and there is none here; pass --allow-cpu to run it on the CPU")
-
-
-def _cuda() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
 
 
 class _Stop:

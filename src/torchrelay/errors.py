@@ -98,7 +98,8 @@ class RunConflict(UsageError):
 class JobError(TorchrelayError):
     """A job ended without a result. Everything about the failure is kept as text.
 
-    `job_id`, `stage`, `error_type` and `traceback` may be empty; `attempts` counts how often the stage raised.
+    `job_id`, `stage`, `error_type` and `traceback` may be empty; `attempts` counts how often the stage raised. `row` is
+    the number of the row, from 0, where there is no job: in `run_local` and `testing.run_stage`.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class JobError(TorchrelayError):
         attempts: int = 0,
         error_type: str = "",
         traceback: str = "",
+        row: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -118,12 +120,14 @@ class JobError(TorchrelayError):
         self.attempts = attempts
         self.error_type = error_type
         self.traceback = traceback
+        self.row = row
 
     def __str__(self) -> str:
         where = f" at stage {self.stage!r}" if self.stage else ""
         kind = f"{self.error_type}: " if self.error_type else ""
         tries = f" after {self.attempts} attempt{'s' if self.attempts != 1 else ''}" if self.attempts else ""
-        return f"job {self.job_id}{where}{tries}: {kind}{self.message}" if self.job_id else self.message
+        who = f"job {self.job_id}" if self.job_id else "" if self.row is None else f"row {self.row}"
+        return f"{who}{where}{tries}: {kind}{self.message}" if who else self.message
 
 
 class JobFailed(JobError):
