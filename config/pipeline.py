@@ -6,11 +6,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torchrelay.config.digest import version_of
 from torchrelay.config.graph import Graph
@@ -21,7 +21,7 @@ from torchrelay.config.stage_spec import StageSpec, plain, use_text
 from torchrelay.config.types import ColumnType
 from torchrelay.config.validation import check_files, read_spec
 from torchrelay.config.yaml_source import Place, PythonSource, Source, in_stage, read_source
-from torchrelay.errors import ConfigError
+from torchrelay.errors import ConfigError, JobFailed
 
 RECORD_FORMAT = 1
 _VERSION = re.compile(r"[0-9a-f]{8}")
@@ -191,6 +191,36 @@ class Pipeline:
     def output(self) -> tuple[str, ...] | None:
         """Columns of the result; None for what the terminal stages return."""
         return None if self.spec.output is None else tuple(self.spec.output)
+
+    @overload
+    def run_local(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        device: str = "auto-cpu",
+        on_error: Literal["raise"] = "raise",
+        meta: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any]]: ...
+
+    @overload
+    def run_local(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        device: str = "auto-cpu",
+        on_error: Literal["return"],
+        meta: Mapping[str, Any] | None = None,
+    ) -> list[dict[str, Any] | JobFailed]: ...
+
+    def run_local(self, rows: Iterable[Mapping[str, Any]], **options: Any) -> list[Any]:
+        """The results of all rows, in their order, computed in this process: no server, no workers.
+
+        With the checks, batches and column rules of workers. Args, results and errors: `torchrelay.local.run_local`.
+        """
+        # The one import upwards, when it is called: producers and workers need none of it.
+        from torchrelay.local import run_local
+
+        return run_local(self, rows, **options)
 
     def record(self) -> str:
         """What the registry keeps: enough for a producer without the files, and never an import path to follow."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-USAGE = "tests/typing/usage.py"
+USAGE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "typing").glob("*.py"))
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -19,14 +19,14 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mypy_strict_accepts_a_program_over_the_public_names():
-    """The program of tests/typing/usage.py passes mypy --strict, with the exact types that it asserts."""
-    done = _run("mypy", "--strict", "--follow-imports=silent", USAGE)
+def test_mypy_strict_accepts_programs_over_the_public_names():
+    """The programs of tests/typing pass mypy --strict, with the exact types that they assert."""
+    done = _run("mypy", "--strict", "--follow-imports=silent", *USAGE)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_pyright_accepts_a_program_over_the_public_names():
-    """The same program passes pyright."""
+def test_pyright_accepts_programs_over_the_public_names():
+    """The same programs pass pyright."""
     try:
         started = _run("pyright", "--version")
     except subprocess.TimeoutExpired:
@@ -36,5 +36,5 @@ def test_pyright_accepts_a_program_over_the_public_names():
         reason = "pyright does not start here: " + (started.stderr[-300:] if started else "no answer")
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
-    done = _run("pyright", "--pythonpath", sys.executable, USAGE)
+    done = _run("pyright", "--pythonpath", sys.executable, *USAGE)
     assert done.returncode == 0, done.stdout + done.stderr
