@@ -49,7 +49,7 @@ class Pipeline:
     version: str
     spec: PipelineSpec
     graph: Graph
-    folder: Path | None
+    _folder: Path | None
     path: Path | None = field(compare=False)
     source: str | None = field(compare=False)
     _data: Mapping[str, Any] = field(compare=False)
@@ -148,7 +148,7 @@ class Pipeline:
 
     def _fill(self, spec: PipelineSpec, version: str, graph: Graph, folder: Path | None) -> None:
         # Frozen: only a constructor may, and by this way.
-        self.__dict__.update(name=spec.pipeline, version=version, spec=spec, graph=graph, folder=folder)
+        self.__dict__.update(name=spec.pipeline, version=version, spec=spec, graph=graph, _folder=folder)
         self.__dict__.update(path=None, source=None, _data={}, _marks={})
 
     def __hash__(self) -> int:
@@ -165,9 +165,9 @@ class Pipeline:
     @property
     def base_dir(self) -> Path:
         """The folder that files of the pipeline are relative to. ConfigError for one that came from the registry."""
-        if self.folder is None:
+        if self._folder is None:
             raise ConfigError(f"{self.ref} came from the registry, without its files; load its YAML file")
-        return self.folder
+        return self._folder
 
     def where(self, *place: str | int) -> str:
         """`file:line:column` of a path of keys, or of the nearest key above it; a name where there is no such file."""
