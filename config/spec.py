@@ -171,6 +171,14 @@ class StageConfig(_Model):
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _regroups_much(cls, value: Any) -> Any:
+        # No code runs, so a batch need not fit a device.
+        if isinstance(value, dict) and value.get("use") is None and "batch" not in value:
+            return {**value, "batch": {"max_rows": 4096}}
+        return value
+
     @property
     def collapses(self) -> str | None:
         """The stage whose expansion it undoes."""

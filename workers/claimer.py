@@ -29,6 +29,11 @@ class Held:
     claimed_at: float
 
 
+def weight(entry: Entry) -> int:
+    """What a job counts in a batch: its rows; one without rows counts too, else a batch could hold any number."""
+    return entry.rows or 1
+
+
 class _Asked(NamedTuple):
     """A claim under way, and time.monotonic() when it was sent."""
 
@@ -89,7 +94,7 @@ class Claimer:
         self.ready_left = 0 if grant.gated else grant.left
         for entry in grant.entries:
             self.window.append(Held(asked.lane, grant.fence, entry, now))
-            self.window_rows += entry.rows
+            self.window_rows += weight(entry)
         self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
         return bool(grant.entries)
 
@@ -122,10 +127,10 @@ class Claimer:
         total = 0
         while self.window:
             head = self.window[0]
-            if taken and (total + head.entry.rows > rows or head.entry.suspect or taken[-1].entry.suspect):
+            if taken and (total + weight(head.entry) > rows or head.entry.suspect or taken[-1].entry.suspect):
                 break
             taken.append(self.window.popleft())
-            total += head.entry.rows
+            total += weight(head.entry)
         self.window_rows -= total
         return taken
 

@@ -463,3 +463,31 @@ def test_jobs_of_many_sizes_at_once_keep_their_rows(texts: Path, relay: Relay) -
         n: [line.upper().split() for line in lines] for n, (lines, _) in results.items()
     }
     assert len(results) == 12
+
+
+def test_jobs_without_rows_fill_a_batch_too(
+    make_pipeline: MakePipeline, relay: Relay, registry: Registry, workers: Workers
+) -> None:
+    """Any number of jobs of no rows passes, in batches of bounded size and without a call."""
+    path = make_pipeline(
+        """
+        pipeline: empty
+        input: {x: int64}
+        stages: [{name: work, use: "stages.py:work", outputs: {y: "float32[2]"}, batch: {max_rows: 4}}]
+        """,
+        """
+        def work(batch):
+            raise ValueError("called")
+        """,
+    )
+    relay.register(path)
+    futures = [relay.submit_table("empty", {"x": []}) for _ in range(300)]
+    workers.start(path)
+    for future in futures:
+        y = future.result(20)["y"]
+        assert isinstance(y, np.ndarray)
+        assert y.shape == (0, 2)
+    [report] = registry.workers()
+    wait_until(lambda: registry.workers()[0].jobs == 300)
+    assert report.failures == 0
+    assert_settled(registry, {"work": 300})
