@@ -108,8 +108,7 @@ class Graph:
         """
         if column[0] in "#!":
             return 0 if column[0] == "!" or self._result_within(int(column[1:])) else _TO_THE_END
-        terminal = origin > 0 and not self.nodes[origin - 1].succs
-        if column in self.result if self.result is not None else terminal:
+        if column in self.result if self.result is not None else self.ends_with(origin):
             return 0
         mask = 0
         for node in self.descendants(origin):
@@ -118,10 +117,20 @@ class Graph:
         # A column that nobody reads goes with the commit of the next node.
         return mask or sum(n.bit for n in self.descendants(origin)[:1]) or _TO_THE_END
 
+    def ends_with(self, origin: int) -> bool:
+        """Whether, without an `output` list, what this node made is in the result: it is a last node, or it is inside
+        an expansion that a last node only regroups."""
+        if origin == 0 or not self.nodes[origin - 1].succs:
+            return origin > 0
+        stack, later = self.nodes[origin - 1].stack, self.descendants(origin)
+        return any(n.identity and n in later and stack[: len(n.before)] == n.before for n in self.terminals)
+
     def _result_within(self, expanding: int) -> bool:
         """Whether a column of the result may be made inside the expansion of this node."""
-        made = self.result or frozenset()
-        return any(expanding in n.stack and (not n.succs or not made.isdisjoint(n.outputs)) for n in self.nodes)
+        inside = [n for n in self.nodes if expanding in n.stack]
+        if self.result is None:
+            return any(self.ends_with(n.index) for n in inside)
+        return any(not n.succs or not self.result.isdisjoint(n.outputs) for n in inside)
 
     @cached_property
     def ordered(self) -> tuple[Node, ...]:

@@ -149,4 +149,7 @@ def _keeps(graph: Graph, node: Node, result: frozenset[str] | None) -> frozenset
         if later.needs is None:
             return None
         keeps |= later.needs
+        if result is None and not later.succs and later.identity:
+            # Its result is what it regroups, though it reads none of it.
+            keeps |= {c for n in graph.ancestors(later) if graph.ends_with(n.index) for c in n.outputs}
     return frozenset(keeps)

@@ -281,11 +281,14 @@ class Assembler(Generic[J]):
         node = self._node
         kept: dict[str, Packed] = {}
         stacks = set(node.stack)
-        if node.succs or self._graph.result is not None:  # else the result is what the last stages return
-            for name, packed in payload.columns.items():
-                if name not in made and not is_hidden(name) and (node.keeps is None or name in node.keeps):
-                    kept[name] = packed
-                    stacks.update(payload.origins.get(name, FROM_INPUT)[1:])
+        # Without an `output` list the result is what the last stages return; one that only regroups returns that.
+        ends = not node.succs and self._graph.result is None
+        for name, packed in payload.columns.items() if node.identity or not ends else ():
+            stack = payload.origins.get(name, FROM_INPUT)[1:]
+            mine = not ends or stack[: len(node.before)] == node.before
+            if mine and name not in made and not is_hidden(name) and (node.keeps is None or name in node.keeps):
+                kept[name] = packed
+                stacks.update(stack)
         for name, packed in payload.columns.items():
             if name[0] == REJECTED or (name[0] == COUNTS and int(name[1:]) in stacks):
                 kept[name] = packed

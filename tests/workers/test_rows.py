@@ -491,3 +491,40 @@ def test_jobs_without_rows_fill_a_batch_too(
     wait_until(lambda: registry.workers()[0].jobs == 300)
     assert report.failures == 0
     assert_settled(registry, {"work": 300})
+
+
+def test_without_an_output_list_a_regrouping_returns_what_it_regroups(
+    make_pipeline: MakePipeline, relay: Relay, registry: Registry, workers: Workers
+) -> None:
+    """Inline or out of band: the columns made inside the expansion, as lists; older ones are no part of the result."""
+    path = make_pipeline(
+        """
+        pipeline: pieces
+        input: {text: str, size: int64}
+        stages:
+          - {name: cut, use: "stages.py:cut", outputs: {piece: str, pad: "uint8[*]"}, rows: expand}
+          - {name: mark, use: "stages.py:mark", inputs: [piece], outputs: {marked: str}}
+          - {name: regroup, rows: {collapse: cut}}
+        """,
+        """
+        import numpy as np
+
+        from torchrelay import Expand
+
+        def cut(batch):
+            parts = [text.split() for text in batch["text"]]
+            pads = [np.zeros(size, np.uint8) for part, size in zip(parts, batch["size"]) for _ in part]
+            return Expand({"piece": [p for part in parts for p in part], "pad": pads}, [len(p) for p in parts])
+
+        def mark(batch):
+            return {"marked": [piece + "." for piece in batch["piece"]]}
+        """,
+    )
+    relay.register(path)
+    workers.start(path)
+    for size in (3, 20_000):
+        row = relay.infer("pieces", {"text": "a b", "size": size}, deadline_s=20)
+        assert [len(pad) for pad in row.pop("pad")] == [size, size]
+        assert row == {"piece": ["a", "b"], "marked": ["a.", "b."]}
+    assert relay.infer("pieces", {"text": "", "size": 1}, deadline_s=20) == {"piece": [], "pad": [], "marked": []}
+    assert_settled(registry, dict.fromkeys(("cut", "mark", "regroup"), 3))
