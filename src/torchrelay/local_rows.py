@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = ["Chunk", "Intake"]
 
 _ROWS = 1024
 _BYTES = 64 << 20
+_SAMPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Intake:
         nbytes = 0
         while more := list(islice(source, self._batch_rows)):
             part += more
-            nbytes += sum(map(_size, more))
+            some = more[:: max(1, len(more) // _SAMPLE)]
+            nbytes += sum(map(_size, some)) * len(more) // len(some)
             if len(part) + self._batch_rows > _ROWS or nbytes + nbytes * len(more) // len(part) > _BYTES:
                 break
         return part
@@ -96,8 +98,8 @@ class Intake:
         """Arrays of one dtype and shape as one array: it is then checked as a whole."""
         values = list(map(itemgetter(name), rows))
         head, kind = values[0], self._types.get(name)
-        if type(head) is np.ndarray and (kind.stacked if kind else head.dtype != object) and _same_arrays(values, head):
-            return np.stack(values)
+        if type(head) is np.ndarray and (kind.stacked if kind else head.dtype != object) and _same_arrays(values):
+            return np.concatenate(values).reshape(len(values), *head.shape) if head.ndim else np.stack(values)
         return values
 
     def _encoded(self, table: Mapping[str, Column], first: int, rows: int) -> Iterator[Chunk]:
@@ -116,9 +118,11 @@ class Intake:
         yield Chunk(first, rows, columns)
 
 
-def _same_arrays(values: Sequence[Any], head: np.ndarray[Any, Any]) -> bool:
-    dtype, shape = head.dtype, head.shape
-    return all(type(v) is np.ndarray and v.dtype == dtype and v.shape == shape for v in values)
+_FORM = attrgetter("dtype", "shape")
+
+
+def _same_arrays(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) == {np.ndarray} and len(set(map(_FORM, values))) == 1
 
 
 def _kind(row: Any) -> object:
