@@ -84,15 +84,18 @@ def graph_view(pipeline: Pipeline) -> RenderableType:
     names = {n.index: n.name for n in pipeline.graph.nodes} | {0: "input"}
     for node, spec in zip(pipeline.graph.nodes, pipeline.spec.stages, strict=True):
         reads = "all columns" if node.inputs is None else ", ".join(node.inputs)
-        gives = ", ".join(f"{c}: {t}" for c, t in node.outputs.items()) or "what it returns"
+        returned = ", ".join(f"{c}: {t}" for c, t in node.outputs.items()) or "what it returns"
+        gives = "lists" if node.identity else returned
         after = ", ".join(names[p] for p in node.preds)
         replicas = (
             f"{spec.replicas.min}-{spec.replicas.max}" if spec.replicas.max > spec.replicas.min else spec.replicas.min
         )
-        rows.append((spec.name, after, reads, gives, spec.device, replicas, spec.batch.max_rows))
+        change = f"collapse {spec.collapses}" if spec.collapses else node.rows
+        entering = f"{change} when {node.when}" if node.when else change
+        rows.append((spec.name, after, reads, gives, entering, spec.device, replicas, spec.batch.max_rows))
     inputs = ", ".join(f"{c}: {t}" for c, t in pipeline.input.items()) or "any columns"
     head = Text.assemble((pipeline.ref, "bold"), f"   input: {inputs}")
-    return Group(head, table(["stage", "after", "reads", "returns", "device", "#workers", "#batch rows"], rows))
+    return Group(head, table(["stage", "after", "reads", "returns", "rows", "device", "#workers", "#batch rows"], rows))
 
 
 def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]:
