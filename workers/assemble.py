@@ -6,7 +6,7 @@ No I/O: the bytes behind refs come from `fetch`, and what is to be written is re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,6 +32,9 @@ from torchrelay.queues.levels import Levels, RowFailure, failures_of
 
 J = TypeVar("J")
 Index = np.ndarray[Any, np.dtype[np.int64]]
+
+
+_NO_LEVELS = Levels({})
 
 
 class Incoming(NamedTuple, Generic[J]):
@@ -60,7 +63,7 @@ class Work(Generic[J]):
     levels: Levels
     active: Index | None = None
     skips: bool = False
-    before: dict[str, Column] = field(default_factory=dict)
+    before: Mapping[str, Column] | None = None
 
     @property
     def job(self) -> J:
@@ -130,8 +133,12 @@ class Assembler(Generic[J]):
         self._fetch = fetch
         self._rows_per_job = rows_per_job
         self._ranks = {n.name: n.rank for n in graph.nodes} | {"input": 0}
-        # One chain on which rows stay as many as they are needs no origins, and a small job costs little.
+        # One chain on which rows stay as many as they are needs no origins; most jobs of it take a short way.
         self._plain = graph.plain
+        self._short = graph.plain and node.when is None
+        columns = None if node.inputs is None else [(n, s.rpartition(".")[2]) for n, s in node.inputs.items()]
+        self._columns = columns
+        self._ends = not node.succs and graph.result is None
         self._before = {n.rank: {a.rank for a in graph.ancestors(n)} for n in graph.nodes}
 
     def open_all(self, batch: Iterable[Incoming[J]]) -> Opened[J]:
@@ -140,9 +147,18 @@ class Assembler(Generic[J]):
         parsed: list[_Parsed[J]] = []
         for incoming in batch:
             try:
-                parsed.append(self._parse(incoming))
+                work = self._open_shortly(incoming) if self._short and not incoming.keep and not parsed else None
+                if work is not None:
+                    opened.ready.append(work)
+                else:
+                    parsed.append(self._parse(incoming))
             except (DecodeError, InputError) as error:
                 opened.bad.append((incoming.job, error))
+        if parsed:
+            self._open_parsed(parsed, opened)
+        return opened
+
+    def _open_parsed(self, parsed: Sequence[_Parsed[J]], opened: Opened[J]) -> None:
         wanted = [(job.incoming.job, ref) for job in parsed for ref in job.refs()]
         fetched = dict(zip([r for _, r in wanted], self._fetch(wanted), strict=True)) if wanted and self._fetch else {}
         for job in parsed:
@@ -153,7 +169,21 @@ class Assembler(Generic[J]):
                 opened.ready.append(self._decode(job, fetched))
             except DecodeError as error:
                 opened.bad.append((job.incoming.job, error))
-        return opened
+
+    def _open_shortly(self, incoming: Incoming[J]) -> Work[J] | None:
+        """A job of a plain chain whose columns are all inline; None for any other."""
+        payload = decode_payload(incoming.payloads[0])
+        columns, rows = payload.columns, incoming.rows
+        table: dict[str, Column] = {}
+        for local, column in self._columns if self._columns is not None else zip(columns, columns, strict=True):
+            packed = columns.get(column)
+            if type(packed) is not bytes:
+                return None
+            value: Any = codec.decode(packed)
+            if (type(value) is not np.ndarray and type(value) is not list) or len(value) != rows:
+                return None  # the long way says what is wrong
+            table[local] = value
+        return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
 
     def _parse(self, incoming: Incoming[J]) -> _Parsed[J]:
         parts = [decode_payload(p) for p in incoming.payloads]
@@ -242,6 +272,8 @@ class Assembler(Generic[J]):
         Raises InputError for a value that cannot travel, or for more rows than the pipeline allows a job.
         """
         node = self._node
+        if self._short and output.counts is None and not output.rejected and not work.incoming.keep:
+            return self._close_shortly(work, output)
         columns, total = dict(output.columns), work.total
         made: dict[str, bytes] = {}
         if output.counts is not None:
@@ -261,12 +293,25 @@ class Assembler(Generic[J]):
         riding = self._riding(work.riding, made)
         return Closed(made, riding, None if self._plain else self._origins(work.riding.origins, made, riding), total)
 
+    def _close_shortly(self, work: Work[J], output: Output) -> Closed:
+        """Of a plain chain, without rejected rows."""
+        keeps, made = self._node.keeps, {}
+        for name, column in output.columns.items():
+            if keeps is None or name in keeps:
+                made[name] = _encoded(name, column)
+        riding: dict[str, Packed] = {}
+        if not self._ends:
+            for name, packed in work.riding.columns.items():
+                if name not in made and (keeps is None or name in keeps):
+                    riding[name] = packed
+        return Closed(made, riding, None, work.total)
+
     def _spread(self, work: Work[J], output: Output) -> dict[str, Column]:
         """Columns of the rows that were made, as columns of all: others keep what they had, or are null."""
         numbers = np.arange(work.total) if work.active is None else work.active
         kept = numbers[[i for i in range(len(numbers)) if i not in output.rejected]]
         return {
-            name: spread_rows(column, kept, work.total, work.before.get(name), nulls=work.skips)
+            name: spread_rows(column, kept, work.total, (work.before or {}).get(name), nulls=work.skips)
             for name, column in output.columns.items()
         }
 
@@ -282,10 +327,9 @@ class Assembler(Generic[J]):
         kept: dict[str, Packed] = {}
         stacks = set(node.stack)
         # Without an `output` list the result is what the last stages return; one that only regroups returns that.
-        ends = not node.succs and self._graph.result is None
-        for name, packed in payload.columns.items() if node.identity or not ends else ():
+        for name, packed in payload.columns.items() if node.identity or not self._ends else ():
             stack = payload.origins.get(name, FROM_INPUT)[1:]
-            mine = not ends or stack[: len(node.before)] == node.before
+            mine = not self._ends or stack[: len(node.before)] == node.before
             if mine and name not in made and not is_hidden(name) and (node.keeps is None or name in node.keeps):
                 kept[name] = packed
                 stacks.update(stack)

@@ -94,6 +94,8 @@ def _forward(
 
 
 def _judged(work: Work[J], made: Made) -> Outcome:
+    if not made.rejected:
+        return Output(made.columns, made.counts, {})
     rejected = {i: Rejection("Rejected", why, 1) for i, why in made.rejected.items()}
     return _unless_refused(work, Output(made.columns, made.counts, rejected))
 
@@ -161,7 +163,7 @@ class _Rows(Generic[J]):
             self._narrow(start, end, tries, error)
         else:
             # The stage may use its buffers again for the next piece.
-            self._pieces.append(_Piece(start, end - start, made if end - start == work.rows else _own(made)))
+            self._pieces.append(_Piece(start, end - start, made if end - start == work.rows else own(made)))
 
     def _narrow(self, start: int, end: int, tries: int, error: BaseException) -> None:
         if end - start > 1:
@@ -199,7 +201,8 @@ class _Rows(Generic[J]):
         return counts
 
 
-def _own(made: Made) -> Made:
+def own(made: Made) -> Made:
+    """A copy: the stage may use its buffers again at the next call."""
     columns: dict[str, Column] = {}
     for name, column in made.columns.items():
         if isinstance(column, np.ndarray):
