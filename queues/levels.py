@@ -152,6 +152,8 @@ def encode_failures(failures: Sequence[RowFailure]) -> list[list[Any]]:
 
 def result_row(values: Mapping[str, Any], origins: Origins) -> dict[str, Any]:
     """The result of a job of one row: what an expansion made of it and no stage regrouped comes as a list."""
+    if not origins:
+        return row_of_table(values)  # a plain chain, which rejects no row of a job that goes on
     levels = Levels.of(values)
     return row_of_table(
         {n: levels.align(c, origins.get(n, FROM_INPUT)[1:], ()) for n, c in values.items() if not is_hidden(n)}
