@@ -59,7 +59,8 @@ def features(crops: list[np.ndarray]) -> np.ndarray:
         before = [(side - n) // 2 for n in ink.shape]
         square = np.pad(ink.astype(float), [(b, side - n - b) for b, n in zip(before, ink.shape, strict=True)])
         row[:] = ndimage.zoom(square, _SIDE / side, order=1, grid_mode=True, mode="nearest").ravel()
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def split_digits() -> tuple[list[tuple[np.ndarray, int]], list[tuple[np.ndarray, int]]]:
