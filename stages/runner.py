@@ -126,7 +126,7 @@ def make_runner(
     """Build the runner of one stage as its YAML describes it.
 
     Args:
-        obj: what `use:` names; not looked at for a stage without `use`.
+        obj: what `use:` names, or a stage object; not looked at for a stage without `use`.
         spec: the stage's entry in the YAML.
         types, outputs: declared types of what it reads and returns.
 
@@ -134,7 +134,9 @@ def make_runner(
         ConfigError: `obj` is no stage class, or weights or torch options are given for a stage without torch.
         StageLoadError: its `__init__` raised.
     """
-    stage = Identity() if spec.use is None else make_stage(obj, spec.args, spec.name)
+    if spec.use is None:
+        obj = Identity()
+    stage = obj if isinstance(obj, Stage) else make_stage(obj, spec.args, spec.name)
     options = spec.torch
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions

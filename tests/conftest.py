@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import string
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from torchrelay import Relay
 from torchrelay.config import Pipeline, Settings
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.server import server_command, server_program
+from torchrelay.testing.serving import await_ready, fresh_namespace
 from torchrelay.workers.supervisor import Supervisor
 
 
@@ -107,7 +106,7 @@ def redis_client(server_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def namespace() -> str:
-    return "t" + "".join(random.choices(string.ascii_lowercase, k=10))
+    return fresh_namespace()
 
 
 @pytest.fixture
@@ -157,16 +156,9 @@ class Workers:
             fleet = Fleet(self._url, self._namespace, allow_cpu=True)
         finally:
             del os.environ["TORCHRELAY_LEASE_MS"]
-        pipeline = Pipeline.load(path)
-        fleet.add(pipeline, stage=stage)
+        fleet.add(Pipeline.load(path), stage=stage)
         self._stack.enter_context(fleet)
-        names = [stage] if stage else [s.name for s in pipeline.spec.stages]
-        keys = {f"{pipeline.ref}/{n}" for n in names}
-
-        def ready() -> bool:
-            return keys <= {w.node for w in fleet.registry.workers() if w.state == "ready"}
-
-        wait_until(ready, 30.0)
+        await_ready(fleet, 30.0)
         return fleet.supervisors
 
     def stop(self) -> None:

@@ -31,6 +31,7 @@ PUBLIC = {
     "TorchStage",
     "__version__",
     "errors",
+    "testing",
 }
 
 
@@ -69,6 +70,7 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_wheel_holds_every_module_of_the_tree_and_nothing_else(wheel):
     """Every .py of every room, every Lua script and py.typed are in the wheel; tests, examples and docs are not."""
     expected = {f"torchrelay/{p.name}" for p in (ROOT / "src/torchrelay").glob("*.py")} | {"torchrelay/py.typed"}
+    expected |= {f"torchrelay/testing/{p.name}" for p in (ROOT / "src/torchrelay/testing").glob("*.py")}
     for room in ROOMS:
         found = [p for pattern in ("*.py", "*.lua") for p in (ROOT / room).rglob(pattern)]
         expected |= {f"torchrelay/{room}/{p.relative_to(ROOT / room)}" for p in found}

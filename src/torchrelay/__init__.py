@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torchrelay import errors
 
 if TYPE_CHECKING:
+    from torchrelay import testing
     from torchrelay.config.pipeline import Pipeline
     from torchrelay.config.stage_spec import StageSpec
     from torchrelay.producer.async_futures import AsyncJobFuture
@@ -39,6 +40,7 @@ __all__ = [
     "TorchStage",
     "__version__",
     "errors",
+    "testing",
 ]
 # Where each public name lives; they are imported at first use, so that a small process stays small.
 _HOMES = {
@@ -58,6 +60,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "testing":
+        return importlib.import_module("torchrelay.testing")
     if name not in _HOMES:
         raise AttributeError(f"module 'torchrelay' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

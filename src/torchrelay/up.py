@@ -104,6 +104,11 @@ class Fleet:
             self._threads.append(thread)
             thread.start()
 
+    @property
+    def nodes(self) -> set[str]:
+        """`name@version/stage` of every stage that its workers serve."""
+        return {f"{plan.pipeline.ref}/{plan.stage}" for plan in self._plans}
+
     def not_current(self) -> list[str]:
         """`name@version` of the pipelines here that new jobs do not take."""
         current = set(self.registry.current().values())
