@@ -116,9 +116,9 @@ class AsyncCore:
         answered: asyncio.Future[None] = loop.create_future()
 
         def answer() -> None:
-            if request.gone:
+            if answered.cancelled():
                 self.cancel_soon(orphans(request))
-            elif not answered.done():
+            else:
                 answered.set_result(None)
 
         request = Request(make, options, lambda _: self._bridge.post(answer))
@@ -126,9 +126,12 @@ class AsyncCore:
         try:
             await answered
         except BaseException:
-            if answered.done() and not answered.cancelled():
+            # Cancelled: before the answer, which then looks for orphans, or just after it came.
+            answered.cancel()
+            if answered.cancelled():
+                request.gone = True
+            else:
                 self.cancel_soon(orphans(request))
-            request.gone = True
             raise
         if request.error is not None:
             raise request.error

@@ -101,9 +101,9 @@ async def map_rows_async(
         while True:
             if feeding.done():
                 feeding.result()
+            if feeder.make_room():
+                await asyncio.sleep(0)  # where results are always there, rows would never be drawn
             if (job := window.pop()) is not None:
-                if feeder.make_room():
-                    await asyncio.sleep(0)  # where results are always there, rows would never be drawn
                 yield job
             elif feeding.done() and not len(window):
                 return

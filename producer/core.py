@@ -5,6 +5,7 @@ Everything here may block; the asynchronous client calls it from threads of its 
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import threading
@@ -63,6 +64,8 @@ class Core:
         self._encoders: dict[str, JobEncoder] = {}
 
     def start(self) -> Core:
+        if self.opened and not self.closed:
+            return self  # without the lock, which a submit holds while the server is away
         with self.lock:
             if self.closed:
                 raise self.is_closed()
@@ -264,7 +267,8 @@ def all_in(outcomes: Iterable[Outcome]) -> list[JobFuture[Any]]:
     if issubclass(kind, QueueFull | RunConflict):
         more = f" (and {len(errors) - 1} more)" if issubclass(kind, RunConflict) and len(errors) > 1 else ""
         raise kind(f"{errors[0]}{more}", accepted=tuple(accepted)) from errors[0]
-    raise errors[0]
+    # Each caller raises its own copy: many tasks may be told of one lost server.
+    raise copy.copy(errors[0]) from errors[0]
 
 
 def options_of(options: Mapping[str, Any], **defaults: Any) -> SubmitOptions:

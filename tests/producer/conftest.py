@@ -18,6 +18,7 @@ CODE = """
     from pathlib import Path
 
     from torchrelay import Stage
+    from torchrelay.errors import RetryLater
 
 
     class Echo(Stage):
@@ -27,6 +28,8 @@ CODE = """
                 verb, _, rest = do.partition(" ")
                 if verb == "raise":
                     raise ValueError(rest)
+                if verb == "later" and not Path(rest).exists():
+                    raise RetryLater(0.05)
                 if verb == "sleep":
                     time.sleep(float(rest))
                 while verb == "wait" and not Path(rest).exists():
@@ -42,15 +45,16 @@ YAML = """
     input: {{n: str, do: str = "", x: "float32[*] = []"}}
     output: [out, x]
     stages:
-      - {{name: echo, use: "stages.py:Echo", inputs: [n, do], retry: {{attempts: 1}}, batch: {{max_rows: {rows}}}}}
+      - {{name: echo, use: "stages.py:Echo", inputs: [n, do],
+         retry: {{attempts: {attempts}}}, batch: {{max_rows: {rows}}}}}
 """
 
 
-def write_pipeline(folder: Path, name: str = "echo", rows: int = 32) -> Path:
+def write_pipeline(folder: Path, name: str = "echo", rows: int = 32, attempts: int = 1) -> Path:
     """The pipeline's files in this folder; returns the YAML's path."""
     (folder / "stages.py").write_text(textwrap.dedent(CODE))
     path = folder / f"{name}.yaml"
-    path.write_text(textwrap.dedent(YAML.format(name=name, rows=rows)))
+    path.write_text(textwrap.dedent(YAML.format(name=name, rows=rows, attempts=attempts)))
     return path
 
 
