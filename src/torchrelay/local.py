@@ -37,7 +37,7 @@ from torchrelay.queues.job import (
 )
 from torchrelay.queues.levels import failures_of, result_rows
 from torchrelay.stages import Runner, StageContext, make_runner
-from torchrelay.workers.assemble import Assembler, Closed, Incoming, Work, too_many_rows
+from torchrelay.workers.assemble import Assembler, Closed, Incoming, Work, in_order, too_many_rows
 from torchrelay.workers.compute import Failed, compute
 from torchrelay.workers.device import pick_device
 
@@ -99,7 +99,10 @@ def run_local(
     if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise ConfigError(f"device {device!r:.40} is none of auto, auto-cpu, cpu, cuda, cuda:N")
     options = SubmitOptions.parse({"meta": meta})
-    intake = Intake(pipeline.input, max(s.batch.max_rows for s in pipeline.spec.stages))
+    stages = pipeline.spec.stages
+    # Inside an expansion rows are more than those that come.
+    outer = [stages[n.index - 1].batch.max_rows for n in pipeline.graph.nodes if not n.before]
+    intake = Intake(pipeline.input, max(outer))
     chunks: Iterator[Chunk] = intake.chunks(rows)
     if isinstance(rows, Sequence):
         chunks = _drain(list(chunks))
@@ -246,7 +249,8 @@ class LocalRun:
             payloads[node.index] = encode_payload(packed, self._meta, closed.origins)
             rows[node.index] = closed.rows
         end = join_payloads([decode_payload(payloads[node.index]) for node in self._graph.terminals])
-        return {name: codec.decode(blobs.get(packed)) for name, packed in end.columns.items()}, end.origins
+        columns = in_order(end.columns, self._pipeline.output)
+        return {name: codec.decode(blobs.get(packed)) for name, packed in columns.items()}, end.origins
 
     def _serve(self, step: _Step, incoming: Incoming[Blobs], entry_rows: int) -> Closed:
         """One node's work; a chunk of one row is tried as often as its job would be."""
