@@ -109,15 +109,13 @@ def _check_when(graph: Graph, node: Node, stage: StageConfig, report: Report) ->
     if node.when is None or stage.use is None:
         return
     place: Place = ("stages", node.index - 1)
-    if node.rows != "same":
-        text = f"stage {node.name!r}: when goes with `rows: same` only; put a stage with `when` before or after it"
-        report((*place, "when"), text)
-        return
     _check_source(graph, node, node.when, ((*place, "when"), "when: %s"), report)
     kind = graph.type_of(node.when, node)
     if kind is not None and (kind.shape or kind.dtype.startswith("complex")):
         text = f"stage {node.name!r}: when reads {node.when}, which is {kind} in each row; "
         report((*place, "when"), text + "name a column of one value per row, best a bool")
+    if not node.keeps_older:
+        return
     if not node.outputs:
         text = f"stage {node.name!r}: when needs outputs: rows that skip keep a column's older value, or get null; "
         report((*place, "when"), text + "add outputs: {COLUMN: TYPE}")

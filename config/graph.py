@@ -48,12 +48,19 @@ class Node:
         """Whether it runs no code: a collapse that only regroups. One with code declares what it returns."""
         return self.rows == "collapse" and not self.outputs
 
+    @property
+    def keeps_older(self) -> bool:
+        """Whether rows that skip it keep the values that its output columns had; of an expansion they make none."""
+        return self.when is not None and self.rows != "expand"
+
     @cached_property
     def needs(self) -> frozenset[str] | None:
         """The columns that must come to it, None for all: where `when` lets a row skip, its older values count too."""
         if self.inputs is None:
             return None
-        sources = [*self.inputs.values(), *([self.when, *self.outputs] if self.when is not None else [])]
+        sources = [*self.inputs.values(), *([self.when] if self.when is not None else [])]
+        if self.keeps_older:
+            sources += self.outputs
         return frozenset(s.rpartition(".")[2] for s in sources)
 
     def reads(self, column: str) -> bool:
@@ -146,7 +153,7 @@ class Graph:
             return {c: (t, ()) for c, t in self.input.items()}
         # A stage that is not there is reported elsewhere; until then it declares nothing.
         found = next((n for n in self.nodes if n.name == stage), None)
-        return {} if found is None else _made(found, self._visible(found) if found.when is not None else {})
+        return {} if found is None else _made(found, self._visible(found) if found.keeps_older else {})
 
     def _visible(self, node: Node) -> Made:
         """Declared columns that come to a node: the last maker on its way counts."""
@@ -177,7 +184,7 @@ class Graph:
 
 def _made(node: Node, visible: Made) -> Made:
     kinds = dict(node.outputs)
-    for column in kinds.keys() & visible.keys() if node.when is not None else ():
+    for column in kinds.keys() & visible.keys() if node.keeps_older else ():
         # Rows that skip keep what they had.
         older = _seen(visible[column], node.at)
         kinds[column] = replace(kinds[column], nullable=kinds[column].nullable or older.nullable)

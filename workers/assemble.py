@@ -195,6 +195,7 @@ class Assembler(Generic[J]):
             wanted = {local: self._source(parts, merged, source) for local, source in node.inputs.items()}
         if node.when is not None:
             wanted[_WHEN] = self._source(parts, merged, node.when)
+        if node.keeps_older:
             for column in node.outputs.keys() & merged.columns.keys():
                 wanted[_BEFORE + column] = self._unique(parts, merged, column)
         hidden: dict[str, Packed] = {}
@@ -353,6 +354,11 @@ def too_many_rows(stage: str, rows: int, limit: int) -> InputError:
         f"stage {stage!r} made {rows} rows of this job, above limits.rows_per_job "
         f"({limit}); raise the limit, or submit fewer rows at once"
     )
+
+
+def in_order(columns: dict[str, Packed], output: Iterable[str] | None) -> dict[str, Packed]:
+    """A result's columns as the pipeline's `output` lists them."""
+    return {name: columns[name] for name in output or () if name in columns} | columns
 
 
 def take_rows(column: Column, index: Index) -> Column:

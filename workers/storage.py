@@ -16,7 +16,7 @@ from torchrelay.queues.channel import LOST
 from torchrelay.queues.job import Packed, Ref, encode_payload, split_inline
 from torchrelay.queues.keys import job_field
 from torchrelay.queues.transitions import Output
-from torchrelay.workers.assemble import Closed
+from torchrelay.workers.assemble import Closed, in_order
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
@@ -57,6 +57,8 @@ class Storage:
             blobs[ref.name] = data
             columns[name] = ref
             refs += ref.text(graph.consumers(name, node.index))
+        if not node.succs:
+            columns = in_order(columns, self._context.pipeline.output)
         rows = None if closed.rows == held.entry.rows else closed.rows
         return Output(held.entry.packed, encode_payload(columns, meta, closed.origins), rows, refs), blobs
 

@@ -214,7 +214,6 @@ SIDE = stage("side", after="input", inputs="[t]", outputs="{y: str}")
                 ("batch", "{pad: {n: 0}}", "batch.pad"),
             ]
         ),
-        (whens(outputs="{y: 'str?'}", when="x", rows="expand"), r"^6:\d+: stage 'b': when goes with `rows: same` only"),
         (whens(when="x"), r"stage 'b': when needs outputs: .* add outputs: {COLUMN: TYPE}"),
         (whens(outputs="{y: 'str?'}", when="xx"), r"'xx', which nothing before it provides; did you mean 'x'"),
         (whens(outputs="{y: 'str?'}", when="c.x"), r"no stage 'c' comes before it"),

@@ -102,6 +102,7 @@ def test_rows_expand_twice_and_are_regrouped(texts: Path, relay: Relay, registry
         "shouted": ["AB", "C"],
         "sizes": [2, 1],
     }
+    assert list(relay.infer("texts", {"text": "a"}, deadline_s=20)) == ["shouted", "sizes", "lang"]  # as `output` lists
     assert relay.infer("texts", {"text": ""}, deadline_s=20) == {"lang": "en", "shouted": [], "sizes": []}
     lines = ["one two", "", "a b c d e f g h i j k l m", "   ", "end"]
     future = relay.submit_table("texts", {"text": lines}, deadline_s=20)
@@ -110,7 +111,7 @@ def test_rows_expand_twice_and_are_regrouped(texts: Path, relay: Relay, registry
     assert table["sizes"] == [[len(w) for w in line.split()] for line in lines]
     assert future.source_rows.tolist() == [0, 1, 2, 3, 4]
     assert relay.submit_table("texts", {"text": []}, deadline_s=20).result(20)["shouted"] == []
-    assert_settled(registry, dict.fromkeys(("words", "letters", "shout", "spell", "glue", "regroup"), 4))
+    assert_settled(registry, dict.fromkeys(("words", "letters", "shout", "spell", "glue", "regroup"), 5))
 
 
 def test_a_table_that_keeps_what_it_can_loses_only_the_rows_that_fail(
@@ -283,6 +284,40 @@ def test_rows_for_which_when_is_false_skip_the_stage(
     assert [None if d is None else d.tolist() for d in table["detail"]] == [None, [0.5, -0.5], [-0.25, 0.25], None]
     assert {row: e.message for row, e in future.errors.items()} == {2: "zero is neither"}
     assert np.asarray(table["sure"]).dtype == np.float32
+
+
+def test_rows_that_skip_an_expansion_make_no_rows(make_pipeline: MakePipeline, relay: Relay, workers: Workers) -> None:
+    """And a regrouping that some rows skip leaves them what they had."""
+    path = make_pipeline(
+        """
+        pipeline: maybe
+        input: {text: str, cut: bool, join: bool}
+        output: [words, text]
+        stages:
+          - {name: split, use: "stages.py:split", inputs: [text], outputs: {word: str}, rows: expand, when: cut}
+          - name: regroup
+            use: stages.py:regroup
+            inputs: [word]
+            outputs: {words: "json?", text: str}
+            rows: {collapse: split}
+            when: join
+        """,
+        """
+        from torchrelay import Expand
+
+        def split(batch):
+            parts = [text.split() for text in batch["text"]]
+            return Expand({"word": [w for part in parts for w in part]}, [len(part) for part in parts])
+
+        def regroup(batch):
+            return {"words": batch["word"], "text": ["+".join(words) for words in batch["word"]]}
+        """,
+    )
+    relay.register(path)
+    workers.start(path)
+    rows = {"text": ["a b", "c d", "e f", ""], "cut": [True, False, True, True], "join": [True, True, False, True]}
+    table = relay.submit_table("maybe", rows, deadline_s=20).result(20)
+    assert table == {"words": [["a", "b"], [], None, []], "text": ["a+b", "", "e f", ""]}
 
 
 FORK = """
