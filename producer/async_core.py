@@ -93,8 +93,11 @@ class AsyncCore:
         self.closed = True
         loop = asyncio.get_running_loop()
         if self._loop is not None:
+            self.core.submitter.give_up()
             self._waits.close()
             self._wake_maps()
+            # What was submitted before is answered, so that callers that are gone have cancelled what went in.
+            await self._cancel(loop, [])
             await loop.run_in_executor(self._pool, self._sender.close)
         await loop.run_in_executor(None, self.core.close)
         if self._loop is not None:
@@ -139,7 +142,10 @@ class AsyncCore:
 
     async def cancel_jobs(self, ids: list[str]) -> list[bool]:
         """Ends these jobs; for each whether this call ended it."""
-        won: asyncio.Future[list[bool]] = (await self.ready()).create_future()
+        return await self._cancel(await self.ready(), ids)
+
+    async def _cancel(self, loop: asyncio.AbstractEventLoop, ids: list[str]) -> list[bool]:
+        won: asyncio.Future[list[bool]] = loop.create_future()
 
         def answer(answer: list[bool] | Exception) -> None:
             if won.done():

@@ -24,7 +24,9 @@ class Bridge:
             try:
                 self._loop.call_soon_threadsafe(self._drain)
             except RuntimeError:
-                pass  # the loop is closed: nobody waits there any more
+                # The loop is closed: nobody waits there any more.
+                self._calls.clear()
+                self._woken = False
 
     def _drain(self) -> None:
         # Lowered first: what is posted from here on either is seen below or wakes the loop again.

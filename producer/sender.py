@@ -69,6 +69,7 @@ class Request:
 
 
 _UNANSWERED = BrokerError("not answered yet")
+_UNWANTED = BrokerError("nobody waits for this job any more")
 
 
 class Cancel:
@@ -123,9 +124,12 @@ class Sender:
                 self._look_for_room()
             self._cancel([w for w in works if isinstance(w, Cancel)])
         why = InputError("this AsyncRelay was closed while a submit waited for room")
-        for line in self._lines.values():
-            for parcel in line.parcels:
-                self._refuse(parcel, why)
+        waiting = [parcel for line in self._lines.values() for parcel in line.parcels]
+        for parcel in waiting:
+            self._refuse(parcel, why)
+        # Their callers hear of it too late to cancel what went in.
+        gone = {id(o): o for p in waiting for i in p.items if isinstance(o := i.draft.owner, Request) and o.gone}
+        self._cancel([Cancel(orphans(request)) for request in gone.values()])
 
     def _collect(self) -> list[Request | Cancel | None]:
         works: list[Request | Cancel | None] = []
@@ -260,6 +264,8 @@ class Sender:
         unwanted = [i for i in parcel.items if i.draft.owner is not None and i.draft.owner.gone]
         if unwanted:
             self._core.submitter.take_out(parcel, unwanted)
+            for item in unwanted:
+                _tell(item.draft, _UNWANTED)
         return bool(parcel.items)
 
     def _cancel(self, cancels: list[Cancel]) -> None:
@@ -285,11 +291,11 @@ def _refusal(error: Exception) -> TorchrelayError:
     return error if isinstance(error, TorchrelayError) else BrokerError(f"submitting failed: {error!r}")
 
 
-def _tell(draft: Draft, outcome: Outcome) -> None:
-    if draft.owner is not None:
-        draft.owner.take(draft.number, outcome)
-
-
 def orphans(request: Request) -> list[str]:
     """Jobs of a caller that went away before it heard of them; a job that was there before is not its own."""
     return [o.id for o in request.outcomes if isinstance(o, JobFuture) and not o.joined and not o.done()]
+
+
+def _tell(draft: Draft, outcome: Outcome) -> None:
+    if draft.owner is not None:
+        draft.owner.take(draft.number, outcome)

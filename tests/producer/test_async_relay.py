@@ -307,6 +307,53 @@ def test_who_waits_for_room_holds_up_nobody(server_url: str, namespace: str, tmp
         assert ready_rows(relay, "echo") == 3
 
 
+@pytest.mark.parametrize("closing", [False, True])
+def test_what_went_in_of_an_abandoned_submit_is_cancelled(
+    server_url: str, namespace: str, tmp_path: Path, closing: bool
+) -> None:
+    """A part of it waits for room when its task is cancelled, and perhaps the client closed at once."""
+    path = write_pipeline(tmp_path)
+    path.write_text(path.read_text().replace("batch: {", "queue: {max_rows: 300}, batch: {"))
+
+    async def main() -> None:
+        async with AsyncRelay(server_url, namespace=namespace) as relay:
+            await relay.register(path)
+            task = asyncio.create_task(relay.submit_many("echo", map(row, range(1000)), wait_s=60))
+            await until(lambda: ready_rows(looking, "echo") >= 256 and relay._core._sender._lines)
+            alone = asyncio.create_task(relay.infer("echo", row(), wait_s=60))
+            await asyncio.sleep(0)
+            task.cancel()
+            alone.cancel()
+            if not closing:
+                await until(lambda: ready_rows(looking, "echo") == 0)
+        assert ready_rows(looking, "echo") == 0
+        assert task.cancelled()
+        assert alone.cancelled()
+
+    with Relay(server_url, namespace=namespace) as looking:
+        looking.register(path)
+        asyncio.run(main())
+
+
+def test_closing_right_after_cancelling_leaves_no_job(server_url: str, namespace: str, tmp_path: Path) -> None:
+    """However far each submit had come."""
+
+    async def main(turns: int) -> None:
+        async with AsyncRelay(server_url, namespace=namespace) as relay:
+            tasks = [asyncio.create_task(relay.infer("echo", row(i))) for i in range(500)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    with Relay(server_url, namespace=namespace) as looking:
+        looking.register(write_pipeline(tmp_path))
+        for turns in (1, 2, 5, 10, 50):
+            asyncio.run(main(turns))
+            assert ready_rows(looking, "echo") == 0
+
+
 def test_queue_full_tells_each_caller_what_of_its_own_went_in(server_url: str, namespace: str, tmp_path: Path) -> None:
     """Two callers of submit_many at once: each error's `accepted` are that caller's jobs."""
     path = write_pipeline(tmp_path)
