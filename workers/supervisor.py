@@ -71,6 +71,7 @@ class Supervisor:
         self._timeout_s = stage.timeout_s
         self._max_rows = stage.batch.max_rows
         self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
+        self.node = f"{plan.pipeline.ref}/{plan.stage}"
         self.error: StageLoadError | None = None
 
     @property
@@ -236,7 +237,7 @@ class Supervisor:
             worker=self.name,
             host=socket.gethostname(),
             pid=self.child_pid,
-            node=f"{self._plan.pipeline.ref}/{self._plan.stage}",
+            node=self.node,
             device=self._plan.device,
             state=state,
             started_at=self._started_at,

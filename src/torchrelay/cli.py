@@ -165,7 +165,10 @@ def _rows(text: str, files: Sequence[str] | None) -> list[dict[str, Any]]:
 @app.command()
 def submit(
     pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME\\[@VERSION], or a FILE as for up.")],
-    row: Annotated[str, typer.Argument(metavar="JSON|-", help="One row, or - for JSON lines on standard input.")],
+    row: Annotated[
+        str,
+        typer.Argument(metavar="[JSON|-]", help="One row, or - for JSON lines on standard input.", show_default=False),
+    ] = "{}",
     file: Annotated[
         list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")
     ] = None,
@@ -182,6 +185,8 @@ def submit(
     """Submit one row or many; prints job ids, or results with --wait.
 
     Example: [bold]torchrelay submit embed '{"text": "hi"}' --wait[/bold]
+
+    Example: [bold]torchrelay submit classify --file image=a.jpg --wait[/bold]
     """
     if wait and keep == 0:
         raise InputError("--keep 0 keeps no result to wait for; leave one of --keep 0 and --wait out")

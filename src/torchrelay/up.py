@@ -184,10 +184,10 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
 
 
 def _status_line(fleet: Fleet) -> str:
-    rows = terminal.status_of(fleet.registry, 1)["nodes"]
-    return "; ".join(
-        f"{r['node'].rpartition('/')[2]} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows
-    )
+    """The nodes that this fleet serves; what else the namespace holds is for `status`."""
+    mine = {s.node for s in fleet.supervisors}
+    rows = [r for r in terminal.status_of(fleet.registry, 1)["nodes"] if r["node"] in mine]
+    return "; ".join(f"{r['node']} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows)
 
 
 def _or_away(show: Callable[[], RenderableType]) -> RenderableType:

@@ -124,6 +124,7 @@ def test_submit_reads_json_lines_from_standard_input(server: PrivateServer, spac
     [
         (("submit", "nobody", '{"n": "a"}'), "nobody"),
         (("submit", "echo", "{"), "JSON"),
+        (("submit", "echo"), "column 'n' is missing"),
         (("submit", "echo", '{"m": "a"}'), "column 'm'"),
         (("submit", "echo", '{"n": "a"}', "--priority", "urgent"), "urgent"),
         (("submit", "echo", '{"n": "a"}', "--deadline", "-1"), "deadline"),
