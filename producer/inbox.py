@@ -15,7 +15,7 @@ from typing import Any
 
 import redis
 
-from torchrelay.errors import BrokerError, JobError, ResultExpired, TorchrelayError
+from torchrelay.errors import BrokerError, DecodeError, JobError, ResultExpired, TorchrelayError
 from torchrelay.producer.futures import JobFuture
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Terminal, split_reply
@@ -120,7 +120,10 @@ class Inbox:
                 outcomes: list[tuple[str, Terminal | JobError]] = []
                 for future, alive, record in zip(part, live, ended, strict=True):
                     if record is not None:
-                        outcomes.append((future.id, Terminal.decode(record)))
+                        try:
+                            outcomes.append((future.id, Terminal.decode(record)))
+                        except DecodeError as error:
+                            log.warning("job %s: %s", future.id, error)  # the others' ends are told all the same
                     elif not alive:
                         gone = ResultExpired("its result is not kept any more, or it never was", job_id=future.id)
                         outcomes.append((future.id, gone))
