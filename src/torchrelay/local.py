@@ -38,7 +38,7 @@ from torchrelay.queues.job import (
 from torchrelay.queues.levels import failures_of, result_rows
 from torchrelay.stages import Runner, StageContext, make_runner
 from torchrelay.workers.assemble import Assembler, Closed, Incoming, Work, in_order, too_many_rows
-from torchrelay.workers.compute import Failed, compute
+from torchrelay.workers.compute import Failed, GivenUp, compute, told
 from torchrelay.workers.device import pick_device
 
 if TYPE_CHECKING:
@@ -156,6 +156,9 @@ class Blobs:
     def ended(self, works: Sequence[Work[Blobs]]) -> Sequence[bool]:
         return [False] * len(works)
 
+    def goes_on(self, works: Sequence[Work[Blobs]]) -> bool:
+        return True
+
 
 class _Fault(Exception):
     """A chunk has no result."""
@@ -171,8 +174,8 @@ class _Fault(Exception):
         error = self.failed.error
         trace = "".join(traceback.format_exception(error)) if error else ""
         kind = self.failed.error_type or type(error).__name__
-        told = Failure(self.step.node.name, kind, self.failed.message or str(error), trace)
-        why = Failure.decode(told.encode())
+        failure = Failure(self.step.node.name, kind, self.failed.message or (told(error) if error else ""), trace)
+        why = Failure.decode(failure.encode())
         made = JobFailed(
             why.message,
             stage=why.stage,
@@ -246,6 +249,7 @@ class LocalRun:
             came = [payloads[p] for p in node.preds]
             closed = self._serve(step, Incoming(blobs, came, rows[node.preds[0]], keep, last=True), chunk.rows)
             packed = {**closed.riding, **blobs.put(node.index, closed.made)}
+            packed = packed if node.succs else in_order(packed, self._pipeline.output)
             payloads[node.index] = encode_payload(packed, self._meta, closed.origins)
             rows[node.index] = closed.rows
         end = join_payloads([decode_payload(payloads[node.index]) for node in self._graph.terminals])
@@ -263,6 +267,7 @@ class LocalRun:
                 failed = Failed(opened.bad[0][1])
                 continue
             ((work, outcome),) = next(compute(opened.ready, step.runner, step.spec.batch.max_rows, incoming.job))
+            assert not isinstance(outcome, GivenUp)  # `goes_on` never tells to
             if isinstance(outcome, Failed):
                 failed = outcome
                 continue
