@@ -304,6 +304,10 @@ def row_of_table(table: Mapping[str, Sequence[Any] | Column], i: int = 0) -> dic
     """One row of a table: arrays lose their batch axis, and what is left without dims becomes a Python scalar."""
     row: dict[str, Any] = {}
     for name, column in table.items():
-        value = column[i]
-        row[name] = value.item() if isinstance(value, np.generic) else value
+        row[name] = plain_value(column[i])
     return row
+
+
+def plain_value(value: Any) -> Any:
+    """A number as Python has it, where it came as a numpy scalar or an array without dims."""
+    return value.item() if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 else value

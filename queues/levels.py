@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrelay.config.columns import Column, row_of_table
+from torchrelay.config.columns import Column, plain_value, row_of_table
 from torchrelay.errors import DecodeError
 from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden, shared_length
 
@@ -175,7 +175,9 @@ def result_rows(values: Mapping[str, Any], origins: Origins, rows: int) -> list[
 
 def _row_values(column: Column) -> list[Any]:
     """What `row_of_table` gives for each row."""
-    if not isinstance(column, np.ndarray) or column.ndim > 1:
+    if not isinstance(column, np.ndarray):
+        return [plain_value(value) for value in column]
+    if column.ndim > 1:
         return list(column)
     return column.tolist() if column.dtype.isbuiltin == 1 else [value.item() for value in column]
 

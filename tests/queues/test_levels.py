@@ -99,6 +99,14 @@ def test_a_row_result_holds_lists_where_nobody_regrouped() -> None:
     assert (row["lang"], row["n"], row["score"].tolist()) == ("en", 7, [1.5, 2.5])
 
 
+def test_numbers_of_a_row_are_python_s_own() -> None:
+    """A nullable number travels as an array without dims and comes back as a number."""
+    for origins in ({}, {"x": (1,)}):
+        row = result_row({"x": [np.array(2.5, np.float32)], "y": np.array([3]), "z": [None]}, origins)
+        assert row == {"x": 2.5, "y": 3, "z": None}
+        assert [type(v) for v in row.values()] == [float, int, type(None)]
+
+
 def test_a_table_result_leaves_rejected_rows_out_at_every_level() -> None:
     """Rows made of a rejected one go with it; what is left says where it came from."""
     values = {
