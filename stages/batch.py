@@ -1,12 +1,13 @@
 """Rows of several jobs as one batch, as `forward` sees it; `outputs` gives what it returns back to the jobs.
 
-Promise: order within a job and among jobs is kept; the columns of a single job are not copied; nothing is cast.
+Promise: order within a job and among jobs is kept; the values of a single job are not copied; nothing is cast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,8 @@ class Batch:
         Raises:
             InputError: the batch has no such row.
         """
-        number = int(row)
+        # Not int(): a fraction or a truth value would reject another row.
+        number = _number(row)
         if not 0 <= number < len(self):
             raise InputError(f"batch.reject({row!r:.40}): the batch has rows 0 to {len(self) - 1}")
         self.rejected[number] = str(why)
@@ -137,8 +139,10 @@ def assemble(
     Raises:
         InputError: the jobs hold different columns, or a column cannot be padded.
     """
-    names = columns[0].keys()
-    for other in columns:
+    # A job of which no row enters need not hold every column.
+    full = [table for table, count in zip(columns, rows, strict=True) if count] or columns[:1]
+    names = full[0].keys()
+    for other in full:
         if other.keys() != names:
             raise InputError(
                 f"jobs of one batch hold different columns: {', '.join(names)} and {', '.join(other)}; "
@@ -149,7 +153,7 @@ def assemble(
     padded: dict[str, Padded] = {}
     fresh: set[str] = set()
     for name in names:
-        pieces = [table[name] for table, count in zip(columns, rows, strict=True) if count] or [columns[0][name]]
+        pieces = [table[name] for table in full]
         if name in pad:
             joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name])
             fresh.add(name)
@@ -159,6 +163,9 @@ def assemble(
                 fresh.add(name)
         if isinstance(joined[name], np.ndarray):
             joined[name] = _read_only(joined[name])
+        elif len(pieces) == 1:
+            # The stage may change its list, and the job's own is needed again when this forward fails.
+            joined[name] = list(joined[name])
     return Batch(joined, tuple(rows), tuple(meta), padded, frozenset(fresh))
 
 
@@ -177,6 +184,14 @@ def join_rows(pieces: Sequence[Column]) -> Column:
     for piece in pieces:
         values.extend(piece)
     return values
+
+
+def _number(row: Any) -> int:
+    """A whole number, -1 for what is none."""
+    try:
+        return -1 if isinstance(row, bool) else index(row)
+    except TypeError:
+        return -1
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

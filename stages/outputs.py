@@ -6,19 +6,20 @@ Promise: order is kept; arrays are views of what the stage returned; rows that t
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrelay.config.columns import Column, check_outputs
+from torchrelay.config.columns import Column, check_outputs, describe
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
 __all__ = ["Expand", "Made", "empty_outputs", "split"]
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def split(
         InputError: naming the stage and the column whose name, type, shape or number of rows is wrong.
     """
     total = sum(job_rows)
-    refused = rejected or {}
+    refused = dict(rejected or {})  # a late rejection must not change what was returned
     if len(refused) == total and total:
         table, counts = empty_outputs(types), np.zeros(total, np.int64) if expands else None
     elif expands:
@@ -121,7 +122,7 @@ def _counts(counts: object, total: int, stage: str) -> Counts:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) <= MAX_COUNT
 
 
 def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
@@ -136,16 +137,21 @@ def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
 
         plain = numpy_outputs(stage, outputs)
     for name, column in plain.items():
+        if isinstance(column, np.ma.MaskedArray):
+            raise InputError(f"stage {stage!r}: column {name!r}: masks are not carried; fill it first: .filled(0)")
         if isinstance(column, np.ndarray) and not column.ndim:
             raise InputError(f"stage {stage!r}: column {name!r} has no rows axis; return [N, ...]")
     return plain
 
 
 def _pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
-    if not isinstance(column, np.ndarray | list | tuple) or len(column) != total:
-        came = f"{len(column)} came" if isinstance(column, np.ndarray | list | tuple) else type(column).__name__
+    if not isinstance(column, Collection) or isinstance(column, str | bytes | Mapping | Set) or len(column) != total:
+        came = f"{describe(column)} came"
         raise InputError(f"stage {stage!r}: column {name!r} needs {total} rows, rejected ones included; {came}")
-    return column[kept] if isinstance(column, np.ndarray) else [column[i] for i in kept]
+    if isinstance(column, np.ndarray):
+        return column[kept]
+    values = list(column)
+    return [values[i] for i in kept]
 
 
 def _shares(

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol
 import numpy as np
 
 from torchrelay.config.columns import Column
-from torchrelay.errors import RetryLater
+from torchrelay.errors import InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
 from torchrelay.workers.assemble import J, Output, Rejection, Work
@@ -37,11 +37,14 @@ class Runs(Protocol):
 
 
 class Meter(Protocol[J]):
-    """Is told of every forward, and knows which jobs have ended."""
+    """Is told of every forward, and knows which jobs have ended, and when this worker is to end."""
 
     def started(self, works: Sequence[Work[J]]) -> None: ...
     def stopped(self, rows: int) -> None: ...
     def ended(self, works: Sequence[Work[J]]) -> Sequence[bool]: ...
+    def goes_on(self, works: Sequence[Work[J]]) -> bool:
+        """Whether a further forward for these jobs is of use. Asked between two of one claim."""
+        ...
 
 
 class Failed(NamedTuple):
@@ -54,7 +57,19 @@ class Failed(NamedTuple):
     message: str = ""
 
 
-Outcome = Output | Failed
+class GivenUp(NamedTuple):
+    """Why a job has neither: it ended meanwhile, or this worker is to end. It is given back unharmed."""
+
+
+Outcome = Output | Failed | GivenUp
+
+
+def told(error: BaseException) -> str:
+    """An error's text, whatever a stranger's `__str__` does."""
+    try:
+        return str(error)
+    except Exception as fault:
+        return f"(its text cannot be made: {type(fault).__name__})"
 
 
 def compute(
@@ -73,8 +88,11 @@ def compute(
             yield [(works[0], Failed(error))]
             return
         middle = len(works) // 2
-        yield from compute(works[:middle], runner, max_rows, meter)
-        yield from compute(works[middle:], runner, max_rows, meter)
+        for half in (works[:middle], works[middle:]):
+            if meter.goes_on(half):
+                yield from compute(half, runner, max_rows, meter)
+            else:
+                yield [(w, GivenUp()) for w in half]
     else:
         yield [(w, _judged(w, m)) for w, m in zip(works, made, strict=True)]
 
@@ -113,6 +131,10 @@ class _Hopeless(Exception):
     """Nothing passes."""
 
 
+class _Stop(Exception):
+    """Nobody waits for the rest."""
+
+
 @dataclass(slots=True)
 class _Piece:
     start: int
@@ -137,18 +159,22 @@ class _Rows(Generic[J]):
         try:
             for start in range(0, work.rows, self._max_rows):
                 self._run(start, min(start + self._max_rows, work.rows), 1)
+            if self._pieces or work.incoming.last:
+                return _unless_refused(work, self._joined())
+        except _Stop:
+            return GivenUp()
         except RetryLater as later:
             return Failed(later, after_s=later.after_s)
         except _Hopeless:
             return Failed(self._first)
         except _FAULTS as error:
             return Failed(error)
-        if not self._pieces and not work.incoming.last:
-            return Failed(self._first)
-        return _unless_refused(work, self._joined())
+        return Failed(self._first)
 
     def _run(self, start: int, end: int, tries: int) -> None:
         work = self._work
+        if (start or tries > 1) and not self._meter.goes_on([work]):
+            raise _Stop
         table: Mapping[str, Column] = work.table
         if end - start < work.rows:
             table = {name: column[start:end] for name, column in work.table.items()}
@@ -171,7 +197,7 @@ class _Rows(Generic[J]):
             self._run(start, middle, tries + 1)
             self._run(middle, end, tries + 1)
             return
-        self._raised[start] = Rejection(type(error).__name__, str(error), tries)
+        self._raised[start] = Rejection(type(error).__name__, told(error), tries)
         if not self._pieces and not self._work.incoming.last and len(self._raised) >= _HOPELESS_ROWS:
             raise _Hopeless
 
@@ -189,6 +215,12 @@ class _Rows(Generic[J]):
             # A piece of which nothing is left may not even know its columns.
             full = [p.made.columns for p in self._pieces if p.rows > len(p.made.rejected)]
             full = full or [self._pieces[0].made.columns]
+            odd = next((part for part in full if part.keys() != full[0].keys()), None)
+            if odd is not None:
+                raise InputError(
+                    f"of one job's rows the stage returned {', '.join(full[0])} for some, and {', '.join(odd)} for "
+                    "others; return the same columns each time"
+                )
             columns = {name: join_rows([part[name] for part in full]) for name in full[0]}
         return Output(columns, self._counts(), rejected)
 

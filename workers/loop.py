@@ -10,7 +10,6 @@ from functools import partial
 
 import redis
 
-from torchrelay.errors import InputError
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
@@ -19,7 +18,7 @@ from torchrelay.workers import progress
 from torchrelay.workers.assemble import Assembler, Incoming, Work
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Charge, Committer
-from torchrelay.workers.compute import Failed, Outcome, Runs, compute
+from torchrelay.workers.compute import Failed, GivenUp, Outcome, Runs, compute, told
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
@@ -164,15 +163,20 @@ class StageLoop:
         placed: list[tuple[Held, Output]] = []
         blobs: dict[int, dict[str, bytes]] = {}
         failed: list[Charge] = []
+        given_up: list[Held] = []
         for work, outcome in group:
             if isinstance(outcome, Failed):
                 failed.append(self._charge(work.job, outcome))
                 continue
+            if isinstance(outcome, GivenUp):
+                given_up.append(work.job)
+                continue
             try:
                 closed = self._assembler.close(work, outcome)
                 output, large = self._storage.place(work.job, closed, work.riding.meta)
-            except InputError as error:
-                # The stage returned something that cannot travel: its failure, as if it had raised.
+            except Exception as error:
+                # The stage returned something that cannot travel: its failure, as if it had raised. Nothing of this
+                # waits for the server, so whatever went wrong is this job's, and must not end the worker.
                 failed.append(self._charge(work.job, Failed(error)))
                 continue
             placed.append((work.job, output))
@@ -183,6 +187,8 @@ class StageLoop:
             self.committer.commit(job, output)
         if failed:
             self._fail(failed)
+        if given_up:
+            self.committer.release(given_up)
 
     # What `compute` tells: it is this worker's Meter.
 
@@ -200,6 +206,10 @@ class StageLoop:
     def ended(self, works: Sequence[Work[Held]]) -> Sequence[bool]:
         return self._storage.ended([w.job for w in works])
 
+    def goes_on(self, works: Sequence[Work[Held]]) -> bool:
+        """Not after SIGTERM: a job of many forwards would outlast the grace time, and be killed and suspected."""
+        return not self._stopping() and not all(self.ended(works))
+
     def _fail(self, failed: Sequence[Charge]) -> None:
         self.claimer.expect(self.committer.fail(failed))
 
@@ -209,7 +219,8 @@ class StageLoop:
     def _failure(self, failed: Failed) -> Failure:
         error = failed.error
         trace = "".join(traceback.format_exception(error)) if error else ""
-        kind, message = failed.error_type or type(error).__name__, failed.message or str(error)
+        kind = failed.error_type or type(error).__name__
+        message = failed.message or (told(error) if error else "")
         return Failure(self._context.node.name, kind, message, trace, self._context.worker)
 
     def _report(self, works: Sequence[Work[Held]] = (), state: int = progress.READY) -> None:

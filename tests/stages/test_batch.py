@@ -39,11 +39,13 @@ def test_fixed_columns_are_joined_in_order() -> None:
 
 
 def test_one_job_is_not_copied() -> None:
-    """The columns of a single job are used as they are, but arrays cannot be written through the batch."""
+    """The values of a single job are used as they are, but neither arrays nor lists can be written through the batch."""
     x, names = np.zeros((2, 3)), ["a", "b"]
     batch = assemble([{"x": x, "s": names}], [2])
     assert np.shares_memory(batch["x"], x)
-    assert batch["s"] is names
+    assert batch["s"] == names
+    assert batch["s"] is not names
+    assert batch["s"][0] is names[0]
     assert not batch["x"].flags.writeable
     assert x.flags.writeable
 

@@ -16,14 +16,15 @@ from torchrelay.queues.job import Payload
 from torchrelay.queues.levels import Levels
 from torchrelay.stages import Batch, Expand, Runner, Stage
 from torchrelay.workers.assemble import Incoming, Output, Work
-from torchrelay.workers.compute import Failed, compute
+from torchrelay.workers.compute import Failed, GivenUp, compute
 
 
 class Watch:
-    """Notes every forward: (jobs, rows)."""
+    """Notes every forward: (jobs, rows). After `stop_after` of them nobody waits any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_after: int | None = None) -> None:
         self.forwards: list[tuple[int, int]] = []
+        self.stop_after = stop_after
 
     def started(self, works: Sequence[Work[int]]) -> None:
         self.forwards.append((len(works), 0))
@@ -33,6 +34,9 @@ class Watch:
 
     def ended(self, works: Sequence[Work[int]]) -> list[bool]:
         return [w.job == 1 for w in works]
+
+    def goes_on(self, works: Sequence[Work[int]]) -> bool:
+        return self.stop_after is None or len(self.forwards) < self.stop_after
 
 
 class Act(Stage):
@@ -65,9 +69,13 @@ def job(number: int, orders: list[str], *, keep: bool = False, last: bool = Fals
 
 
 def results(
-    works: Sequence[Work[int]], stage: Stage | None = None, max_rows: int = 100, **runner: Any
+    works: Sequence[Work[int]],
+    stage: Stage | None = None,
+    max_rows: int = 100,
+    stop_after: int | None = None,
+    **runner: Any,
 ) -> tuple[dict[int, Any], Watch]:
-    watch = Watch()
+    watch = Watch(stop_after)
     done: dict[int, Any] = {}
     for group in compute(works, Runner(stage or Act(), "act", **runner), max_rows, watch):
         for work, outcome in group:
@@ -125,6 +133,22 @@ def test_a_large_job_runs_in_slices_and_leaves_as_one() -> None:
     assert done[0].columns == {"y": [2 * i for i in range(10)]}
 
 
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_no_forward_begins_once_nobody_waits(stop_after: int) -> None:
+    """A job in slices, one whose rows are halved, jobs of a batch that is halved: each is given up whole."""
+    done, watch = results([job(0, [""] * 12)], max_rows=2, stop_after=stop_after)
+    assert done == {0: GivenUp()}
+    assert len(watch.forwards) == stop_after
+    done, watch = results([job(0, [*[""] * 15, "raise"], keep=True)], stop_after=stop_after)
+    assert done == {0: GivenUp()}
+    assert len(watch.forwards) == stop_after
+    works = [job(n, ["raise" if n == 7 else ""]) for n in range(8)]
+    done, watch = results(works, stop_after=stop_after)
+    assert len(watch.forwards) == stop_after
+    assert done.keys() == set(range(8))
+    assert done[7] == GivenUp()
+
+
 def test_slices_of_an_expanding_stage_count_on() -> None:
     """Counts of all slices stand in the order of the rows, with none for those that were rejected."""
 
@@ -164,11 +188,93 @@ def test_a_stage_may_ask_which_jobs_have_ended() -> None:
     assert done[0].columns == {"y": [False] * 2}
 
 
-@pytest.mark.parametrize("row", [-1, 2, 10**9])
-def test_rejecting_a_row_that_is_not_there_fails_the_forward(row: int) -> None:
-    """A wrong number must not reject another job's row."""
+@pytest.mark.parametrize("row", [-1, 2, 10**9, 0.7, True, "1", None, np.True_, np.array([True, False])])
+def test_rejecting_a_row_that_is_not_there_fails_the_forward(row: Any) -> None:
+    """A wrong number, or what is none, must not reject another row."""
     done, _ = results([job(0, ["", ""])], Act(lambda batch: batch.reject(row, "no")))
     assert "the batch has rows 0 to 1" in str(done[0].error)
+
+
+def test_a_row_may_be_rejected_by_a_number_of_numpy() -> None:
+    """Numbers often come from argwhere."""
+    done, _ = results([job(0, ["", ""], keep=True)], Act(lambda b: [b.reject(np.uint8(1), "no"), {"y": b["x"]}][1]))
+    assert list(done[0].rejected) == [1]
+
+
+def test_a_rejection_after_its_forward_changes_nothing() -> None:
+    """A stage that keeps its batches must not take rows out of what it returned before."""
+    earlier: list[Batch] = []
+
+    def act(batch: Batch) -> dict[str, Any]:
+        for old in earlier:
+            old.reject(0, "too late")
+        earlier.append(batch)
+        batch.reject(1, "in time")
+        return {"y": batch["x"]}
+
+    done, _ = results([job(0, [""] * 4, keep=True)], Act(act), max_rows=2)
+    assert {i: r.message for i, r in done[0].rejected.items()} == {1: "in time", 3: "in time"}
+    assert done[0].columns == {"y": [0, 2]}
+
+
+def test_lists_that_a_stage_changes_in_place_are_whole_again_when_its_rows_are_halved() -> None:
+    """What a failed forward did to its batch must not be seen by the next."""
+
+    def act(batch: Batch) -> dict[str, Any]:
+        words = batch["do"]
+        for i, word in enumerate(words):
+            words[i] = word + "!"
+            if word == "bad":
+                raise ValueError
+        return {"y": words}
+
+    done, _ = results([job(0, ["a", "b", "c", "bad"], keep=True), job(1, ["d"])], Act(act))
+    assert done[0].columns == {"y": ["a!", "b!", "c!"]}
+    assert done[1].columns == {"y": ["d!"]}
+
+
+def test_forwards_of_one_job_that_return_different_columns_fail_it() -> None:
+    """Which of them the result should have nobody can say; nothing is left out without a word."""
+    for odd in (0, 2):
+        stage = Act(lambda batch, odd=odd: {"y": batch["x"]} | ({"z": batch["x"]} if odd in batch["x"] else {}))
+        done, _ = results([job(0, [""] * 4)], stage, max_rows=2)
+        assert isinstance(done[0], Failed)
+        assert "the stage returned y" in str(done[0].error)
+        assert "return the same columns each time" in str(done[0].error)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_error_without_words_is_told_by_its_type(keep: bool) -> None:
+    """An exception whose text cannot be made is charged like any other."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def act(batch: Batch) -> None:
+        raise Mute
+
+    done, _ = results([job(0, [""], keep=keep, last=True)], Act(act))
+    if keep:
+        assert done[0].rejected[0] == ("Mute", "(its text cannot be made: RuntimeError)", 1)
+    else:
+        assert isinstance(done[0].error, Mute)
+
+
+@pytest.mark.parametrize("do", ["", "reject"])
+def test_a_column_may_be_any_sequence_whether_rows_are_rejected_or_not(do: str) -> None:
+    """A stage must not fail only on the batches in which it rejects."""
+    values = {"r": range(4), "v": {n: n for n in range(4)}.values(), "t": (0, 1, 2, 3)}
+    done, _ = results([job(0, ["", do, "", ""], keep=True)], Act(lambda batch: values))
+    expected = [0, 2, 3] if do else [0, 1, 2, 3]
+    assert done[0].columns == dict.fromkeys("rvt", expected)
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+def test_masked_arrays_are_refused_before_their_masks_are_lost(rows: int) -> None:
+    """Joining slices would drop the mask, and show what it hid."""
+    done, _ = results([job(0, [""] * rows)], Act(lambda b: {"y": np.ma.masked_array(b["x"], b["x"] > 0)}), max_rows=2)
+    assert "masks are not carried" in str(done[0].error)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +283,9 @@ def test_rejecting_a_row_that_is_not_there_fails_the_forward(row: int) -> None:
         (Expand({"y": [1]}, [1]), "one whole number from 0 for each of the 2 rows"),
         (Expand({"y": [1, 2]}, [3, -1]), "one whole number"),
         (Expand({"y": [1, 2]}, [1.0, 1.0]), "one whole number"),
+        (Expand({"y": []}, [2**63, 2**63]), "one whole number"),
+        (Expand({"y": []}, [2**62] * 2), "one whole number"),
+        (Expand({"y": [1, 2]}, np.array([True, True])), "one whole number"),
         (Expand({"y": [1, 2, 3]}, [1, 1]), "needs 2 rows"),
         ({"y": [1, 2]}, "return Expand"),
         (Expand([1, 2], [1, 1]), "mapping of column"),  # type: ignore[arg-type]  # what a user may do
