@@ -32,6 +32,7 @@ MAX_ROWS = 2**31 - 1
 
 _REF_CODE = 2
 _SEPARATORS = re.compile("[:,;]")
+_INPUT = re.compile(r"[0-9A-Za-z~]+\.0\.")
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 
 
@@ -47,6 +48,11 @@ class Ref:
     def of(cls, name: str, nbytes: int) -> Ref:
         """The ref of a blob of so many bytes, in chunks of CHUNK_BYTES."""
         return cls(name, max(1, -(-nbytes // CHUNK_BYTES)), nbytes)
+
+    @property
+    def of_input(self) -> bool:
+        """Whether these are bytes that the client sent, which no restart brings back."""
+        return _INPUT.match(self.name) is not None
 
     def text(self, consumers: int) -> str:
         """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result.

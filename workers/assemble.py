@@ -13,7 +13,7 @@ import numpy as np
 
 from torchrelay.config.columns import Column
 from torchrelay.config.graph import Graph, Node
-from torchrelay.errors import DecodeError, InputError
+from torchrelay.errors import BytesLost, DecodeError, InputError
 from torchrelay.queues import codec
 from torchrelay.queues.job import (
     AT,
@@ -114,12 +114,15 @@ class _Parsed(Generic[J]):
     all: Payload
     wanted: dict[str, tuple[Packed, tuple[int, ...]]]
     hidden: dict[str, Packed]
+    # Why `wanted` is empty: no harm if no row of the job enters.
+    missing: DecodeError | None = None
 
     def refs(self) -> list[Ref]:
         packed = [p for p, _ in self.wanted.values()]
         return [p for p in (*packed, *self.hidden.values()) if type(p) is Ref]
 
 
+_MAX_WHY = 1000
 _WHEN, _BEFORE = "?", "<"  # beside the stage's own names, among what is read of a job
 _Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[bytes | None]]
 
@@ -152,7 +155,7 @@ class Assembler(Generic[J]):
                     opened.ready.append(work)
                 else:
                     parsed.append(self._parse(incoming))
-            except (DecodeError, InputError) as error:
+            except Exception as error:  # nothing here waits for anything: whatever it is, it is this job's
                 opened.bad.append((incoming.job, error))
         if parsed:
             self._open_parsed(parsed, opened)
@@ -162,12 +165,17 @@ class Assembler(Generic[J]):
         wanted = [(job.incoming.job, ref) for job in parsed for ref in job.refs()]
         fetched = dict(zip([r for _, r in wanted], self._fetch(wanted), strict=True)) if wanted and self._fetch else {}
         for job in parsed:
-            if any(fetched.get(ref) is None for ref in job.refs()):
+            gone = [ref for ref in job.refs() if fetched.get(ref) is None]
+            if any(ref.of_input for ref in gone):
+                error = BytesLost("the bytes of a column of the input are gone; submit the job again")
+                opened.bad.append((job.incoming.job, error))
+                continue
+            if gone:
                 opened.lost.append(job.incoming.job)
                 continue
             try:
                 opened.ready.append(self._decode(job, fetched))
-            except DecodeError as error:
+            except Exception as error:
                 opened.bad.append((job.incoming.job, error))
 
     def _open_shortly(self, incoming: Incoming[J]) -> Work[J] | None:
@@ -180,7 +188,7 @@ class Assembler(Generic[J]):
             if type(packed) is not bytes:
                 return None
             value: Any = codec.decode(packed)
-            if (type(value) is not np.ndarray and type(value) is not list) or len(value) != rows:
+            if not _is_column(value) or len(value) != rows:
                 return None  # the long way says what is wrong
             table[local] = value
         return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
@@ -188,7 +196,27 @@ class Assembler(Generic[J]):
     def _parse(self, incoming: Incoming[J]) -> _Parsed[J]:
         parts = [decode_payload(p) for p in incoming.payloads]
         merged = join_payloads(parts)
-        node, wanted = self._node, {}
+        node, missing = self._node, None
+        wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
+        try:
+            wanted = self._wanted(parts, merged)
+        except DecodeError as error:
+            # A stage that declares no outputs and got no rows could not say which columns there would be.
+            if incoming.rows and not any(c[0] == REJECTED for c in merged.columns):
+                raise
+            missing = error
+        hidden: dict[str, Packed] = {}
+        if not self._plain or incoming.keep:
+            levels = {*node.before, *(n for _, stack in wanted.values() for n in stack)}
+            hidden = {
+                c: packed
+                for c, packed in merged.columns.items()
+                if c[0] == REJECTED or (c[0] == COUNTS and int(c[1:]) in levels)
+            }
+        return _Parsed(incoming, merged, wanted, hidden, missing)
+
+    def _wanted(self, parts: Sequence[Payload], merged: Payload) -> dict[str, tuple[Packed, tuple[int, ...]]]:
+        node = self._node
         if node.inputs is None:
             wanted = {c: self._unique(parts, merged, c) for c in merged.columns if not is_hidden(c)}
         else:
@@ -198,15 +226,7 @@ class Assembler(Generic[J]):
         if node.keeps_older:
             for column in node.outputs.keys() & merged.columns.keys():
                 wanted[_BEFORE + column] = self._unique(parts, merged, column)
-        hidden: dict[str, Packed] = {}
-        if not self._plain or incoming.keep:
-            levels = {*node.before, *(n for _, stack in wanted.values() for n in stack)}
-            hidden = {
-                c: packed
-                for c, packed in merged.columns.items()
-                if c[0] == REJECTED or (c[0] == COUNTS and int(c[1:]) in levels)
-            }
-        return _Parsed(incoming, merged, wanted, hidden)
+        return wanted
 
     def _source(self, parts: Sequence[Payload], merged: Payload, source: str) -> tuple[Packed, tuple[int, ...]]:
         """What `column` or `stage.column` stands for."""
@@ -242,7 +262,7 @@ class Assembler(Generic[J]):
         table: dict[str, Column] = {}
         for local, (packed, stack) in job.wanted.items():
             value = _value(packed, fetched)
-            if not hasattr(value, "__len__"):
+            if not _is_column(value):
                 raise DecodeError(f"column {local!r} is no column")
             table[local] = levels.align(value, stack, node.at)
             if len(table[local]) != total:
@@ -250,6 +270,8 @@ class Assembler(Generic[J]):
         work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels)
         if node.when is not None or len(hidden):
             self._select(work, failures_of(hidden))
+        if job.missing is not None and work.rows:
+            raise job.missing
         return work
 
     def _select(self, work: Work[J], failures: Sequence[RowFailure]) -> None:
@@ -259,7 +281,8 @@ class Assembler(Generic[J]):
             alive = ~np.isin(work.levels.entry_rows(self._node.at, work.total), [f.row for f in failures])
         enters = alive
         if self._node.when is not None:
-            enters = alive & _truth(work.table.pop(_WHEN))
+            # It is missing only where no row is alive.
+            enters = alive & _truth(work.table.pop(_WHEN)) if _WHEN in work.table else alive
             work.skips = bool((alive & ~enters).any())
             work.before = {name[1:]: work.table.pop(name) for name in list(work.table) if name[0] == _BEFORE}
         if not enters.all():
@@ -321,7 +344,7 @@ class Assembler(Generic[J]):
         if work.active is not None:
             entry = entry[work.active]
         by_row = {int(entry[i]): why for i, why in sorted(rejected.items(), reverse=True)}
-        return [list(RowFailure(row, self._node.name, *why)) for row, why in sorted(by_row.items())]
+        return [list(RowFailure(row, self._node.name, *_carried(why))) for row, why in sorted(by_row.items())]
 
     def _riding(self, payload: Payload, made: Mapping[str, bytes]) -> dict[str, Packed]:
         node = self._node
@@ -383,16 +406,28 @@ def spread_rows(column: Column, kept: Index, total: int, before: Column | None, 
     return values
 
 
+def _is_column(value: object) -> bool:
+    return type(value) is list or (type(value) is np.ndarray and value.ndim > 0)
+
+
 def _truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
     if isinstance(column, np.ndarray):
         if column.ndim != 1:
             raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
         return column.astype(bool)
+    if any(isinstance(value, np.ndarray) and value.ndim for value in column):
+        raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
     return np.fromiter((bool(value) for value in column), bool, len(column))
 
 
 def _value(packed: Packed, fetched: Mapping[Ref, bytes | None]) -> Any:
     return codec.decode((packed if isinstance(packed, bytes) else fetched[packed]) or b"")
+
+
+def _carried(why: Rejection) -> Rejection:
+    """Short enough for a table of many, and Unicode: a stage's words may be anything."""
+    kind, message = (text[:_MAX_WHY].encode("utf-8", "replace").decode() for text in why[:2])
+    return Rejection(kind, message, why.attempts)
 
 
 def _encoded(name: str, column: Column) -> bytes:

@@ -10,6 +10,7 @@ from functools import partial
 
 import redis
 
+from torchrelay.errors import BytesLost
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
@@ -134,7 +135,8 @@ class StageLoop:
             Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
         )
         if opened.bad:
-            self._fail([Charge(h, self._failure(Failed(error))) for h, error in opened.bad])
+            faults = [(h, Failed(error, final=isinstance(error, BytesLost))) for h, error in opened.bad]
+            self._fail([self._charge(h, failed) for h, failed in faults])
         if opened.lost:
             gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
             self.committer.lose(opened.lost, self._failure(gone))
