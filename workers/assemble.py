@@ -51,7 +51,8 @@ class Incoming(NamedTuple, Generic[J]):
 class Work(Generic[J]):
     """One job made ready for its stage: `table` holds the `rows` rows that enter, of `total` that the job has here.
 
-    `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip.
+    `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip. `at`
+    is the stack that these rows stand at.
     """
 
     incoming: Incoming[J]
@@ -64,10 +65,21 @@ class Work(Generic[J]):
     active: Index | None = None
     skips: bool = False
     before: Mapping[str, Column] | None = None
+    at: tuple[int, ...] = ()
 
     @property
     def job(self) -> J:
         return self.incoming.job
+
+    @property
+    def submitted(self) -> int:
+        """How many rows the job was submitted with."""
+        return len(self.levels.counts(self.at[0])) if self.at else self.total
+
+    def entry_rows(self) -> Index:
+        """Which submitted row each row that enters came from."""
+        entry = self.levels.entry_rows(self.at, self.total)
+        return entry if self.active is None else entry[self.active]
 
 
 class Rejection(NamedTuple):
@@ -267,7 +279,7 @@ class Assembler(Generic[J]):
             table[local] = levels.align(value, stack, node.at)
             if len(table[local]) != total:
                 raise DecodeError(f"column {local!r} does not hold the job's {total} rows")
-        work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels)
+        work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels, at=node.at)
         if node.when is not None or len(hidden):
             self._select(work, failures_of(hidden))
         if job.missing is not None and work.rows:
@@ -340,9 +352,7 @@ class Assembler(Generic[J]):
         }
 
     def _failures(self, work: Work[J], rejected: Mapping[int, Rejection]) -> list[list[Any]]:
-        entry = work.levels.entry_rows(self._node.at, work.total)
-        if work.active is not None:
-            entry = entry[work.active]
+        entry = work.entry_rows()
         by_row = {int(entry[i]): why for i, why in sorted(rejected.items(), reverse=True)}
         return [list(RowFailure(row, self._node.name, *_carried(why))) for row, why in sorted(by_row.items())]
 

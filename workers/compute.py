@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol
 import numpy as np
 
 from torchrelay.config.columns import Column
-from torchrelay.errors import InputError, RetryLater
+from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
 from torchrelay.workers.assemble import J, Output, Rejection, Work
@@ -121,8 +121,13 @@ def _judged(work: Work[J], made: Made) -> Outcome:
 def _unless_refused(work: Work[J], output: Output) -> Outcome:
     """A job that is not to go on without some of its rows fails with the first of them."""
     if output.rejected and not work.incoming.keep:
-        row, first = min(output.rejected.items())
-        where = f"row {row}: " if work.rows > 1 else ""
+        number, first = min(output.rejected.items())
+        try:
+            # By the number that the submitter knows; of a row that was submitted alone, which of those made of it.
+            row = int(work.entry_rows()[number]) if work.submitted > 1 else number
+        except DecodeError as error:
+            return Failed(error)
+        where = f"row {row}: " if work.submitted > 1 or work.rows > 1 else ""
         return Failed(None, final=True, error_type=first.error_type, message=where + first.message)
     return output
 

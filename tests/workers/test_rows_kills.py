@@ -136,6 +136,10 @@ class Load:
                 error = future.exception(timeout_s)
                 assert isinstance(error, JobFailed)
                 assert error.error_type in bad.values(), error
+                if error.error_type == "Rejected":
+                    first = next(i for i, why in bad.items() if why == "Rejected")
+                    # Of a table, the submitted row; of a row alone, the one of its parts.
+                    assert error.message == f"row {first if len(rows) > 1 else 2}: {rows[first][1]}"
                 failed += 1
                 continue
             good = [i for i in range(len(rows)) if i not in bad]
