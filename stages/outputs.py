@@ -159,8 +159,12 @@ def _shares(
 ) -> list[Made]:
     shares: list[Made] = []
     row = start = 0
+    left = sorted(refused, reverse=True)
     for rows in job_rows:
-        mine = {i - row: why for i, why in refused.items() if row <= i < row + rows} if refused else {}
+        mine: dict[int, str] = {}
+        while left and left[-1] < row + rows:
+            number = left.pop()
+            mine[number - row] = refused[number]
         part = None if counts is None else counts[row : row + rows]
         end = start + (rows - len(mine) if part is None else int(part.sum()))
         shares.append(Made({name: column[start:end] for name, column in table.items()}, part, mine))
