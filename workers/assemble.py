@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 
@@ -29,93 +29,10 @@ from torchrelay.queues.job import (
     join_payloads,
 )
 from torchrelay.queues.levels import Levels, RowFailure, failures_of
-
-J = TypeVar("J")
-Index = np.ndarray[Any, np.dtype[np.int64]]
-
+from torchrelay.workers.rows import is_column, spread_rows, take_rows, truth
+from torchrelay.workers.work import Closed, Incoming, J, Opened, Output, Rejection, Work
 
 _NO_LEVELS = Levels({})
-
-
-class Incoming(NamedTuple, Generic[J]):
-    """One job as it comes to a node: `job` is the caller's own handle of it. `last`: this is its last attempt."""
-
-    job: J
-    payloads: Sequence[bytes]
-    rows: int
-    keep: bool = False
-    last: bool = False
-
-
-@dataclass(slots=True)
-class Work(Generic[J]):
-    """One job made ready for its stage: `table` holds the `rows` rows that enter, of `total` that the job has here.
-
-    `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip. `at`
-    is the stack that these rows stand at.
-    """
-
-    incoming: Incoming[J]
-    table: dict[str, Column]
-    rows: int
-    total: int
-    riding: Payload
-    fields: dict[str, Any]
-    levels: Levels
-    active: Index | None = None
-    skips: bool = False
-    before: Mapping[str, Column] | None = None
-    at: tuple[int, ...] = ()
-
-    @property
-    def job(self) -> J:
-        return self.incoming.job
-
-    @property
-    def submitted(self) -> int:
-        """How many rows the job was submitted with."""
-        return len(self.levels.counts(self.at[0])) if self.at else self.total
-
-    def entry_rows(self) -> Index:
-        """Which submitted row each row that enters came from."""
-        entry = self.levels.entry_rows(self.at, self.total)
-        return entry if self.active is None else entry[self.active]
-
-
-class Rejection(NamedTuple):
-    """Why one row goes no further."""
-
-    error_type: str
-    message: str
-    attempts: int
-
-
-class Output(NamedTuple):
-    """One job's part of a batch: columns of the rows that were made, and by row number those that were not.
-
-    `counts` has an entry per row that entered, None unless the stage expands.
-    """
-
-    columns: Mapping[str, Column]
-    counts: Index | None
-    rejected: Mapping[int, Rejection]
-
-
-class Closed(NamedTuple):
-    """What a node leaves of a job: columns that it made, those that ride along, and how many rows there are now."""
-
-    made: dict[str, bytes]
-    riding: dict[str, Packed]
-    origins: Origins | None
-    rows: int
-
-
-class Opened(NamedTuple, Generic[J]):
-    """A batch of jobs, ready or not: one bad job harms no other."""
-
-    ready: list[Work[J]]
-    bad: list[tuple[J, Exception]]
-    lost: list[J]
 
 
 @dataclass(slots=True)
@@ -200,7 +117,7 @@ class Assembler(Generic[J]):
             if type(packed) is not bytes:
                 return None
             value: Any = codec.decode(packed)
-            if not _is_column(value) or len(value) != rows:
+            if not is_column(value) or len(value) != rows:
                 return None  # the long way says what is wrong
             table[local] = value
         return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
@@ -274,7 +191,7 @@ class Assembler(Generic[J]):
         table: dict[str, Column] = {}
         for local, (packed, stack) in job.wanted.items():
             value = _value(packed, fetched)
-            if not _is_column(value):
+            if not is_column(value):
                 raise DecodeError(f"column {local!r} is no column")
             table[local] = levels.align(value, stack, node.at)
             if len(table[local]) != total:
@@ -294,7 +211,7 @@ class Assembler(Generic[J]):
         enters = alive
         if self._node.when is not None:
             # It is missing only where no row is alive.
-            enters = alive & _truth(work.table.pop(_WHEN)) if _WHEN in work.table else alive
+            enters = alive & truth(work.table.pop(_WHEN)) if _WHEN in work.table else alive
             work.skips = bool((alive & ~enters).any())
             work.before = {name[1:]: work.table.pop(name) for name in list(work.table) if name[0] == _BEFORE}
         if not enters.all():
@@ -392,42 +309,6 @@ def too_many_rows(stage: str, rows: int, limit: int) -> InputError:
 def in_order(columns: dict[str, Packed], output: Iterable[str] | None) -> dict[str, Packed]:
     """A result's columns as the pipeline's `output` lists them."""
     return {name: columns[name] for name in output or () if name in columns} | columns
-
-
-def take_rows(column: Column, index: Index) -> Column:
-    """Some rows of a column."""
-    return column[index] if isinstance(column, np.ndarray) else [column[i] for i in index.tolist()]
-
-
-def spread_rows(column: Column, kept: Index, total: int, before: Column | None, *, nulls: bool) -> Column:
-    """A column of `total` rows with the given ones at `kept`; the others have the value before, else null or zeros."""
-    base: Any = before
-    if isinstance(column, np.ndarray):
-        row = column.shape[1:]
-        if before is None and not nulls:
-            base = np.zeros((total, *row), column.dtype)
-        if isinstance(base, np.ndarray) and base.dtype == column.dtype and base.shape[1:] == row:
-            whole = base.copy()
-            whole[kept] = column
-            return whole
-    values: list[Any] = [None] * total if base is None else list(base)
-    for i, value in zip(kept.tolist(), column, strict=True):
-        values[i] = value
-    return values
-
-
-def _is_column(value: object) -> bool:
-    return type(value) is list or (type(value) is np.ndarray and value.ndim > 0)
-
-
-def _truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    if isinstance(column, np.ndarray):
-        if column.ndim != 1:
-            raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
-        return column.astype(bool)
-    if any(isinstance(value, np.ndarray) and value.ndim for value in column):
-        raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
-    return np.fromiter((bool(value) for value in column), bool, len(column))
 
 
 def _value(packed: Packed, fetched: Mapping[Ref, bytes | None]) -> Any:

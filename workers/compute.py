@@ -17,7 +17,7 @@ from torchrelay.config.columns import Column
 from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
-from torchrelay.workers.assemble import J, Output, Rejection, Work
+from torchrelay.workers.work import J, Output, Rejection, Work
 
 _FAULTS = (Exception, SystemExit)
 # So many rows that raise alone, and none that passes: the stage is at fault, not the rows.

@@ -16,7 +16,7 @@ from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers import progress
-from torchrelay.workers.assemble import Assembler, Incoming, Work
+from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Charge, Committer
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, Runs, compute, told
@@ -24,6 +24,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
 from torchrelay.workers.storage import Storage
+from torchrelay.workers.work import Incoming, Work
 
 log = logging.getLogger("torchrelay.worker")
 _SLOW_S = 0.02

@@ -16,10 +16,11 @@ from torchrelay.queues.channel import LOST
 from torchrelay.queues.job import Packed, Ref, encode_payload, split_inline
 from torchrelay.queues.keys import job_field
 from torchrelay.queues.transitions import Output
-from torchrelay.workers.assemble import Closed, in_order
+from torchrelay.workers.assemble import in_order
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
+from torchrelay.workers.work import Closed
 
 _ENDED_EVERY_S = 0.5
 

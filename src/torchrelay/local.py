@@ -37,9 +37,10 @@ from torchrelay.queues.job import (
 )
 from torchrelay.queues.levels import failures_of, result_rows
 from torchrelay.stages import Runner, StageContext, make_runner
-from torchrelay.workers.assemble import Assembler, Closed, Incoming, Work, in_order, too_many_rows
+from torchrelay.workers.assemble import Assembler, in_order, too_many_rows
 from torchrelay.workers.compute import Failed, GivenUp, compute, told
 from torchrelay.workers.device import pick_device
+from torchrelay.workers.work import Closed, Incoming, Work
 
 if TYPE_CHECKING:
     from torchrelay.config.graph import Graph, Node

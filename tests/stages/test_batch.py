@@ -39,7 +39,7 @@ def test_fixed_columns_are_joined_in_order() -> None:
 
 
 def test_one_job_is_not_copied() -> None:
-    """The values of a single job are used as they are, but neither arrays nor lists can be written through the batch."""
+    """Values of a single job are used as they are, but neither arrays nor lists can be written through the batch."""
     x, names = np.zeros((2, 3)), ["a", "b"]
     batch = assemble([{"x": x, "s": names}], [2])
     assert np.shares_memory(batch["x"], x)

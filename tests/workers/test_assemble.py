@@ -16,8 +16,9 @@ from torchrelay.queues.job import Packed, Ref, decode_payload, encode_payload
 from torchrelay.queues.levels import ResultTable, result_table
 from torchrelay.stages import Batch, Runner
 from torchrelay.stages.loading import make_stage
-from torchrelay.workers.assemble import Assembler, Incoming, Output, Work
+from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.compute import compute
+from torchrelay.workers.work import Incoming, Output, Work
 
 MakePipeline = Callable[..., Path]
 Function = Callable[[Batch], Any]

@@ -15,8 +15,8 @@ from torchrelay.errors import RetryLater
 from torchrelay.queues.job import Payload
 from torchrelay.queues.levels import Levels
 from torchrelay.stages import Batch, Expand, Runner, Stage
-from torchrelay.workers.assemble import Incoming, Output, Work
 from torchrelay.workers.compute import Failed, GivenUp, compute
+from torchrelay.workers.work import Incoming, Output, Work
 
 
 class Watch:

@@ -1,0 +1,97 @@
+"""What the parts of a worker hand each other about one job: as it comes, ready, computed, as it leaves. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from torchrelay.config.columns import Column
+from torchrelay.queues.job import Origins, Packed, Payload
+from torchrelay.queues.levels import Levels
+
+J = TypeVar("J")
+Index = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Incoming(NamedTuple, Generic[J]):
+    """One job as it comes to a node: `job` is the caller's own handle of it. `last`: this is its last attempt."""
+
+    job: J
+    payloads: Sequence[bytes]
+    rows: int
+    keep: bool = False
+    last: bool = False
+
+
+@dataclass(slots=True)
+class Work(Generic[J]):
+    """One job made ready for its stage: `table` holds the `rows` rows that enter, of `total` that the job has here.
+
+    `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip. `at`
+    is the stack that these rows stand at.
+    """
+
+    incoming: Incoming[J]
+    table: dict[str, Column]
+    rows: int
+    total: int
+    riding: Payload
+    fields: dict[str, Any]
+    levels: Levels
+    active: Index | None = None
+    skips: bool = False
+    before: Mapping[str, Column] | None = None
+    at: tuple[int, ...] = ()
+
+    @property
+    def job(self) -> J:
+        return self.incoming.job
+
+    @property
+    def submitted(self) -> int:
+        """How many rows the job was submitted with."""
+        return len(self.levels.counts(self.at[0])) if self.at else self.total
+
+    def entry_rows(self) -> Index:
+        """Which submitted row each row that enters came from."""
+        entry = self.levels.entry_rows(self.at, self.total)
+        return entry if self.active is None else entry[self.active]
+
+
+class Rejection(NamedTuple):
+    """Why one row goes no further."""
+
+    error_type: str
+    message: str
+    attempts: int
+
+
+class Output(NamedTuple):
+    """One job's part of a batch: columns of the rows that were made, and by row number those that were not.
+
+    `counts` has an entry per row that entered, None unless the stage expands.
+    """
+
+    columns: Mapping[str, Column]
+    counts: Index | None
+    rejected: Mapping[int, Rejection]
+
+
+class Closed(NamedTuple):
+    """What a node leaves of a job: columns that it made, those that ride along, and how many rows there are now."""
+
+    made: dict[str, bytes]
+    riding: dict[str, Packed]
+    origins: Origins | None
+    rows: int
+
+
+class Opened(NamedTuple, Generic[J]):
+    """A batch of jobs, ready or not: one bad job harms no other."""
+
+    ready: list[Work[J]]
+    bad: list[tuple[J, Exception]]
+    lost: list[J]
