@@ -85,7 +85,8 @@ def read_source(path: Path) -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        source.problems.append((at, f"not valid YAML: {error.problem or error.context}"))
+        quotes = '; put a type with brackets in quotes: "uint8[H, W, 3]"' if "got '['" in str(error.problem) else ""
+        source.problems.append((at, f"not valid YAML: {error.problem or error.context}{quotes}"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         source.problems.append(((1, 1), f"not valid YAML: {str(error).splitlines()[0] if str(error) else 'too deep'}"))
     finally:

@@ -63,6 +63,7 @@ class SubmitOptions:
         """Checks what the caller gave; raises InputError that names the option, the value and the range."""
         for name in options.keys() - Options.__annotations__.keys():
             near = difflib.get_close_matches(name, list(Options.__annotations__), 1)
+            near = ["deadline_s"] if name.startswith("timeout") else near
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(Options.__annotations__)}"
             raise InputError(f"unknown option {name!r:.60}; {hint}")
         deadline_s, keep_s = options.get("deadline_s"), options.get("keep_s")
@@ -154,7 +155,7 @@ class JobEncoder:
     def row(self, row: Mapping[str, Any], key: str | None = None) -> Draft:
         """One row as a table of one: checked against the declared columns, and each column encoded."""
         if not isinstance(row, Mapping):
-            raise InputError(f"a row is a mapping of column to value, not {type(row).__name__}")
+            raise InputError(f"a row is a mapping of column to value, not {type(row).__name__}; submit_many takes many")
         return self._keyed(Draft(_encoded(table_of_row(self._types, row))), key)
 
     def rows(self, rows: Iterable[Mapping[str, Any]], keys: Sequence[str] | None, first: int = 0) -> list[Draft]:

@@ -30,7 +30,8 @@ def find_status(registry: Registry, job_id: str) -> str:
     if record:
         return Terminal.decode(record).status
     if not client.hexists(keys.bucket(job_id), job_field(job_id)):
-        return "unknown"
+        # The news of its end was taken; that of a failed job's stays among the dead letters.
+        return "failed" if client.hexists(keys.dead, job_id) else "unknown"
     token = job_id.encode()
     grants: Any = client.hvals(keys.grants)
     for value in grants:

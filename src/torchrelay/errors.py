@@ -122,6 +122,9 @@ class JobError(TorchrelayError):
         self.traceback = traceback
         self.row = row
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __str__(self) -> str:
         where = f" at stage {self.stage!r}" if self.stage else ""
         kind = f"{self.error_type}: " if self.error_type else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -24,6 +25,8 @@ def test_every_pipeline_of_the_guide_checks(text: str, tmp_path: Path) -> None:
     whole = text if "pipeline" in data else "pipeline: shown\n" + text
     for use in re.findall(r"(\w+\.py):", text):
         (tmp_path / use).write_text("")
+    for weights in re.findall(r"weights: (\S+)", text):
+        (tmp_path / weights).write_bytes(b"")
     path = tmp_path / "pipeline.yaml"
     path.write_text(whole)
     pipeline = Pipeline.load(path)
@@ -57,3 +60,15 @@ def test_the_pipeline_in_python_runs_as_printed(tmp_path: Path, monkeypatch: pyt
     [row] = program.rows
     assert row["vector"].shape == (384,)
     assert set(row["vector"].tolist()) == {6.0}
+
+
+def test_the_torch_model_of_the_guide_computes() -> None:
+    """As printed, without weights: one row of scores for each row of tokens."""
+    from torchrelay import testing
+
+    space: dict[str, object] = {"__name__": "guide"}
+    exec(next(text for text in blocks("python") if "TorchStage" in text), space)
+    table = {"tokens": [np.array([5, 7, 9]), np.array([3])]}
+    made = testing.run_stage(space["Score"], table, args={"width": 8}, input={"tokens": "int64[*]"}, pad={"tokens": 0})
+    assert isinstance(made, dict)
+    assert made["logits"].shape == (2, 5)
