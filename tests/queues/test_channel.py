@@ -147,8 +147,8 @@ def test_a_pipelined_window_survives_a_line_that_is_cut_at_random(bad_lane, line
     seed = random.randrange(2**32)
     print("seed", seed)
     dice = random.Random(seed)
-    # Not each by its own dice: a run of luck would test nothing.
-    passing = [dice.randrange(20, 40)]
+    # Not each by its own dice: a run of luck would test nothing. The first soon, as packets may be few and large.
+    passing = [dice.randrange(3, 7)]
 
     def cut(to_server: bool, data: bytes) -> bool:
         passing[0] -= 1
