@@ -44,6 +44,10 @@ class Settings:
     """How far ahead of its arrival each point of priority places a job; a point of 100 is `high`."""
     results_max_bytes: int = 1 << 30
     """Unread results beyond this make `submit` raise QueueFull."""
+    arena_bytes: int = 1 << 30
+    """Shared memory that one process may take to hand large columns to others of its host; 0 turns that off."""
+    arena_dir: str = "/dev/shm"
+    """The tmpfs that holds it."""
     log: Literal["text", "json"] = "text"
     """Form of the workers' logs."""
 
@@ -69,6 +73,8 @@ class Settings:
         need("lease_ms", _whole(self.lease_ms, 500, 3_600_000), "a whole number from 500 to 3600000")
         need("priority_boost_ms_per_point", _whole(self.priority_boost_ms_per_point, 0, 10**8), "a whole number from 0")
         need("results_max_bytes", _whole(self.results_max_bytes, 1, 2**50), "a number of bytes from 1")
+        need("arena_bytes", _whole(self.arena_bytes, 0, 2**50), "a number of bytes from 0")
+        need("arena_dir", isinstance(self.arena_dir, str) and self.arena_dir.startswith("/"), "an absolute path")
         need("log", self.log in ("text", "json"), "text or json")
 
     @property
@@ -106,7 +112,7 @@ def _from_text(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise ConfigError(f"TORCHRELAY_{name.upper()} {text!r:.60} is not a whole number") from None
-    if name == "results_max_bytes":
+    if name in ("results_max_bytes", "arena_bytes"):
         try:
             return parse_bytes(int(text) if text.strip().isdecimal() else text)
         except (ConfigError, ValueError) as error:

@@ -38,6 +38,7 @@ from torchrelay.queues.channel import LOST
 from torchrelay.queues.connection import open_broker
 from torchrelay.queues.job import Terminal
 from torchrelay.queues.keys import lane_of
+from torchrelay.queues.placement import Placer, open_writer
 from torchrelay.queues.registry import Registry, run
 
 WARN_AFTER_S = 5.0
@@ -76,7 +77,8 @@ class Core:
                 self._registry.open()
                 self.inbox = Inbox(client, self._registry.lanes)
                 limit = self.settings.results_max_bytes
-                self.submitter = Submitter(client, self._registry.lanes, self.inbox, self, limit, self._rest)
+                placer = Placer(self._registry, open_writer(self._registry, self.settings))
+                self.submitter = Submitter(client, self._registry.lanes, self.inbox, self, limit, self._rest, placer)
                 self.submitter.start()
                 self.opened = True
         return self

@@ -6,15 +6,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 from zlib import crc32
 
 from torchrelay.config.columns import check_table, table_of_row
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.futures import JobFuture
 from torchrelay.queues import codec
+from torchrelay.queues.codec import Message
 from torchrelay.queues.job import (
     FLAG_HIGH,
     FLAG_KEEP,
@@ -22,10 +23,12 @@ from torchrelay.queues.job import (
     FLAG_TABLE,
     FLAG_UNTIL_ACK,
     Packed,
+    Place,
     Ref,
     encode_payload,
     split_inline,
 )
+from torchrelay.queues.placement import readers_of
 from torchrelay.queues.priority import Priority, parse_priority
 from torchrelay.queues.registry import Registered
 from torchrelay.queues.transitions import NewJob
@@ -45,11 +48,15 @@ class Options(TypedDict, total=False):
     keep_s: int | None
     wait_s: float
     meta: Mapping[str, Any] | None
+    durable: bool
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """How jobs are to be treated; seconds. `keep_s` None keeps a result until it is delivered, at most an hour."""
+    """How jobs are to be treated; seconds. `keep_s` None keeps a result until it is delivered, at most an hour.
+
+    Without `durable`, large columns may lie in this host's shared memory alone.
+    """
 
     priority: int = Priority.MEDIUM
     deadline_s: float | None = None
@@ -57,6 +64,7 @@ class SubmitOptions:
     keep_s: int | None = None
     meta: bytes = b""
     wait_s: float = 0.0
+    durable: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> SubmitOptions:
@@ -66,7 +74,9 @@ class SubmitOptions:
             near = ["deadline_s"] if name.startswith("timeout") else near
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(Options.__annotations__)}"
             raise InputError(f"unknown option {name!r:.60}; {hint}")
-        deadline_s, keep_s = options.get("deadline_s"), options.get("keep_s")
+        deadline_s, keep_s, durable = options.get("deadline_s"), options.get("keep_s"), options.get("durable", True)
+        if not isinstance(durable, bool):
+            raise InputError(f"durable {durable!r:.60} must be True or False")
         return cls(
             parse_priority(options.get("priority", Priority.MEDIUM)),
             None if deadline_s is None else _seconds("deadline_s", deadline_s, least=0.001),
@@ -74,6 +84,7 @@ class SubmitOptions:
             None if keep_s is None else math.ceil(_seconds("keep_s", keep_s, least=0.0)),
             _packed_meta(options.get("meta")),
             _wait(options.get("wait_s", 0.0)),
+            durable,
         )
 
 
@@ -126,16 +137,29 @@ class Owner(Protocol):
 class Draft:
     """A checked row or table on its way: what is needed to encode it, again if its id turns out to be taken.
 
-    `owner`, where there is one, is told what became of its draft `number`.
+    Large arrays in `columns` are the caller's own until the draft is sent. `owner`, where there is one, is told what
+    became of its draft `number`.
     """
 
-    columns: dict[str, bytes]
+    columns: dict[str, Message]
     rows: int = 1
     flags: int = 0
     digest: bytes = b""
     key: str = ""
     owner: Owner | None = None
     number: int = 0
+
+
+class Encoded(NamedTuple):
+    """A job ready to send: `blobs` are to be written to Redis before it, `places` hold columns in shared memory."""
+
+    job: NewJob
+    blobs: dict[str, Message]
+    places: list[Place]
+
+
+Store = Callable[[str, Message, Sequence[str], SubmitOptions], Place | None]
+"""Finds a place in shared memory for the bytes of this name that these nodes will read; None where there is none."""
 
 
 class JobEncoder:
@@ -146,6 +170,7 @@ class JobEncoder:
         self._types = registered.pipeline.input
         self._graph = registered.pipeline.graph
         self._boost = boost_ms_per_point
+        self._readers_of: dict[str, list[str]] = {}
 
     @property
     def ref(self) -> str:
@@ -192,16 +217,21 @@ class JobEncoder:
             draft.digest, draft.key = key_digest(self.registered.pipeline.name, key), key
         return draft
 
-    def encode(self, job_id: str, draft: Draft, options: SubmitOptions) -> tuple[NewJob, dict[str, bytes]]:
-        """The job, and the blobs to write before it: name -> bytes."""
+    def encode(self, job_id: str, draft: Draft, options: SubmitOptions, store: Store) -> Encoded:
+        """The job, with its large columns where `store` finds a place for them."""
         inline, large = split_inline(draft.columns)
         columns: dict[str, Packed] = dict(inline)
-        blobs: dict[str, bytes] = {}
+        blobs: dict[str, Message] = {}
+        places: list[Place] = []
         refs = ""
-        for column, data in large.items():
+        for column, message in large.items():
             name = f"{job_id}.0.in.{column}"
-            blobs[name] = data
-            ref = Ref.of(name, len(data))
+            place = store(name, message, self._readers(column), options)
+            if place is not None:
+                places.append(place)
+            if place is None or options.durable:
+                blobs[name] = message
+            ref = Ref.of(name, len(message), place, in_redis=name in blobs)
             columns[column] = ref
             refs += ref.text(self._graph.consumers(column, 0))
         payload = encode_payload(columns, options.meta)
@@ -218,14 +248,19 @@ class JobEncoder:
         boost_ms = options.priority * self._boost
         delay_ms = options.delay_s * 1000.0
         job = NewJob(job_id, payload, draft.rows, nbytes, boost_ms, delay_ms, deadline_ms, keep_s, flags, refs, digest)
-        return job, blobs
+        return Encoded(job, blobs, places)
+
+    def _readers(self, column: str) -> list[str]:
+        if column not in self._readers_of:
+            self._readers_of[column] = readers_of(self._graph, self.ref, column, 0)
+        return self._readers_of[column]
 
 
-def _encoded(columns: Mapping[str, Any]) -> dict[str, bytes]:
-    encoded: dict[str, bytes] = {}
+def _encoded(columns: Mapping[str, Any]) -> dict[str, Message]:
+    encoded: dict[str, Message] = {}
     for name, column in columns.items():
         try:
-            encoded[name] = codec.encode(column)
+            encoded[name] = codec.message(column)
         except InputError as error:
             raise InputError(f"column {name!r}: {error}") from error
     return encoded
@@ -235,5 +270,6 @@ def _content(draft: Draft) -> bytes:
     """16 bytes that stand for what is submitted: a table is never the same job as a row, nor with other errors."""
     content = hashlib.blake2b(bytes([draft.flags]) if draft.flags else b"", digest_size=16)
     for column in sorted(draft.columns):
-        content.update(column.encode() + b"\0" + draft.columns[column])
+        content.update(column.encode() + b"\0")
+        content.update(codec.join(draft.columns[column]))
     return content.digest()

@@ -77,6 +77,8 @@ class Relay:
           an hour with a key); 0 keeps nothing: fire and forget
         - `wait_s`: how long to wait for room while the entry queue is full (default 0)
         - `meta`: a small mapping that travels with the job to `batch.meta`
+        - `durable`: False lets columns over 4 KiB lie in this host's shared memory alone, where every worker that reads
+          them is on this host; such a job fails with BytesLost if it has to start anew and the memory is gone
 
         Raises InputError for a row that does not fit, QueueFull when the entry queue stays full for `wait_s` seconds,
         RunConflict for a key that was used with another row, PipelineNotFound.

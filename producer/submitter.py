@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,10 @@ from torchrelay.producer.inbox import Inbox
 from torchrelay.producer.lookups import reached
 from torchrelay.queues.blobs import write_blobs
 from torchrelay.queues.channel import LOST, Channel, Pending
+from torchrelay.queues.codec import Message
+from torchrelay.queues.job import Place
 from torchrelay.queues.keys import IdSource
+from torchrelay.queues.placement import Placer
 from torchrelay.queues.transitions import (
     MAX_BYTES_PER_CALL,
     MAX_JOBS_PER_CALL,
@@ -34,6 +37,9 @@ from torchrelay.queues.transitions import (
 
 IN_FLIGHT = 8
 _STALE_S = 0.005
+# A call carries so many times more bytes out of band than inline: beyond them the next call takes over.
+_OUT_OF_BAND = 32
+_ROOM_S = 5.0
 
 log = logging.getLogger("torchrelay.producer")
 
@@ -53,7 +59,8 @@ class Item:
     draft: Draft
     job: NewJob
     future: JobFuture[Any]
-    blobs: dict[str, bytes]
+    blobs: dict[str, Message]
+    places: list[Place]
 
 
 @dataclass(slots=True)
@@ -86,8 +93,10 @@ class Submitter:
         source: Source,
         results_max_bytes: int,
         rest: Callable[[float], None],
+        placer: Placer,
     ) -> None:
         """`rest` sleeps so many seconds and lets others use the submitter meanwhile."""
+        self._placer = placer
         self._client = client
         self._lanes = lanes
         self._inbox = inbox
@@ -109,6 +118,8 @@ class Submitter:
 
     def close(self) -> None:
         self._channel.close()
+        if self._placer.writer is not None:
+            self._placer.writer.close()
 
     def _new_client(self, lane: int) -> None:
         ids = IdSource(lane)
@@ -150,7 +161,9 @@ class Submitter:
             while flight:
                 finish()
         except BaseException:
-            self._inbox.forget(item.future for parcel in flight for item in parcel.items)
+            for parcel in flight:
+                self._inbox.forget(item.future for item in parcel.items)
+                self._settle_places(parcel.items, None)
             raise
         if refusal is not None:
             outcomes.extend([refusal] * (len(drafts) - len(outcomes)))
@@ -173,13 +186,28 @@ class Submitter:
                 lane = lane if draft.digest else turn
             parcel_lane = lane
             items.append(self._item(encoder, lane, draft, options))
-            nbytes += len(items[-1].job.payload)
+            nbytes += len(items[-1].job.payload) + items[-1].job.nbytes // _OUT_OF_BAND
         if items:
             yield Parcel(encoder, options, parcel_lane, items)
 
     def _item(self, encoder: JobEncoder, lane: int, draft: Draft, options: SubmitOptions) -> Item:
-        job, blobs = encoder.encode(self._ids[lane].take(), draft, options)
-        return Item(draft, job, JobFuture(self._source, job.id, encoder.ref), blobs)
+        def store(name: str, message: Message, readers: Sequence[str], options: SubmitOptions) -> Place | None:
+            patience_s = 0.0 if options.durable else min(options.wait_s, _ROOM_S)
+            return self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
+
+        job, blobs, places = encoder.encode(self._ids[lane].take(), draft, options, store)
+        return Item(draft, job, JobFuture(self._source, job.id, encoder.ref), blobs, places)
+
+    def _settle_places(self, items: Iterable[Item], statuses: str | None) -> None:
+        """Shared memory of jobs that went in stays until it is read; that of refused ones goes. None: nobody knows."""
+        writer = self._placer.writer
+        if writer is None:
+            return
+        for number, item in enumerate(items):
+            if item.places and (statuses is None or statuses[number : number + 1] == "n"):
+                writer.publish(item.places)
+            elif item.places:
+                writer.free(item.places)
 
     def dispatch(self, parcel: Parcel) -> None:
         """Sends a parcel; its answer is for `settle`. Raises QueueFull when there is no memory for its blobs."""
@@ -210,6 +238,7 @@ class Submitter:
         pending, parcel.pending = parcel.pending, None
         assert pending is not None  # dispatched above
         answer = pending.result()
+        self._settle_places(parcel.items, answer.statuses)
         now = time.monotonic()
         for item in parcel.items:
             item.future.submitted_at = now
@@ -278,12 +307,15 @@ class Submitter:
     def drop(self, parcel: Parcel, why: TorchrelayError) -> None:
         """Forgets a parcel that did not go in; where that is certain, its blobs go at once, not in ten minutes."""
         self._inbox.forget(item.future for item in parcel.items)
-        if parcel.written and isinstance(why, QueueFull):
+        certain = isinstance(why, QueueFull)
+        self._settle_places(parcel.items, "" if certain else None)
+        if parcel.written and certain:
             self._delete_blobs(parcel.lane, parcel.items)
 
     def take_out(self, parcel: Parcel, unwanted: list[Item]) -> None:
         """Takes jobs out of a parcel that waits for room."""
         self._inbox.forget(item.future for item in unwanted)
+        self._settle_places(unwanted, "")
         left = set(parcel.items).difference(unwanted)
         parcel.items = [item for item in parcel.items if item in left]
         if parcel.written:

@@ -12,6 +12,7 @@ import redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from torchrelay.errors import BytesLost, QueueFull
+from torchrelay.queues.codec import Message, join
 from torchrelay.queues.job import CHUNK_BYTES, Ref
 from torchrelay.queues.registry import run
 from torchrelay.queues.scripts import explain
@@ -21,7 +22,7 @@ UNRECORDED_TTL_MS = 600_000
 _PIPELINE_BYTES = 32 << 20
 
 
-def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, bytes], *, must_pass: bool = False) -> None:
+def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, Message], *, must_pass: bool = False) -> None:
     """Writes blobs by name, many in one round trip.
 
     Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises
@@ -35,16 +36,17 @@ def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, bytes],
             raise QueueFull(
                 "the server is at its maxmemory; wait for workers to drain it, or raise maxmemory"
             ) from error
-        for name, data in blobs.items():
+        for name, message in blobs.items():
+            data = join(message)
             for number, at in enumerate(range(0, len(data), CHUNK_BYTES)):
                 run(client, lane.put_chunk(name, number, data[at : at + CHUNK_BYTES], UNRECORDED_TTL_MS))
     except ResponseError as error:
         raise explain("blob", str(error)) from error
 
 
-def _parts(blobs: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
+def _parts(blobs: dict[str, Message]) -> Iterator[dict[str, Message]]:
     """Groups of blobs, each small enough to be held once more by the connection."""
-    part: dict[str, bytes] = {}
+    part: dict[str, Message] = {}
     size = 0
     for name, data in blobs.items():
         if part and size + len(data) > _PIPELINE_BYTES:
@@ -55,13 +57,13 @@ def _parts(blobs: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
     yield part
 
 
-def _write(client: redis.Redis, lane: Transitions, blobs: dict[str, bytes]) -> None:
+def _write(client: redis.Redis, lane: Transitions, blobs: dict[str, Message]) -> None:
     pipe = client.pipeline(transaction=False)
-    for name, data in blobs.items():
+    for name, message in blobs.items():
         key = lane.keys.blob(name)
-        view = memoryview(data)
+        view = memoryview(join(message))
         pipe.delete(key)
-        for number, at in enumerate(range(0, len(data), CHUNK_BYTES)):
+        for number, at in enumerate(range(0, len(view), CHUNK_BYTES)):
             pipe.hset(key, str(number), view[at : at + CHUNK_BYTES])
         pipe.pexpire(key, UNRECORDED_TTL_MS)
     pipe.execute()
@@ -78,7 +80,7 @@ def read_blobs(client: redis.Redis, lane: Transitions, refs: list[Ref]) -> list[
 
 
 def fetch_blobs(client: redis.Redis, lane: Transitions, refs: list[Ref]) -> list[bytes | None]:
-    """The bytes behind the refs, in order, in one round trip; None for one that is gone or cut."""
+    """The bytes that Redis holds of the refs, in order, in one round trip; None for one that is gone or cut."""
     pipe = client.pipeline(transaction=False)
     for ref in refs:
         for number in range(ref.chunks):
@@ -87,7 +89,7 @@ def fetch_blobs(client: redis.Redis, lane: Transitions, refs: list[Ref]) -> list
     out: list[bytes | None] = []
     for ref in refs:
         parts = [next(chunks) for _ in range(ref.chunks)]
-        if any(p is None for p in parts) or sum(map(len, parts)) != ref.nbytes:
+        if not parts or any(p is None for p in parts) or sum(map(len, parts)) != ref.nbytes:
             out.append(None)
         else:
             out.append(parts[0] if len(parts) == 1 else b"".join(parts))

@@ -11,6 +11,9 @@ itself one valid msgpack object, an ext 32 of type 3:
     u32 little-endian size of the head, the head (msgpack), then per tensor, in the head's order:
     zeros up to the next multiple of 64 from the frame's first byte, the elements
 
+`message` stops half way: it gives the parts of a frame with the large arrays still where they are, so that `copy_into`
+can put them where they are wanted (a block of shared memory) with one copy.
+
 Promise: `decode` raises `DecodeError` and nothing else, whatever the bytes are; floats and arrays are carried bit
 for bit. Imports neither torch nor redis.
 """
@@ -31,7 +34,19 @@ from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues import tensors
 from torchrelay.queues.tensors import DTYPES, BadValue
 
-__all__ = ["DEFAULT_LIMITS", "DTYPES", "INLINE_BYTES", "Limits", "decode", "encode"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "DTYPES",
+    "INLINE_BYTES",
+    "Frame",
+    "Limits",
+    "Message",
+    "copy_into",
+    "decode",
+    "encode",
+    "join",
+    "message",
+]
 
 INLINE_BYTES: Final = 1024
 
@@ -70,6 +85,60 @@ class Limits:
 DEFAULT_LIMITS: Final = Limits()
 
 
+class Frame:
+    """A frame in parts: `len()` is the size of the whole. Keep its arrays unchanged until it is joined or copied."""
+
+    __slots__ = ("_head", "_nbytes", "_tail")
+
+    def __init__(self, head: bytes, tail: list[np.ndarray]) -> None:
+        end = _FRAME_START + len(head)
+        self._tail: list[tuple[int, np.ndarray]] = []
+        for array in tail:
+            end += -end % tensors.TAIL_ALIGN
+            self._tail.append((end, array))
+            end += array.nbytes
+        self._nbytes = end
+        self._head = _FRAME_HEAD.pack(0xC9, end - _FRAME_HEAD.size, _FRAME) + _U32.pack(len(head)) + head
+
+    def __len__(self) -> int:
+        return self._nbytes
+
+    def join(self) -> bytes:
+        """The whole message."""
+        parts: list[bytes | memoryview] = [self._head]
+        end = len(self._head)
+        for start, array in self._tail:
+            # Through uint8, because the buffer protocol does not know the dtypes of ml_dtypes.
+            parts += (bytes(start - end), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            end = start + array.nbytes
+        return b"".join(parts)
+
+    def copy_into(self, room: memoryview) -> None:
+        """Writes the message to the first `len(self)` of writable bytes; an array of any layout is copied once."""
+        room[: len(self._head)] = self._head
+        end = len(self._head)
+        for start, array in self._tail:
+            room[end:start] = bytes(start - end)
+            np.copyto(np.ndarray(array.shape, array.dtype, buffer=room, offset=start), array)
+            end = start + array.nbytes
+
+
+Message = bytes | Frame
+
+
+def copy_into(message: Message, room: memoryview) -> None:
+    """Writes a message to the first `len(message)` of writable bytes."""
+    if isinstance(message, Frame):
+        message.copy_into(room)
+    else:
+        np.copyto(np.frombuffer(room, np.uint8, len(message)), np.frombuffer(message, np.uint8))
+
+
+def join(message: Message) -> bytes:
+    """A message as bytes."""
+    return message.join() if isinstance(message, Frame) else message
+
+
 def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """Turn a value into bytes.
 
@@ -85,6 +154,11 @@ def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
             str, void, datetime or longdouble, a masked array, an int over 64 bits, a dict key that is not a str,
             a str that is not Unicode) or is above a limit.
     """
+    return join(message(value, limits))
+
+
+def message(value: object, limits: Limits = DEFAULT_LIMITS) -> Message:
+    """What `encode` gives, with large arrays still uncopied; raises as it does."""
     try:
         if isinstance(value, _CHECKED):
             _check(value, limits)
@@ -167,7 +241,7 @@ class _Encoder:
         self._tail_bytes = 0
         self._limits = DEFAULT_LIMITS
 
-    def encode(self, value: object, limits: Limits) -> bytes:
+    def encode(self, value: object, limits: Limits) -> Message:
         self._limits = limits
         head: bytes = self._packer.pack(value)
         if len(head) > _KEEP_PACKER_BYTES:
@@ -175,7 +249,7 @@ class _Encoder:
         if not self._tail:
             return head
         tail, self._tail, self._tail_bytes = self._tail, [], 0
-        return _frame(head, tail)
+        return Frame(head, tail)
 
     def _pack_other(self, value: object) -> msgpack.ExtType:
         array = tensors.wire_array(value, self._limits.max_ndim)
@@ -186,18 +260,6 @@ class _Encoder:
             raise BadValue(f"its arrays are above the limit of {self._limits.max_bytes} bytes")
         self._tail.append(array)
         return msgpack.ExtType(tensors.TENSOR_CODE, tensors.pack_head(array, tensors.TAIL))
-
-
-def _frame(head: bytes, tail: list[np.ndarray]) -> bytes:
-    parts: list[bytes | memoryview] = [b"", head]
-    end = _FRAME_START + len(head)
-    for array in tail:
-        pad = -end % tensors.TAIL_ALIGN
-        # Through uint8, because the buffer protocol does not know the dtypes of ml_dtypes.
-        parts += (bytes(pad), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        end += pad + array.nbytes
-    parts[0] = _FRAME_HEAD.pack(0xC9, end - _FRAME_HEAD.size, _FRAME) + _U32.pack(len(head))
-    return b"".join(parts)
 
 
 class _Local(threading.local):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from torchrelay.errors import DecodeError, InputError
+from torchrelay.queues.codec import Message, join
 
 HEAD = struct.Struct("<ddIIIIHBBBBBBH")
 FORK = struct.Struct("<BBBBII")
@@ -33,21 +34,44 @@ MAX_ROWS = 2**31 - 1
 _REF_CODE = 2
 _SEPARATORS = re.compile("[:,;]")
 _INPUT = re.compile(r"[0-9A-Za-z~]+\.0\.")
+_BLOB = re.compile(r"[0-9A-Za-z~]+\.\d{1,3}\.[^.]+\..+", re.DOTALL)
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
+
+
+class Place(NamedTuple):
+    """A block of shared memory: in which arena of which host, and the generation in which it holds what is meant."""
+
+    host: int
+    arena: str
+    segment: int
+    slot: int
+    generation: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Where a column's bytes lie in Redis: a blob of `chunks` chunks and `nbytes` bytes, as `codec` encoded them."""
+    """Where a column's `nbytes` bytes lie, as `codec` encoded them: in Redis as a blob of `chunks` chunks (0 where it
+    does not hold them), in a block of shared memory at `place`, or in both."""
 
     name: str
     chunks: int
     nbytes: int
+    place: Place | None = None
 
     @classmethod
-    def of(cls, name: str, nbytes: int) -> Ref:
-        """The ref of a blob of so many bytes, in chunks of CHUNK_BYTES."""
-        return cls(name, max(1, -(-nbytes // CHUNK_BYTES)), nbytes)
+    def of(cls, name: str, nbytes: int, place: Place | None = None, *, in_redis: bool = True) -> Ref:
+        """The ref of so many bytes; in Redis they lie in chunks of CHUNK_BYTES."""
+        return cls(name, max(1, -(-nbytes // CHUNK_BYTES)) if in_redis else 0, nbytes, place)
+
+    @property
+    def maker(self) -> int:
+        """The number of the node that made it, 0 for the input."""
+        return int(self.name.split(".", 2)[1])
+
+    @property
+    def column(self) -> str:
+        return self.name.split(".", 3)[3]
 
     @property
     def of_input(self) -> bool:
@@ -71,7 +95,7 @@ Packed = bytes | Ref
 
 def _default(value: object) -> msgpack.ExtType:
     if isinstance(value, Ref):
-        return msgpack.ExtType(_REF_CODE, msgpack.packb((value.name, value.chunks, value.nbytes)))
+        return msgpack.ExtType(_REF_CODE, msgpack.packb((value.name, value.chunks, value.nbytes, *(value.place or ()))))
     raise TypeError(f"{type(value).__name__} has no place in a payload")
 
 
@@ -79,9 +103,12 @@ def _ext_hook(code: int, data: bytes) -> Ref:
     if code != _REF_CODE:
         raise DecodeError(f"payload holds the unknown extension {code}", length=len(data))
     parts = msgpack.unpackb(data)
-    if not (isinstance(parts, list) and [type(p) for p in parts] == [str, int, int] and parts[1] > 0 and parts[2] >= 0):
+    types = [type(p) for p in parts] if isinstance(parts, list) else []
+    in_redis, in_arena = types[:3] == [str, int, int] and parts[1] > 0, types[3:] == [int, str, int, int, int, int]
+    sound = types[:3] == [str, int, int] and (in_redis or in_arena) and (in_arena or not types[3:])
+    if not sound or any(type(p) is int and p < 0 for p in parts) or (in_arena and not _BLOB.fullmatch(parts[0])):
         raise DecodeError("payload holds a malformed ref", length=len(data))
-    return Ref(*parts)
+    return Ref(parts[0], parts[1], parts[2], Place(*parts[3:]) if in_arena else None)
 
 
 # Column -> (rank of the node that made it, *the stack of expanding nodes it was made at). Under AT, in a result, the
@@ -120,18 +147,18 @@ def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"", origins: Or
     return packed
 
 
-def split_inline(columns: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+def split_inline(columns: Mapping[str, Message]) -> tuple[dict[str, bytes], dict[str, Message]]:
     """(inline, out of band): the largest columns leave until the rest is at most INLINE_MAX_BYTES."""
     total = sum(map(len, columns.values()))
     if total <= INLINE_MAX_BYTES:
-        return dict(columns), {}
+        return {name: join(message) for name, message in columns.items()}, {}
     inline, large = dict(columns), {}
     for name in sorted(columns, key=lambda n: len(columns[n]), reverse=True):
         if total <= INLINE_MAX_BYTES:
             break
         large[name] = inline.pop(name)
         total -= len(large[name])
-    return inline, large
+    return {name: join(message) for name, message in inline.items()}, large
 
 
 def _checked(value: object, length: int) -> Payload:

@@ -9,15 +9,15 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import redis
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import BrokerMisconfigured, InputError, PipelineNotFound
-from torchrelay.queues.keys import ControlKeys, LaneKeys, lane_of
+from torchrelay.queues.keys import ControlKeys, LaneKeys, lane_of, new_token
 from torchrelay.queues.scripts import Arg, Call, explain, script
 from torchrelay.queues.transitions import Transitions, pack_graph
 
@@ -45,7 +45,10 @@ class Reign(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What a worker tells of itself with each heartbeat. Times are seconds of the worker's own clock."""
+    """What a worker tells of itself with each heartbeat. Times are seconds of the worker's own clock.
+
+    `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went.
+    """
 
     worker: str
     host: str
@@ -60,6 +63,8 @@ class WorkerReport:
     max_rows: int = 1
     busy_s: float = 0.0
     failures: int = 0
+    host_id: str = ""
+    moved: dict[str, int] = field(default_factory=dict)
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -112,6 +117,15 @@ class Registry:
                 )
             created = created or fresh
         return created
+
+    def namespace_id(self) -> str:
+        """What tells this namespace from all others, on whatever server and by whatever URL: it names its folders."""
+        meta = self.lanes[0].keys.meta
+        try:
+            self.client.hsetnx(meta, "arena", new_token(8))
+        except OutOfMemoryError:
+            pass  # then it is there, or there is no shared memory until there is room
+        return _text(self.client.hget(meta, "arena"))
 
     def register(self, pipeline: Pipeline, *, current: bool = True) -> Registered:
         """Makes a version known in every lane, and the one that new jobs take. Idempotent; updates tuning.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,23 @@ def private_server(*options: str) -> Iterator[PrivateServer]:
             yield server.start()
         finally:
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def arena_dir() -> Iterator[Path]:
+    """The session's own place for shared memory."""
+    folder = tempfile.mkdtemp(prefix="trs-arena-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    os.environ["TORCHRELAY_ARENA_DIR"] = folder
+    yield Path(folder)
+    del os.environ["TORCHRELAY_ARENA_DIR"]
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_shared_memory_left(arena_dir: Path) -> Iterator[None]:
+    """Whatever a test does, and whoever dies in it: once its processes are gone, so is their shared memory."""
+    yield
+    wait_until(lambda: not list(arena_dir.rglob("*.data")), 5.0)
 
 
 @pytest.fixture(scope="session")

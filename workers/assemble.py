@@ -53,7 +53,8 @@ class _Parsed(Generic[J]):
 
 _MAX_WHY = 1000
 _WHEN, _BEFORE = "?", "<"  # beside the stage's own names, among what is read of a job
-_Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[bytes | None]]
+_Bytes = bytes | memoryview
+_Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[_Bytes | None]]
 
 
 class Assembler(Generic[J]):
@@ -183,7 +184,7 @@ class Assembler(Generic[J]):
                 )
         return merged.columns[column], origin[1:]
 
-    def _decode(self, job: _Parsed[J], fetched: Mapping[Ref, bytes | None]) -> Work[J]:
+    def _decode(self, job: _Parsed[J], fetched: Mapping[Ref, _Bytes | None]) -> Work[J]:
         incoming, node = job.incoming, self._node
         hidden = {name: _value(packed, fetched) for name, packed in job.hidden.items()}
         levels = Levels.of(hidden)
@@ -228,7 +229,7 @@ class Assembler(Generic[J]):
         if self._short and output.counts is None and not output.rejected and not work.incoming.keep:
             return self._close_shortly(work, output)
         columns, total = dict(output.columns), work.total
-        made: dict[str, bytes] = {}
+        made: dict[str, codec.Message] = {}
         if output.counts is not None:
             counts = np.zeros(work.total, np.uint32)
             counts[slice(None) if work.active is None else work.active] = output.counts
@@ -248,7 +249,8 @@ class Assembler(Generic[J]):
 
     def _close_shortly(self, work: Work[J], output: Output) -> Closed:
         """Of a plain chain, without rejected rows."""
-        keeps, made = self._node.keeps, {}
+        keeps = self._node.keeps
+        made: dict[str, codec.Message] = {}
         for name, column in output.columns.items():
             if keeps is None or name in keeps:
                 made[name] = _encoded(name, column)
@@ -273,7 +275,7 @@ class Assembler(Generic[J]):
         by_row = {int(entry[i]): why for i, why in sorted(rejected.items(), reverse=True)}
         return [list(RowFailure(row, self._node.name, *_carried(why))) for row, why in sorted(by_row.items())]
 
-    def _riding(self, payload: Payload, made: Mapping[str, bytes]) -> dict[str, Packed]:
+    def _riding(self, payload: Payload, made: Mapping[str, object]) -> dict[str, Packed]:
         node = self._node
         kept: dict[str, Packed] = {}
         stacks = set(node.stack)
@@ -289,7 +291,7 @@ class Assembler(Generic[J]):
                 kept[name] = packed
         return kept
 
-    def _origins(self, old: Origins, made: Mapping[str, bytes], riding: Mapping[str, Packed]) -> Origins:
+    def _origins(self, old: Origins, made: Mapping[str, object], riding: Mapping[str, Packed]) -> Origins:
         node = self._node
         origins = {name: origin for name, origin in old.items() if name in riding and not is_hidden(name)}
         origins.update((name, (node.rank, *node.stack)) for name in made if not is_hidden(name))
@@ -311,7 +313,7 @@ def in_order(columns: dict[str, Packed], output: Iterable[str] | None) -> dict[s
     return {name: columns[name] for name in output or () if name in columns} | columns
 
 
-def _value(packed: Packed, fetched: Mapping[Ref, bytes | None]) -> Any:
+def _value(packed: Packed, fetched: Mapping[Ref, _Bytes | None]) -> Any:
     return codec.decode((packed if isinstance(packed, bytes) else fetched[packed]) or b"")
 
 
@@ -321,9 +323,9 @@ def _carried(why: Rejection) -> Rejection:
     return Rejection(kind, message, why.attempts)
 
 
-def _encoded(name: str, column: Column) -> bytes:
+def _encoded(name: str, column: Column) -> codec.Message:
     try:
-        return codec.encode(column)
+        return codec.message(column)
     except InputError as error:
         raise InputError(f"column {name!r}: {error}") from error
 

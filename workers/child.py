@@ -23,6 +23,7 @@ import redis
 
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.registry import Registry
@@ -33,6 +34,7 @@ from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.loop import StageLoop
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.progress import ProgressPage
+from torchrelay.workers.storage import SharedMemory
 
 log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER = range(6)
@@ -56,6 +58,8 @@ class Orders:
     worker: str
     page: str
     log: Literal["text", "json"]
+    arena_bytes: int
+    arena_dir: str
 
     def encode(self) -> str:
         return json.dumps(asdict(self)) + "\n"
@@ -125,7 +129,8 @@ def serve(orders: Orders, stop: _Stop) -> None:
     page.path.unlink(missing_ok=True)
     try:
         log.info("ready on %s", device)
-        StageLoop(context, runner, client, page, stop).run()
+        settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)
+        StageLoop(context, runner, client, page, stop, SharedMemory.open(registry, settings)).run()
     finally:
         runner.close()
 

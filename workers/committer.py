@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torchrelay.queues.channel import Channel, Pending
@@ -34,7 +34,15 @@ class Charge(NamedTuple):
 class Committer:
     """Sends commits without waiting for each, eight at most; `flush()` and `drain()` bound what waits here."""
 
-    def __init__(self, context: NodeContext, channel: Channel, session: Session) -> None:
+    def __init__(
+        self,
+        context: NodeContext,
+        channel: Channel,
+        session: Session,
+        settled: Callable[[str, Sequence[bytes], str], object],
+    ) -> None:
+        """`settled(fence, tokens, statuses)` hears what became of jobs; statuses are commit's, '' when given back."""
+        self._settled = settled
         self._context = context
         self._channel = channel
         self._session = session
@@ -97,6 +105,7 @@ class Committer:
     def _settle(self) -> None:
         pending, tokens, fence = self._sent.popleft()
         statuses = pending.result()
+        self._settled(fence, tokens, statuses)
         if statuses.count("k") == len(tokens):
             return
         words = {"s": "another worker has them, or they ended", "d": "past their deadline", "b": "their blobs are gone"}
@@ -127,6 +136,7 @@ class Committer:
                 self._session, grant[1], context.number, context.node.index, charges, 1 if final else attempts
             )
             self._channel.run(call)
+            self._settled(grant[1], [c.held.entry.packed for c in mine], "")
             self._closed(grant, len(mine))
         self.failures += len(failed)
         return shortest_s
@@ -147,6 +157,7 @@ class Committer:
         for grant in {(h.lane, h.fence) for h in held}:
             tokens = [h.entry.packed for h in held if (h.lane, h.fence) == grant]
             self._channel.run(call(self._context.lanes[grant[0]], grant[1], tokens))  # type: ignore[operator]
+            self._settled(grant[1], tokens, "")
             self._closed(grant, len(tokens))
 
     def drain(self) -> None:

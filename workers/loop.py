@@ -12,6 +12,7 @@ import redis
 
 from torchrelay.errors import BytesLost
 from torchrelay.queues.channel import Channel
+from torchrelay.queues.codec import Message
 from torchrelay.queues.job import Failure
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Output, Session
@@ -20,10 +21,11 @@ from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Charge, Committer
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, Runs, compute, told
+from torchrelay.workers.custody import Custody
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
-from torchrelay.workers.storage import Storage
+from torchrelay.workers.storage import SharedMemory, Storage
 from torchrelay.workers.work import Incoming, Work
 
 log = logging.getLogger("torchrelay.worker")
@@ -40,6 +42,7 @@ class StageLoop:
         client: redis.Redis,
         page: ProgressPage,
         stopping: Callable[[], bool],
+        memory: SharedMemory,
     ) -> None:
         session = Session(context.incarnation)
         channel = Channel(client)
@@ -50,8 +53,11 @@ class StageLoop:
         self._channel = channel
         self._client = client
         self.claimer = Claimer(context, channel, session)
-        self.committer = Committer(context, channel, session)
-        self._storage = Storage(context, client)
+        self._memory = memory
+        self.custody = Custody(memory.reader, memory.placer.writer)
+        self.committer = Committer(context, channel, session, self.custody.settle)
+        memory.placer.before_waiting = partial(self.committer.flush, everything=True)
+        self._storage = Storage(context, client, memory, self.custody)
         self._assembler: Assembler[Held] = Assembler(
             context.pipeline.graph, context.node, self._storage.fetch, context.pipeline.spec.limits.rows_per_job
         )
@@ -79,6 +85,7 @@ class StageLoop:
             raise
         finally:
             self._channel.close()
+            self.custody.close()
 
     def _load_scripts(self) -> None:
         """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""
@@ -96,6 +103,7 @@ class StageLoop:
                 self.committer.drain()
                 if self.claimer.idle():
                     self._report()
+                    self._memory.tend()
                     self.claimer.wait()
                 return []
         deadline = self.claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
@@ -135,12 +143,11 @@ class StageLoop:
         opened = self._assembler.open_all(
             Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
         )
-        if opened.bad:
-            faults = [(h, Failed(error, final=isinstance(error, BytesLost))) for h, error in opened.bad]
+        bad = [(h, error) for h, error in opened.bad if self.custody.intact(h)]
+        if bad:
+            faults = [(h, Failed(error, final=isinstance(error, BytesLost))) for h, error in bad]
             self._fail([self._charge(h, failed) for h, failed in faults])
-        if opened.lost:
-            gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
-            self.committer.lose(opened.lost, self._failure(gone))
+        self._lose([*opened.lost, *(h for h, _ in opened.bad if not self.custody.intact(h))])
         if opened.ready:
             if self._slow(sum(w.total for w in opened.ready)):
                 # What is finished must not wait for a long forward to end.
@@ -163,11 +170,16 @@ class StageLoop:
 
     def _settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
         """Writes the group's blobs in one go, then commits its jobs; charges those that failed."""
-        placed: list[tuple[Held, Output]] = []
-        blobs: dict[int, dict[str, bytes]] = {}
+        later: list[tuple[Held, Output]] = []
+        blobs: dict[int, dict[str, Message]] = {}
         failed: list[Charge] = []
         given_up: list[Held] = []
+        stale: list[Held] = []
         for work, outcome in group:
+            if not self.custody.intact(work.job):
+                # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
+                (given_up if self.custody.again(work.job) else stale).append(work.job)
+                continue
             if isinstance(outcome, Failed):
                 failed.append(self._charge(work.job, outcome))
                 continue
@@ -182,16 +194,24 @@ class StageLoop:
                 # waits for the server, so whatever went wrong is this job's, and must not end the worker.
                 failed.append(self._charge(work.job, Failed(error)))
                 continue
-            placed.append((work.job, output))
             if large:
                 blobs.setdefault(work.job.lane, {}).update(large)
+                later.append((work.job, output))
+            else:
+                self.committer.commit(work.job, output)
         self._storage.write(blobs)
-        for job, output in placed:
+        for job, output in later:
             self.committer.commit(job, output)
+        self._lose(stale)
         if failed:
             self._fail(failed)
         if given_up:
             self.committer.release(given_up)
+
+    def _lose(self, lost: Sequence[Held]) -> None:
+        if lost:
+            gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
+            self.committer.lose(lost, self._failure(gone))
 
     # What `compute` tells: it is this worker's Meter.
 
@@ -237,6 +257,7 @@ class StageLoop:
                 batches=self._batches,
                 busy_s=self._busy_s,
                 failures=self.committer.failures,
+                moved=self._memory.moved(),
                 fences=(*self.committer.fences, *self.claimer.asked_fences),
                 started=b"".join([w.job.entry.packed for w in works]),
             )

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = struct.Struct("<QddQQQdQII")
+_HEAD = struct.Struct("<QddQQQdQII5Q")
 _SEQUENCE = struct.Struct("<Q")
 PAGE_BYTES = 65536
 # What one job may add: its entry, and a fence when it was granted alone.
@@ -27,7 +27,8 @@ STATES = ("loading", "ready", "draining")
 class Progress:
     """`forward_since` is time.monotonic() at the start of the running forward, 0 between forwards.
 
-    `started` holds the packed entries of that forward, `fences` the grants in hand.
+    `started` holds the packed entries of that forward, `fences` the grants in hand, `moved` bytes of columns in the
+    order of `placement.MOVED`.
     """
 
     state: int = LOADING
@@ -40,6 +41,7 @@ class Progress:
     failures: int = 0
     fences: tuple[str, ...] = ()
     started: bytes = b""
+    moved: tuple[int, ...] = (0, 0, 0, 0, 0)
 
 
 class ProgressPage:
@@ -73,6 +75,7 @@ class ProgressPage:
             p.failures,
             len(fences),
             len(p.started),
+            *p.moved,
         )
         body += fences + p.started
         if len(body) + 8 > len(self._map):
@@ -87,7 +90,7 @@ class ProgressPage:
         """The last whole state. `dead` says that the writer is gone: a state cut off by its death is read as it is."""
         for _ in range(1000):
             before = self._map[0:8]
-            *numbers, fences_length, started_length = _HEAD.unpack_from(self._map, 8)
+            *numbers, fences_length, started_length, m0, m1, m2, m3, m4 = _HEAD.unpack_from(self._map, 8)
             at = 8 + _HEAD.size
             data = self._map[at : at + fences_length + started_length]
             if (before == self._map[0:8] and before[0] % 2 == 0) or dead:
@@ -107,6 +110,7 @@ class ProgressPage:
             failures,
             tuple(fences.split(",")) if fences else (),
             data[fences_length:],
+            (m0, m1, m2, m3, m4),
         )
         return self._last
 

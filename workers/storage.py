@@ -1,4 +1,4 @@
-"""The worker's columns in Redis: reads those that a batch needs, and finds a place for those that it made.
+"""The worker's columns: reads those that a batch needs, where they are, and finds a place for those that it made.
 
 It also tells which jobs of a batch have ended meanwhile.
 """
@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import redis
 
+from torchrelay.config.settings import Settings
+from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.blobs import fetch_blobs, write_blobs
 from torchrelay.queues.channel import LOST
-from torchrelay.queues.job import Packed, Ref, encode_payload, split_inline
+from torchrelay.queues.codec import Message
+from torchrelay.queues.job import Packed, Place, Ref, encode_payload, split_inline
 from torchrelay.queues.keys import job_field
+from torchrelay.queues.placement import MOVED, Placer, edge_of, open_home, open_writer, readers_of
+from torchrelay.queues.registry import Registry
 from torchrelay.queues.transitions import Output
 from torchrelay.workers.assemble import in_order
 from torchrelay.workers.claimer import Held
+from torchrelay.workers.custody import Custody
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.work import Closed
@@ -25,25 +32,76 @@ from torchrelay.workers.work import Closed
 _ENDED_EVERY_S = 0.5
 
 
-class Storage:
-    """Blobs and liveness of the jobs of one node."""
+# How long a full arena is waited for before a column goes to Redis.
+_PATIENCE_S = 1.0
 
-    def __init__(self, context: NodeContext, client: redis.Redis) -> None:
+
+@dataclass(slots=True)
+class SharedMemory:
+    """This process's part in the arenas of its host; `reader` is None where there are none."""
+
+    placer: Placer
+    reader: ArenaReader | None = None
+
+    @classmethod
+    def open(cls, registry: Registry, settings: Settings) -> SharedMemory:
+        """As the settings say; no memory is taken yet."""
+        home = open_home(registry, settings)
+        placer = Placer(registry, open_writer(registry, settings))
+        return cls(placer, None if home is None else ArenaReader(home))
+
+    def moved(self) -> tuple[int, ...]:
+        """Bytes of columns by where they went, in the order of MOVED."""
+        return tuple(self.placer.counts[where] for where in MOVED)
+
+    def tend(self) -> None:
+        """What an idle worker does for its arena."""
+        if self.placer.writer is not None:
+            self.placer.writer.tend()
+
+
+class Storage:
+    """Columns and liveness of the jobs of one node. `custody` knows which shared memory each job in hand uses."""
+
+    def __init__(self, context: NodeContext, client: redis.Redis, memory: SharedMemory, custody: Custody) -> None:
         self._context = context
         self._client = client
+        self._placer = memory.placer
+        self._reader = memory.reader
+        self._custody = custody
+        self._edges: dict[tuple[str, int], int | None] = {}
+        self._readers: dict[str, list[str]] = {}
         self._ended_at = 0.0
         self._ended: set[bytes] = set()
 
-    def fetch(self, wanted: Sequence[tuple[Held, Ref]]) -> list[bytes | None]:
-        """The bytes behind every ref, None where they are gone; a round trip per lane."""
-        found: dict[Ref, bytes | None] = {}
+    def fetch(self, wanted: Sequence[tuple[Held, Ref]]) -> list[bytes | memoryview | None]:
+        """The bytes behind every ref, None where they are gone: views of shared memory, else a round trip per lane."""
+        found: dict[Ref, bytes | memoryview | None] = {}
+        if self._reader is not None:
+            for held, ref in wanted:
+                if ref.place is not None:
+                    found[ref] = self._view(held, ref, ref.place)
         for number, lane in enumerate(self._context.lanes):
-            refs = [ref for held, ref in wanted if held.lane == number]
+            refs = [ref for held, ref in wanted if held.lane == number and ref.chunks and found.get(ref) is None]
             if refs:
                 found.update(zip(refs, patiently(partial(fetch_blobs, self._client, lane, refs)), strict=True))
-        return [found[ref] for _, ref in wanted]
+        return [found.get(ref) for _, ref in wanted]
 
-    def place(self, held: Held, closed: Closed, meta: bytes) -> tuple[Output, dict[str, bytes]]:
+    def _view(self, held: Held, ref: Ref, place: Place) -> memoryview | None:
+        assert self._reader is not None  # asked by the caller
+        view = self._reader.view(place, ref.nbytes)
+        if view is not None:
+            self._custody.reads(held, place, self._edge(ref), durable=ref.chunks > 0)
+        return view
+
+    def _edge(self, ref: Ref) -> int | None:
+        key = (ref.column, ref.maker)
+        if key not in self._edges:
+            context = self._context
+            self._edges[key] = edge_of(context.pipeline.graph, *key, reader=context.node.index)
+        return self._edges[key]
+
+    def place(self, held: Held, closed: Closed, meta: bytes) -> tuple[Output, dict[str, Message]]:
         """What is committed for one job, and the blobs to write first.
 
         Raises InputError for a large column whose name no ref can hold.
@@ -52,18 +110,29 @@ class Storage:
         inline, large = split_inline(closed.made)
         columns: dict[str, Packed] = {**closed.riding, **inline}
         refs = ""
-        blobs: dict[str, bytes] = {}
-        for name, data in large.items():
-            ref = Ref.of(f"{held.entry.job_id}.{node.index}.{held.fence}.{name}", len(data))
-            blobs[ref.name] = data
-            columns[name] = ref
-            refs += ref.text(graph.consumers(name, node.index))
+        blobs: dict[str, Message] = {}
+        for column, message in large.items():
+            name = f"{held.entry.job_id}.{node.index}.{held.fence}.{column}"
+            place = self._placer.put(name, held.lane, message, self._readers_of(column), patience_s=_PATIENCE_S)
+            if place is None:
+                blobs[name] = message
+            else:
+                self._custody.makes(held, place)
+            ref = Ref.of(name, len(message), place, in_redis=place is None)
+            columns[column] = ref
+            refs += ref.text(graph.consumers(column, node.index))
         if not node.succs:
             columns = in_order(columns, self._context.pipeline.output)
         rows = None if closed.rows == held.entry.rows else closed.rows
         return Output(held.entry.packed, encode_payload(columns, meta, closed.origins), rows, refs), blobs
 
-    def write(self, blobs: dict[int, dict[str, bytes]]) -> None:
+    def _readers_of(self, column: str) -> list[str]:
+        if column not in self._readers:
+            pipeline = self._context.pipeline
+            self._readers[column] = readers_of(pipeline.graph, pipeline.ref, column, self._context.node.index)
+        return self._readers[column]
+
+    def write(self, blobs: dict[int, dict[str, Message]]) -> None:
         """Writes output columns that are too large to travel inline, by lane and name."""
         for number, named in blobs.items():
             lane = self._context.lanes[number]

@@ -21,8 +21,11 @@ import redis
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, StageLoadError
+from torchrelay.queues.arena.home import ArenaHome
+from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
+from torchrelay.queues.placement import MOVED, host_text, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
@@ -32,6 +35,7 @@ log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
 GRACE_S = 30.0
 _LOOK_S = 0.25
+_KEEP_S = 1.0
 _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
 _SILENT_S = 90.0
@@ -59,6 +63,8 @@ class Supervisor:
         self._settings = settings
         self._output = output
         self._upkeep = Upkeep(registry)
+        self._home: ArenaHome | None = None
+        self._keeper: ArenaKeeper | None = None
         self._changed = threading.Event()
         self._stopping = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -67,6 +73,7 @@ class Supervisor:
         self._started_at = 0.0
         self._next_beat = 0.0
         self._next_renewal = 0.0
+        self._keep_at = 0.0
         stage = next(s for s in plan.pipeline.spec.stages if s.name == plan.stage)
         self._timeout_s = stage.timeout_s
         self._max_rows = stage.batch.max_rows
@@ -88,6 +95,7 @@ class Supervisor:
         """0 after a drain; 1 when the stage cannot start, or failed to load three times in a row (`error` says why)."""
         failed_loads, pause_s = 0, 0.25
         try:
+            self._open_arena()
             while not self._stopping:
                 status, was_ready = self._live_once()
                 if self._stopping or status == EXIT_DRAINED:
@@ -104,12 +112,32 @@ class Supervisor:
                 self._pause(pause_s)
         finally:
             self._beat(Progress(), "gone")
+            self._keep_arena(last=True)
         return 0
+
+    def _open_arena(self) -> None:
+        """Each supervisor also keeps what dead processes of this host left in shared memory."""
+        try:
+            self._home = open_home(self._registry, self._settings)
+        except (redis.RedisError, OSError) as error:
+            log.warning("large columns go through Redis: %s", error)
+        if self._home is not None:
+            self._keeper = ArenaKeeper(self._home, wanted_by(self._registry))
+
+    def _keep_arena(self, *, last: bool = False) -> None:
+        if self._keeper is None or not (last or time.monotonic() >= self._keep_at):
+            return
+        self._keep_at = time.monotonic() + _KEEP_S
+        try:
+            self._keeper.close() if last else self._keeper.tick()
+        except OSError as error:
+            log.warning("shared memory of dead processes was not looked at: %s", error)
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < deadline:
             self._upkeep.tick()
+            self._keep_arena()
             time.sleep(0.05)
 
     def _live_once(self) -> tuple[int, bool]:
@@ -155,6 +183,8 @@ class Supervisor:
             worker=self.name,
             page=str(page.path),
             log=self._settings.log,
+            arena_bytes=self._settings.arena_bytes,
+            arena_dir=self._settings.arena_dir,
         )
         command = [sys.executable, "-m", "torchrelay.workers.child"]
         stderr = None if self._output is None else subprocess.PIPE
@@ -200,6 +230,7 @@ class Supervisor:
                 self._beat(progress, state)
                 told = state
             self._upkeep.tick()
+            self._keep_arena()
             self._changed.wait(_LOOK_S)
             self._changed.clear()
 
@@ -247,6 +278,8 @@ class Supervisor:
             max_rows=self._max_rows,
             busy_s=round(progress.busy_s, 3),
             failures=progress.failures,
+            host_id="" if self._home is None else host_text(self._home.host),
+            moved=dict(zip(MOVED, progress.moved, strict=True)),
         )
         try:
             self._registry.beat(report, leave=state == "gone")

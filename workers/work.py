@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.queues.codec import Message
 from torchrelay.queues.job import Origins, Packed, Payload
 from torchrelay.queues.levels import Levels
 
@@ -83,7 +84,7 @@ class Output(NamedTuple):
 class Closed(NamedTuple):
     """What a node leaves of a job: columns that it made, those that ride along, and how many rows there are now."""
 
-    made: dict[str, bytes]
+    made: dict[str, Message]
     riding: dict[str, Packed]
     origins: Origins | None
     rows: int

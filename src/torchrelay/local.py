@@ -140,13 +140,13 @@ class Blobs:
 
     found: dict[str, bytes] = field(default_factory=dict)
 
-    def put(self, node: int, columns: Mapping[str, bytes]) -> dict[str, Packed]:
+    def put(self, node: int, columns: Mapping[str, codec.Message]) -> dict[str, Packed]:
         """The columns as a payload holds them."""
         inline, large = split_inline(columns)
         packed: dict[str, Packed] = dict(inline)
         for name, data in large.items():
             ref = packed[name] = Ref.of(f"{node}.{name}", len(data))
-            self.found[ref.name] = data
+            self.found[ref.name] = codec.join(data)
         return packed
 
     def get(self, packed: Packed) -> bytes:
@@ -284,7 +284,7 @@ class LocalRun:
     def _check_growth(self, node: Node, work: Work[Blobs], closed: Closed) -> None:
         """What a job may grow to holds for each submitted row: outside, each is a job of its own."""
         if closed.rows > self._limit and node.rows == "expand":
-            counts: Any = codec.decode(closed.made[f"{COUNTS}{node.index}"])
+            counts: Any = codec.decode(codec.join(closed.made[f"{COUNTS}{node.index}"]))
             most = int(np.bincount(work.levels.entry_rows(node.at, work.total), weights=counts).max())
             if most > self._limit:
                 raise too_many_rows(node.name, most, self._limit)

@@ -1,0 +1,120 @@
+"""Where a namespace's arenas lie on this host, who may map them, and how much memory they may take.
+
+A host is a boot of a machine *and* one /dev/shm: containers share the former and not the latter, so its identity is a
+digest of the boot id, the device number and a random token file. A ref that names another host is never mapped.
+
+    <base>/torchrelay-<uid>/host                 the token; the folder has mode 0700, every file 0600
+    <base>/torchrelay-<uid>/<namespace id>/      one folder per namespace; see `segment`, `holds` for its files
+
+Imports neither torch nor redis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import secrets
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchrelay.errors import ConfigError
+
+ARENA_FREE_PART = 0.1
+"""This part of the file system stays free, whatever is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaHome:
+    """The folder of one namespace's arenas. `host` is what refs carry to say which host can map them."""
+
+    folder: Path
+    host: int
+
+    @classmethod
+    def open(cls, base: str, namespace_id: str) -> ArenaHome:
+        """Makes the folders where they are missing.
+
+        Raises ConfigError naming what is in the way: an arena in a folder that others can write would be theirs too.
+        """
+        root = Path(base) / f"torchrelay-{os.getuid()}"
+        try:
+            _own_folder(root)
+            host = _host_id(root)
+            folder = root / namespace_id
+            _own_folder(folder)
+        except OSError as error:
+            raise ConfigError(f"no arena in {root}: {error.strerror or error}; set TORCHRELAY_ARENA_BYTES=0") from error
+        return cls(folder, host)
+
+    def free_bytes(self) -> int:
+        """How much more shared memory may be taken now: by the file system, and by the limit of this control group."""
+        try:
+            found = os.statvfs(self.folder)
+        except OSError:
+            return 0
+        free = found.f_bavail * found.f_frsize - int(found.f_blocks * found.f_frsize * ARENA_FREE_PART)
+        return max(0, min(free, _control_group_headroom()))
+
+
+def unsupported() -> str:
+    """Why this machine has no arena; '' where it has one.
+
+    The words of a control slot are published by plain stores in program order. x86-64 keeps that order; weaker
+    machines would need barriers, which Python cannot give.
+    """
+    if not sys.platform.startswith("linux"):
+        return f"{sys.platform} has no tmpfs with the locks that an arena needs"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the memory order of {platform.machine()} is weaker than that of x86-64"
+    return ""
+
+
+def _own_folder(path: Path) -> None:
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{path} must be a folder of this user alone (mode 0700); remove it, or chmod 700 it")
+
+
+def _host_id(root: Path) -> int:
+    token = root / "host"
+    fresh = root / f"host.{secrets.token_hex(8)}"
+    if not token.exists():
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(descriptor, secrets.token_hex(16).encode())
+        os.close(descriptor)
+        try:
+            os.link(fresh, token)  # whole or not at all, and the first one wins
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        words = os.read(descriptor, 64)
+        device = os.fstat(descriptor).st_dev
+    finally:
+        os.close(descriptor)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return int.from_bytes(hashlib.blake2b(boot + words + str(device).encode(), digest_size=8).digest(), "little")
+
+
+def _control_group_headroom() -> int:
+    """Bytes below the memory limit of this control group (version 2), what it could drop at once not counted."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        # Inside a container the group's own folder is the root of what is mounted.
+        folder = folder / own if (folder / own / "memory.max").exists() else folder
+        limit = (folder / "memory.max").read_text().strip()
+        if limit == "max":
+            return sys.maxsize
+        used = int((folder / "memory.current").read_text())
+        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # A tenth of the limit stays for everything else.
+        return int(int(limit) * 0.9) - used + int(stats.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return sys.maxsize

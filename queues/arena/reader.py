@@ -1,0 +1,119 @@
+"""Reads blocks of other processes in place, and releases them once what was made of them is committed.
+
+`view` gives the bytes and lists the block as in use; `intact` says whether they are still what the ref meant; `release`
+gives them back to their owner; `drop` only takes them off the list. The bytes may change under a view whose block was
+taken back: nothing that was computed from it may leave before `intact` said yes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+
+from torchrelay.queues.arena.holds import Holds, block_key
+from torchrelay.queues.arena.home import ArenaHome
+from torchrelay.queues.arena.segment import FIRST_RELEASE, READY, SLOT_WORDS, Segment, data_path
+from torchrelay.queues.job import Place
+
+log = logging.getLogger("torchrelay.arena")
+_ARENA = re.compile(r"[0-9A-Za-z]{8}")
+_FORGET_EVERY = 256
+
+
+class ArenaReader:
+    """Maps segments as refs to them come. One thread calls `view`; the other calls may come from another.
+
+    Args:
+        home: the namespace's arenas on this host.
+        mapped: called with each segment that was just mapped (a GPU's worker registers its memory); such segments
+            are mapped writable, since a driver pins nothing that is read-only.
+    """
+
+    def __init__(self, home: ArenaHome, mapped: Callable[[Segment], None] | None = None) -> None:
+        self._home = home
+        self._mapped = mapped
+        self._segments: dict[tuple[str, int], Segment] = {}
+        self._holds: Holds | None = None
+        self._views = 0
+
+    @property
+    def host(self) -> int:
+        return self._home.host
+
+    def view(self, place: Place, nbytes: int) -> memoryview | None:
+        """Read-only bytes of a block, None when they are not here (any more), or are no block of this host's."""
+        if place.host != self._home.host:
+            return None
+        segment = self._segment(place)
+        if segment is None or not _is_block(segment, place, nbytes):
+            return None
+        if self._holds is None:
+            self._holds = Holds(self._home.folder)
+        if not self._holds.add(_key(place)):
+            return None
+        if not self.intact(place):
+            self._holds.drop(_key(place))
+            return None
+        return memoryview(segment.data)[place.offset : place.offset + nbytes].toreadonly()
+
+    def segment(self, place: Place) -> Segment | None:
+        """The mapped segment of a block that `view` gave."""
+        return self._segments.get((place.arena, place.segment))
+
+    def intact(self, place: Place) -> bool:
+        """Whether the block still is what the ref meant: its bytes are as they were written."""
+        segment = self._segments.get((place.arena, place.segment))
+        return segment is not None and segment.words[place.slot * SLOT_WORDS] == place.generation
+
+    def release(self, place: Place, edge: int) -> None:
+        """This edge needs the block no longer: its commit was accepted. Takes it off the list, too."""
+        segment = self._segments.get((place.arena, place.segment))
+        if segment is not None and self.intact(place):
+            segment.words[place.slot * SLOT_WORDS + FIRST_RELEASE + edge] = place.generation
+        self.drop(place)
+
+    def drop(self, place: Place) -> None:
+        """Takes one use of the block off the list."""
+        if self._holds is not None:
+            self._holds.drop(_key(place))
+
+    def close(self) -> None:
+        """Forgets every mapping; views that still live keep theirs."""
+        self._segments.clear()
+        if self._holds is not None:
+            self._holds.close()
+            self._holds = None
+
+    def _segment(self, place: Place) -> Segment | None:
+        self._views += 1
+        if self._views % _FORGET_EVERY == 0:
+            self._forget_removed()
+        key = (place.arena, place.segment)
+        found = self._segments.get(key)
+        if found is None and _ARENA.fullmatch(place.arena):
+            found = Segment.attach(self._home.folder, *key, writable=self._mapped is not None)
+            if found is not None:
+                self._segments[key] = found
+                if self._mapped is not None:
+                    self._mapped(found)
+        return found
+
+    def _forget_removed(self) -> None:
+        """A segment whose file is gone gives its memory back when the last mapping goes."""
+        for key in list(self._segments):
+            if not data_path(self._home.folder, *key).exists():
+                del self._segments[key]
+
+
+def _key(place: Place) -> tuple[int, int]:
+    return block_key(place.arena, place.segment, place.slot)
+
+
+def _is_block(segment: Segment, place: Place, nbytes: int) -> bool:
+    """Whether a finished block of this generation, place and size lies there: a ref may say anything."""
+    if not 0 <= place.slot < segment.slots or nbytes < 0 or place.offset + nbytes > segment.nbytes:
+        return False
+    at = place.slot * SLOT_WORDS
+    generation, state, offset, size = segment.words[at : at + 4]
+    return (generation, state & 0xFF, offset, size) == (place.generation, READY, place.offset, nbytes)

@@ -1,0 +1,241 @@
+"""What a process writes for others of its host: blocks in segments of its own, until they are no longer wanted.
+
+A block comes back by one of three ways: every reader released it; its writer frees it, since what it was for was
+refused; or, when room is needed or it has grown old, Redis says that nobody waits for it. When there is no room, `put`
+returns None, and the caller waits or writes to Redis instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torchrelay.errors import BrokerError
+from torchrelay.queues.arena.home import ArenaHome
+from torchrelay.queues.arena.pool import Block, BlockPool, now_ms
+from torchrelay.queues.arena.segment import (
+    FIRST_RELEASE,
+    KIND_CACHE,
+    KIND_ONLY,
+    MAX_EDGES,
+    READY,
+    SLOT_WORDS,
+    WRITING,
+    OwnerLock,
+    Segment,
+)
+from torchrelay.queues.arena.space import PAGE_BYTES
+from torchrelay.queues.codec import Message, copy_into
+from torchrelay.queues.job import Place
+from torchrelay.queues.keys import new_token
+
+log = logging.getLogger("torchrelay.arena")
+FIRST_SEGMENT_BYTES, SEGMENT_BYTES = 64 << 20, 256 << 20
+_OLD_MS = 5_000
+_ASK_EVERY_MS = 250
+_GROW_EVERY_MS = 100
+_COLLECT_EVERY_BYTES = 4 << 20
+_ASK_AT_ONCE = 256
+
+Wanted = Callable[[int, Sequence[str]], Sequence[bool]]
+"""Of a lane's blocks, by name: whether Redis still waits for each. Raises BrokerError when it cannot be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaLimits:
+    """How much shared memory one process takes at most, and in what pieces."""
+
+    nbytes: int
+    first_segment_bytes: int = FIRST_SEGMENT_BYTES
+    segment_bytes: int = SEGMENT_BYTES
+
+
+class ArenaWriter:
+    """One process's arena. Thread-safe. Nothing is created before the first `put`."""
+
+    def __init__(self, home: ArenaHome, limits: ArenaLimits, wanted: Wanted) -> None:
+        self._home = home
+        self._limits = limits
+        self._wanted = wanted
+        self._pool = BlockPool(home.folder)
+        self._lock = threading.Lock()
+        self._arena = ""
+        self._owner: OwnerLock | None = None
+        self._segments_made = 0
+        self._ask_again_ms = 0
+        self._no_growth_until_ms = 0
+        self._fresh_bytes = 0
+
+    @property
+    def arena(self) -> str:
+        """This arena's id; '' before its first block."""
+        return self._arena
+
+    @property
+    def host(self) -> int:
+        return self._home.host
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest block that can ever be placed."""
+        return min(self._limits.segment_bytes, self._limits.nbytes) - 4096
+
+    def put(self, name: str, lane: int, message: Message, edges: int, *, cache: bool = False) -> Place | None:
+        """Copies a message into a new block; None where there is no room now, or it is too large for ever.
+
+        Args:
+            name: the blob's name, by which Redis knows it.
+            lane: of the job.
+            message: what `codec.message` made.
+            edges: how many nodes will read and release it, 0 to 8.
+            cache: whether Redis holds the same bytes: such a block may go whenever nobody is reading it.
+        """
+        tail = name.encode()
+        if edges > MAX_EDGES or len(message) + len(tail) > self.max_bytes:
+            return None
+        with self._lock:
+            block = self._room_for(len(message) + len(tail), cache)
+            if block is None:
+                return None
+            block.kind = KIND_CACHE if cache else KIND_ONLY
+            block.lane, block.nbytes = lane, len(message)
+            words, at = block.part.segment.words, block.slot * SLOT_WORDS
+            words[at + 1] = WRITING | block.kind << 8 | edges << 16
+            words[at + 2], words[at + 3], words[at + 4] = block.offset, block.nbytes, len(tail)
+            words[at + 5] = lane << 48 | block.made_ms
+            for edge in range(edges):
+                words[at + FIRST_RELEASE + edge] = 0
+        # Outside the lock: the block is this thread's alone until it is ready.
+        room = memoryview(block.part.segment.data)[block.offset : block.offset + len(message) + len(tail)]
+        copy_into(message, room)
+        room[len(message) :] = tail
+        words[at + 1] = READY | block.kind << 8 | edges << 16
+        segment = block.part.segment
+        return Place(self._home.host, segment.arena, segment.number, block.slot, block.generation, block.offset)
+
+    def publish(self, places: Iterable[Place]) -> None:
+        """Redis knows these now: from here on it decides whether they are wanted."""
+        with self._lock:
+            for block in self._mine(places):
+                block.published = True
+
+    def free(self, places: Iterable[Place]) -> None:
+        """Nobody was told of these, or what told of them was refused."""
+        with self._lock:
+            for block in self._mine(places):
+                self._pool.free(block)
+
+    def _mine(self, places: Iterable[Place]) -> list[Block]:
+        found = (self._pool.find(p.segment, p.slot, p.generation) for p in places if p.arena == self._arena)
+        return [block for block in found if block is not None]
+
+    def _room_for(self, nbytes: int, cache: bool) -> Block | None:
+        """Tries the cheapest way first, and asks Redis last."""
+        self._fresh_bytes += nbytes
+        if self._fresh_bytes > _COLLECT_EVERY_BYTES:
+            # Space that was given back a moment ago is still in the processor's caches.
+            self._fresh_bytes = 0
+            self._pool.collect()
+        ways: tuple[Callable[[int], object], ...] = (self._collect, self._grow)
+        if not cache:
+            # What is only a cache makes room for what has no other place.
+            ways += (self._evict, self._forget_unwanted)
+        block = self._pool.take(nbytes)
+        for way in ways:
+            if block is not None:
+                break
+            if way(nbytes):
+                block = self._pool.take(nbytes)
+        return block
+
+    def _collect(self, nbytes: int) -> int:
+        return self._pool.collect()
+
+    def _evict(self, nbytes: int) -> int:
+        return self._pool.evict_caches(wanted_bytes=nbytes)
+
+    def _grow(self, nbytes: int) -> bool:
+        """One more segment, each larger than the one before, within what the process and the host allow."""
+        limits = self._limits
+        if now_ms() < self._no_growth_until_ms:
+            return False
+        size = min(limits.first_segment_bytes << self._segments_made, limits.segment_bytes)
+        while size < nbytes + PAGE_BYTES:
+            size *= 2
+        size = min(size, limits.segment_bytes, limits.nbytes - self._pool.nbytes)
+        if size < nbytes or size > self._home.free_bytes():
+            self._no_growth_until_ms = now_ms() + _GROW_EVERY_MS
+            return False
+        try:
+            self._own()
+            segment = Segment.create(self._home.folder, self._arena, self._segments_made, size)
+        except OSError as error:
+            log.warning("no room for %d MiB of shared memory: %s; columns go through Redis", size >> 20, error)
+            self._no_growth_until_ms = now_ms() + 20 * _GROW_EVERY_MS
+            return False
+        self._segments_made += 1
+        self._pool.add(segment)
+        return True
+
+    def _own(self) -> None:
+        while self._owner is None:
+            self._arena = new_token(8)
+            lock = OwnerLock(self._home.folder, self._arena)
+            self._owner = lock if lock.take() else None
+
+    def _forget_unwanted(self, nbytes: int = 0) -> int:
+        """Asks Redis, at most four times a second, which published blocks it still waits for; retires the others."""
+        if now_ms() < self._ask_again_ms:
+            return 0
+        self._ask_again_ms = now_ms() + _ASK_EVERY_MS
+        return forget_unwanted(self._pool, self._wanted)
+
+    def tend(self) -> None:
+        """What can wait until there is time: takes back what is old and unwanted, and gives unused segments back."""
+        with self._lock:
+            self._pool.collect()
+            old_ms = now_ms() - _OLD_MS
+            if any(block.made_ms < old_ms for block in self._pool.blocks()):
+                self._forget_unwanted()
+            for segment in self._pool.drop_empty(keep=1):
+                segment.unlink(self._home.folder)
+
+    def close(self) -> None:
+        """Removes what nobody waits for. The rest is left to be taken over: readers of this host go on with it."""
+        with self._lock:
+            if self._owner is None:
+                return
+            self._pool.collect()
+            for block in self._pool.blocks():
+                if block.kind == KIND_CACHE or not block.published:
+                    self._pool.retire(block)
+            forget_unwanted(self._pool, self._wanted)
+            for segment in self._pool.drop_empty():
+                segment.unlink(self._home.folder)
+            self._owner.give(remove=not list(self._pool.segments()))
+            self._owner = None
+
+
+def forget_unwanted(pool: BlockPool, wanted: Wanted) -> int:
+    """Retires the published blocks that Redis does not wait for; nothing while it cannot be asked. Returns how many."""
+    by_lane: dict[int, list[Block]] = {}
+    for block in pool.blocks():
+        if block.published and block.kind != KIND_CACHE:
+            by_lane.setdefault(block.lane, []).append(block)
+    gone = 0
+    for lane, blocks in by_lane.items():
+        for start in range(0, len(blocks), _ASK_AT_ONCE):
+            part = blocks[start : start + _ASK_AT_ONCE]
+            try:
+                answers = wanted(lane, [block.name for block in part])
+            except BrokerError as error:
+                log.info("the server was not asked which blocks are wanted: %s", error)
+                return gone
+            for block, keep in zip(part, answers, strict=True):
+                if not keep:
+                    pool.retire(block)
+                    gone += 1
+    pool.empty_limbo()
+    return gone

@@ -1,0 +1,171 @@
+"""Where a large column goes: into shared memory where all its readers are on this host, else to Redis, or to both.
+
+What must survive this host (submitted input, results) is in Redis always; shared memory is a cache beside it. What
+goes between stages lies in shared memory when the workers of all its readers are here, and in Redis when they are not,
+when nobody reads it as a stage does, or when there is no room. Each decision is counted, in bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import redis
+
+from torchrelay.config.graph import Graph
+from torchrelay.config.settings import Settings
+from torchrelay.errors import BrokerUnavailable, ConfigError
+from torchrelay.queues.arena.home import ArenaHome, unsupported
+from torchrelay.queues.arena.segment import MAX_EDGES
+from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter, Wanted
+from torchrelay.queues.codec import Message
+from torchrelay.queues.job import Place
+from torchrelay.queues.registry import Registry, run
+
+log = logging.getLogger("torchrelay.arena")
+HOSTS_EVERY_S = 2.0
+_PAUSE_S = 0.001
+
+Where = Literal["arena", "cache", "result", "remote", "full"]
+"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last, `remote` as a reader
+is, or may be, on another host, `full` as there was no room."""
+MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full")
+
+
+def open_home(registry: Registry, settings: Settings) -> ArenaHome | None:
+    """The namespace's arenas on this host; None where there are none, and the log says why."""
+    if settings.arena_bytes == 0:
+        return None
+    why = unsupported()
+    if not why:
+        namespace_id = registry.namespace_id()
+        if namespace_id:
+            try:
+                return ArenaHome.open(settings.arena_dir, namespace_id)
+            except ConfigError as error:
+                log.warning("%s", error)
+                return None
+        why = "the server has no memory left to name it"
+    log.info("large columns go through Redis: %s", why)
+    return None
+
+
+def open_writer(registry: Registry, settings: Settings) -> ArenaWriter | None:
+    """This process's arena; it takes no memory before something is put there."""
+    home = open_home(registry, settings)
+    return None if home is None else ArenaWriter(home, ArenaLimits(settings.arena_bytes), wanted_by(registry))
+
+
+def wanted_by(registry: Registry) -> Wanted:
+    """Asks the lanes which blocks jobs still wait for."""
+
+    def wanted(lane: int, names: Sequence[str]) -> Sequence[bool]:
+        try:
+            return run(registry.client, registry.lanes[lane].holders(names))
+        except (redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(str(error)) from error
+
+    return wanted
+
+
+class Placer:
+    """Finds places for the columns that one process makes. `counts` holds bytes by decision; see `Where`.
+
+    `before_waiting` is called before it waits for room: what the caller has not sent yet holds blocks, too.
+    """
+
+    def __init__(self, registry: Registry, writer: ArenaWriter | None) -> None:
+        self.writer = writer
+        self.counts: Counter[str] = Counter()
+        self._registry = registry
+        self.before_waiting: Callable[[], object] = int
+        self._hosts: dict[str, set[str]] = {}
+        self._hosts_at = -HOSTS_EVERY_S
+        self._impatient_until = 0.0
+
+    def put(
+        self,
+        name: str,
+        lane: int,
+        message: Message,
+        readers: Sequence[str],
+        *,
+        cache: bool = False,
+        patience_s: float = 0.0,
+    ) -> Place | None:
+        """A block that holds the message; None when it goes to Redis alone.
+
+        Args:
+            name, lane, message: see `ArenaWriter.put`.
+            readers: the nodes (`pipeline@version/stage`) that will read and release it; none for what must last.
+            cache: whether Redis holds it too.
+            patience_s: how long to wait for room before Redis takes it.
+        """
+        where: Where = "result"
+        place = None
+        if readers and self.writer is not None and len(readers) <= MAX_EDGES:
+            where = "remote"
+            if self._all_here(readers):
+                place = self._put(name, lane, message, len(readers), cache, patience_s)
+                where = "full" if place is None else "cache" if cache else "arena"
+        elif readers:
+            where = "remote"
+        self.counts[where] += len(message)
+        return place
+
+    def _put(self, name: str, lane: int, message: Message, edges: int, cache: bool, patience_s: float) -> Place | None:
+        writer = self.writer
+        assert writer is not None  # asked by the caller
+        place = writer.put(name, lane, message, edges, cache=cache)
+        if place is not None or cache or len(message) >= writer.max_bytes or time.monotonic() < self._impatient_until:
+            return place
+        # Readers release what they have taken: back-pressure comes before the slower way.
+        self.before_waiting()
+        deadline = time.monotonic() + patience_s
+        while place is None and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
+            place = writer.put(name, lane, message, edges)
+        if place is None:
+            # They do not just now: waiting for each column anew would only add up.
+            self._impatient_until = time.monotonic() + patience_s
+        return place
+
+    def _all_here(self, readers: Sequence[str]) -> bool:
+        """Whether each reader has living workers, and all of them on this host."""
+        assert self.writer is not None  # asked by the caller
+        if time.monotonic() - self._hosts_at > HOSTS_EVERY_S:
+            self._hosts_at = time.monotonic()
+            try:
+                found = self._registry.workers()
+            except (redis.RedisError, OSError) as error:
+                log.info("which hosts the readers are on is not known: %s", error)
+                found = []
+            self._hosts = {}
+            for report in found:
+                if report.state != "failed":
+                    self._hosts.setdefault(report.node, set()).add(report.host_id)
+        mine = {host_text(self.writer.host)}
+        return all(self._hosts.get(node) == mine for node in readers)
+
+
+def readers_of(graph: Graph, ref: str, column: str, maker: int) -> list[str]:
+    """The nodes that read a column that `maker` made (0 for the input), in the order of their edges.
+
+    Empty for one that stays to the end of the job, since it belongs to the result or to what lines rows up.
+    """
+    return [f"{ref}/{n.name}" for n in graph.nodes if graph.consumers(column, maker) & n.bit]
+
+
+def edge_of(graph: Graph, column: str, maker: int, reader: int) -> int | None:
+    """Which of a block's edges is this reader's; None when it has none."""
+    consumers = graph.consumers(column, maker)
+    bit = 1 << (reader - 1)
+    return (consumers & (bit - 1)).bit_count() if consumers & bit else None
+
+
+def host_text(host: int) -> str:
+    """How reports write a host's id."""
+    return f"{host:016x}"
