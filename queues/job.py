@@ -32,7 +32,7 @@ MAX_ROWS = 2**31 - 1
 
 _REF_CODE = 2
 _SEPARATORS = re.compile("[:,;]")
-_INPUT = re.compile(r"[0-9A-Za-z~]+\.0\.")
+_MAKER = re.compile(r"[0-9A-Za-z~]+\.([0-9]+)\.")
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 
 
@@ -50,9 +50,15 @@ class Ref:
         return cls(name, max(1, -(-nbytes // CHUNK_BYTES)), nbytes)
 
     @property
+    def maker(self) -> int | None:
+        """Number of the node that made these bytes, as the name says: 0 for the client, None for a name of no job."""
+        found = _MAKER.match(self.name)
+        return int(found[1]) if found else None
+
+    @property
     def of_input(self) -> bool:
         """Whether these are bytes that the client sent, which no restart brings back."""
-        return _INPUT.match(self.name) is not None
+        return self.maker == 0
 
     def text(self, consumers: int) -> str:
         """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result.

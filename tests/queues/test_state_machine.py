@@ -240,11 +240,13 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
-    @rule(which=PICK, mask=FEW, again=st.booleans())
-    def lose(self, which: int, mask: int, again: bool) -> None:
+    @rule(which=PICK, mask=FEW, makers=st.lists(st.integers(0, 15), min_size=1, max_size=3), again=st.booleans())
+    def lose(self, which: int, mask: int, makers: list[int], again: bool) -> None:
+        """Whatever the mask of makers says, of nodes that are not done and of other branches too."""
         worker, grant, _, _, entries = self.pick(which, mask)
-        call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY)
-        expected = "".join(self.model.lose(grant.fence, self.key(e)) for e in entries)
+        masks = [makers[i % len(makers)] for i in range(len(entries))]
+        call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY, masks)
+        expected = "".join(self.model.lose(grant.fence, self.key(e), m) for e, m in zip(entries, masks, strict=True))
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
