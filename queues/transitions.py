@@ -260,6 +260,10 @@ class Transitions:
     def ack(self, ids: Sequence[str]) -> Call[int]:
         return self._call("ack", list(ids), int)
 
+    def holders(self, names: Sequence[str]) -> Call[list[bool]]:
+        """Whether a live job still wants each of these blobs, by name; at most 256 at a time."""
+        return self._call("holders", list(names), lambda v: [flag == "1" for flag in _text(v)])
+
     def redrive(self, ids: Sequence[str]) -> Call[list[str]]:
         return self._call("redrive", ["redrive", *ids], lambda v: [_text(i) for i in v])
 

@@ -244,6 +244,11 @@ class Model:
         if key is not None and self.keys.get(key, ("", ""))[1] == job_id:
             del self.keys[key]
 
+    def wanted(self, name: str) -> bool:
+        """Whether the live job that a blob is named after lists it."""
+        job = self.live.get(name.split(".")[0])
+        return job is not None and name in {n for n, _ in job.blobs}
+
     def blobs(self) -> set[str]:
         """Names of every blob that must be there for good."""
         of_live = [name for j in self.live.values() for name, _ in j.blobs]

@@ -48,6 +48,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.given: list[tuple[Any, Grant, int, int]] = []
         self.answered: list[tuple[Any, Any, Any]] = []
         self.submits = 0
+        self.names: set[str] = set()
         for number in (1, 2, 1, 2):
             kinds = [(0.0, "", False), (100_000.0, "ab"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
             self.submitted(number, kinds, "x", False, False)
@@ -370,6 +371,9 @@ class LaneMachine(RuleBasedStateMachine):
         assert {i.decode() for i in lane.redis.hkeys(lane.keys.dead)} == set(model.dead)
         assert {f.decode() for f in lane.redis.hkeys(lane.keys.grants)} == set(model.grants)
         assert {n for n, ttl in lane.blobs().items() if ttl == -1} == model.blobs()
+        self.names |= model.blobs()
+        asked = sorted(self.names)[-256:]
+        assert lane.run(lane.t.holders(asked)) == [model.wanted(name) for name in asked]
         assert len(model.commits) == len(set(model.commits))
         committed = sum(
             lane.load(f"{lane.node_key(p, n.index)}.committed") for p, g in lane.graphs.items() for n in g.nodes
