@@ -33,8 +33,8 @@ MAX_ROWS = 2**31 - 1
 
 _REF_CODE = 2
 _SEPARATORS = re.compile("[:,;]")
-_INPUT = re.compile(r"[0-9A-Za-z~]+\.0\.")
 _BLOB = re.compile(r"[0-9A-Za-z~]+\.\d{1,3}\.[^.]+\..+", re.DOTALL)
+_MAKER = re.compile(r"[0-9A-Za-z~]+\.([0-9]+)\.")
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 
 
@@ -65,18 +65,20 @@ class Ref:
         return cls(name, max(1, -(-nbytes // CHUNK_BYTES)) if in_redis else 0, nbytes, place)
 
     @property
-    def maker(self) -> int:
-        """The number of the node that made it, 0 for the input."""
-        return int(self.name.split(".", 2)[1])
+    def column(self) -> str:
+        """The column, of a ref whose name is that of a job's blob."""
+        return self.name.split(".", 3)[3]
 
     @property
-    def column(self) -> str:
-        return self.name.split(".", 3)[3]
+    def maker(self) -> int | None:
+        """Number of the node that made these bytes, as the name says: 0 for the client, None for a name of no job."""
+        found = _MAKER.match(self.name)
+        return int(found[1]) if found else None
 
     @property
     def of_input(self) -> bool:
         """Whether these are bytes that the client sent, which no restart brings back."""
-        return _INPUT.match(self.name) is not None
+        return self.maker == 0
 
     def text(self, consumers: int) -> str:
         """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result.

@@ -215,8 +215,12 @@ class Transitions:
     def release(self, session: Session, fence: str, tokens: Sequence[bytes]) -> Call[str]:
         return self._operation("release", session, [fence, b"".join(tokens)])
 
-    def lost(self, session: Session, fence: str, tokens: Sequence[bytes], why: Failure) -> Call[str]:
-        return self._operation("lost", session, [fence, b"".join(tokens), why.encode()])
+    def lost(
+        self, session: Session, fence: str, tokens: Sequence[bytes], why: Failure, makers: Sequence[int] = ()
+    ) -> Call[str]:
+        """`makers` holds, per job, the mask of the nodes that made the lost bytes; 0 (or none at all): unknown."""
+        masks = b"".join([m.to_bytes(4, "little") for m in makers])
+        return self._operation("lost", session, [fence, b"".join(tokens), why.encode(), masks])
 
     def renew(self, lease_ms: int, fences: Sequence[str]) -> Call[list[tuple[bool, list[bytes]]]]:
         return self._call("renew", [lease_ms, *fences], lambda v: [(h == 1, split_entries(e)) for h, e in v])

@@ -101,12 +101,17 @@ class Assembler(Generic[J]):
                 opened.bad.append((job.incoming.job, error))
                 continue
             if gone:
-                opened.lost.append(job.incoming.job)
+                opened.lost.append((job.incoming.job, self._makers(gone)))
                 continue
             try:
                 opened.ready.append(self._decode(job, fetched))
             except Exception as error:
                 opened.bad.append((job.incoming.job, error))
+
+    def _makers(self, gone: Iterable[Ref]) -> int:
+        makers = {ref.maker or 0 for ref in gone}
+        known = all(1 <= maker <= len(self._graph.nodes) for maker in makers)
+        return sum(1 << (maker - 1) for maker in makers) if known else 0
 
     def _open_shortly(self, incoming: Incoming[J]) -> Work[J] | None:
         """A job of a plain chain whose columns are all inline; None for any other."""

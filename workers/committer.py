@@ -145,9 +145,15 @@ class Committer:
         base_s, cap_s = self._context.spec.retry.backoff_s
         return random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(held.entry.attempts, 30)))
 
-    def lose(self, lost: Sequence[Held], why: Failure) -> None:
-        """Restarts jobs whose bytes are gone."""
-        self._give_back(lost, lambda lane, fence, tokens: lane.lost(self._session, fence, tokens, why))
+    def lose(self, lost: Sequence[tuple[Held, int]], why: Failure) -> None:
+        """Restarts jobs whose bytes are gone; with each, the mask of the nodes that made them, 0 when unknown."""
+        makers = {(h.fence, h.entry.packed): mask for h, mask in lost}
+        self._give_back(
+            [h for h, _ in lost],
+            lambda lane, fence, tokens: lane.lost(
+                self._session, fence, tokens, why, [makers[fence, token] for token in tokens]
+            ),
+        )
 
     def release(self, held: Sequence[Held]) -> None:
         """Gives jobs back unharmed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.arena.writer import ArenaWriter
@@ -15,11 +16,27 @@ from torchrelay.queues.job import Place
 from torchrelay.workers.claimer import Held
 
 
+class Read(NamedTuple):
+    """A block that a job reads: by which edge, which node made it, and whether its bytes are in Redis too."""
+
+    place: Place
+    edge: int | None
+    maker: int
+    durable: bool
+
+
 @dataclass(slots=True)
 class _InHand:
-    read: list[tuple[Place, int | None]] = field(default_factory=list)
+    read: list[Read] = field(default_factory=list)
     made: list[Place] = field(default_factory=list)
-    durable: bool = True
+
+
+def makers_of(gone: Iterable[Read]) -> int:
+    """The mask of the nodes that made these, as `lost` takes it; what came with the input counts for nothing there."""
+    mask = 0
+    for read in gone:
+        mask |= 1 << (read.maker - 1) if read.maker else 0
+    return mask
 
 
 class Custody:
@@ -30,11 +47,9 @@ class Custody:
         self._writer = writer
         self._in_hand: dict[tuple[str, bytes], _InHand] = {}
 
-    def reads(self, held: Held, place: Place, edge: int | None, *, durable: bool) -> None:
-        """The job reads this block; `durable`: the same bytes are in Redis."""
-        entry = self._entry(held)
-        entry.read.append((place, edge))
-        entry.durable = entry.durable and durable
+    def reads(self, held: Held, read: Read) -> None:
+        """The job reads this block."""
+        self._entry(held).read.append(read)
 
     def makes(self, held: Held, place: Place) -> None:
         """This block was written for the job's output."""
@@ -43,17 +58,12 @@ class Custody:
     def _entry(self, held: Held) -> _InHand:
         return self._in_hand.setdefault((held.fence, held.entry.packed), _InHand())
 
-    def intact(self, held: Held) -> bool:
-        """Whether everything that the job read still was what its refs meant. Asked before its output leaves."""
+    def gone(self, held: Held) -> list[Read]:
+        """What the job read that is no longer what its refs meant. Asked before anything made of it leaves."""
         entry = self._in_hand.get((held.fence, held.entry.packed))
         if entry is None or self._reader is None:
-            return True
-        return all(map(self._reader.intact, (place for place, _ in entry.read)))
-
-    def again(self, held: Held) -> bool:
-        """Of a job that is not intact: whether all that it read is in Redis too, so that it need not be restarted."""
-        entry = self._in_hand.get((held.fence, held.entry.packed))
-        return entry is not None and entry.durable
+            return []
+        return [read for read in entry.read if not self._reader.intact(read.place)]
 
     def settle(self, fence: str, tokens: Sequence[bytes], statuses: str = "") -> None:
         """The server answered: `statuses` has a letter a job, `k` for an accepted commit; '' says that none was."""
@@ -66,11 +76,11 @@ class Custody:
 
     def _end(self, entry: _InHand, accepted: bool) -> None:
         if self._reader is not None:
-            for place, edge in entry.read:
-                if accepted and edge is not None:
-                    self._reader.release(place, edge)
+            for read in entry.read:
+                if accepted and read.edge is not None:
+                    self._reader.release(read.place, read.edge)
                 else:
-                    self._reader.drop(place)
+                    self._reader.drop(read.place)
         if self._writer is not None and entry.made:
             self._told(entry.made, accepted)
 

@@ -21,7 +21,7 @@ from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Charge, Committer
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, Runs, compute, told
-from torchrelay.workers.custody import Custody
+from torchrelay.workers.custody import Custody, makers_of
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import Progress, ProgressPage
@@ -143,11 +143,13 @@ class StageLoop:
         opened = self._assembler.open_all(
             Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
         )
-        bad = [(h, error) for h, error in opened.bad if self.custody.intact(h)]
-        if bad:
-            faults = [(h, Failed(error, final=isinstance(error, BytesLost))) for h, error in bad]
+        # What does not decode may be bytes that were somebody else's by then.
+        gone = [(h, read) for h, _ in opened.bad if (read := self.custody.gone(h))]
+        if len(gone) < len(opened.bad):
+            stale = {id(h) for h, _ in gone}
+            faults = [(h, Failed(e, final=isinstance(e, BytesLost))) for h, e in opened.bad if id(h) not in stale]
             self._fail([self._charge(h, failed) for h, failed in faults])
-        self._lose([*opened.lost, *(h for h, _ in opened.bad if not self.custody.intact(h))])
+        self._lose([*opened.lost, *((h, makers_of(read)) for h, read in gone)])
         if opened.ready:
             if self._slow(sum(w.total for w in opened.ready)):
                 # What is finished must not wait for a long forward to end.
@@ -174,11 +176,15 @@ class StageLoop:
         blobs: dict[int, dict[str, Message]] = {}
         failed: list[Charge] = []
         given_up: list[Held] = []
-        stale: list[Held] = []
+        lost: list[tuple[Held, int]] = []
         for work, outcome in group:
-            if not self.custody.intact(work.job):
+            gone = self.custody.gone(work.job)
+            if gone:
                 # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
-                (given_up if self.custody.again(work.job) else stale).append(work.job)
+                if all(read.durable for read in gone):
+                    given_up.append(work.job)
+                else:
+                    lost.append((work.job, makers_of(gone)))
                 continue
             if isinstance(outcome, Failed):
                 failed.append(self._charge(work.job, outcome))
@@ -202,13 +208,13 @@ class StageLoop:
         self._storage.write(blobs)
         for job, output in later:
             self.committer.commit(job, output)
-        self._lose(stale)
+        self._lose(lost)
         if failed:
             self._fail(failed)
         if given_up:
             self.committer.release(given_up)
 
-    def _lose(self, lost: Sequence[Held]) -> None:
+    def _lose(self, lost: Sequence[tuple[Held, int]]) -> None:
         if lost:
             gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
             self.committer.lose(lost, self._failure(gone))

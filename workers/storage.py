@@ -24,7 +24,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.transitions import Output
 from torchrelay.workers.assemble import in_order
 from torchrelay.workers.claimer import Held
-from torchrelay.workers.custody import Custody
+from torchrelay.workers.custody import Custody, Read
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.work import Closed
@@ -91,11 +91,11 @@ class Storage:
         assert self._reader is not None  # asked by the caller
         view = self._reader.view(place, ref.nbytes)
         if view is not None:
-            self._custody.reads(held, place, self._edge(ref), durable=ref.chunks > 0)
+            self._custody.reads(held, Read(place, self._edge(ref), ref.maker or 0, ref.chunks > 0))
         return view
 
     def _edge(self, ref: Ref) -> int | None:
-        key = (ref.column, ref.maker)
+        key = (ref.column, ref.maker or 0)
         if key not in self._edges:
             context = self._context
             self._edges[key] = edge_of(context.pipeline.graph, *key, reader=context.node.index)

@@ -91,8 +91,11 @@ class Closed(NamedTuple):
 
 
 class Opened(NamedTuple, Generic[J]):
-    """A batch of jobs, ready or not: one bad job harms no other."""
+    """A batch of jobs, ready or not: one bad job harms no other.
+
+    `lost` holds, with each job whose bytes are gone, the mask of the nodes that made them; 0 when that is unknown.
+    """
 
     ready: list[Work[J]]
     bad: list[tuple[J, Exception]]
-    lost: list[J]
+    lost: list[tuple[J, int]]

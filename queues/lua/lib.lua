@@ -204,17 +204,33 @@ local function state_of(g, id, h, node)
   if g.linear then return h end
   return fork_state(id, node)
 end
-local function leave_queues(g, id, h)
-  for _, n in ipairs(open_nodes(g, h.mask)) do
-    -- pcall: a foreign key in one pipeline's place must not stop what ends jobs of all.
-    if redis.pcall('ZREM', T .. 'ready:' .. n.key, id) == 1 then
-      local s = state_of(g, id, h, n)
-      count(n.key .. '.ready_rows', -s.rows)
-      count(n.key .. '.ready_bytes', -s.bytes)
-    else
-      call('ZREM', DELAYED, id .. '|' .. n.index)
-    end
+-- Whether a job waits at this node, ready or delayed. pcall: a foreign key in one pipeline's place must not stop what
+-- ends jobs of all.
+local function waits(node, id)
+  return type(redis.pcall('ZSCORE', T .. 'ready:' .. node.key, id)) == 'string'
+    or call('ZSCORE', DELAYED, id .. '|' .. node.index)
+end
+local function leave_queue(g, id, h, n)
+  if redis.pcall('ZREM', T .. 'ready:' .. n.key, id) == 1 then
+    local s = state_of(g, id, h, n)
+    count(n.key .. '.ready_rows', -s.rows)
+    count(n.key .. '.ready_bytes', -s.bytes)
+  else
+    call('ZREM', DELAYED, id .. '|' .. n.index)
   end
+end
+local function leave_queues(g, id, h)
+  for _, n in ipairs(open_nodes(g, h.mask)) do leave_queue(g, id, h, n) end
+end
+-- Makes a job of a fork ready at a node where it has no entry yet. The rows are its predecessors', or the input's.
+local function open_fork(g, id, h, node)
+  local rows, bytes = h.rows, h.bytes
+  for _, p in ipairs(node.preds) do
+    local s = p > 0 and fork_state(id, g.nodes[p])
+    if s then rows, bytes = s.rows, s.bytes end
+  end
+  put_fork(id, node, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = bytes, payload = ''})
+  make_ready(node, id, h.rank, rows, bytes)
 end
 
 -- Terminal records: status, flags, attempts, generation, node, rows, bytes, keep_s, length of refs; then the key's

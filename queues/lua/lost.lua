@@ -1,9 +1,14 @@
--- lost: bytes behind these jobs' refs are gone: restart them in a new generation (rule 1).
+-- lost: bytes behind these jobs' refs are gone: restart them in a new generation (rule 1), from the nearest node whose
+-- input survives.
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] entries  ARGV[4] error (msgpack), for a job that nothing can restart
--- A linear job restarts from its last self-contained form, a forking one from its input. A job whose own input is
--- what is missing, or that restarted 100 times, fails for good.
--- Returns one letter a job: g restarted, f failed for good, s stale.
+-- ARGV[5] '' or per job the mask of the nodes that made what is gone (4 bytes each), 0 where that is unknown: all
+-- A linear job restarts from its last self-contained form, whoever made the bytes. A forking one reruns the makers and
+-- every node behind them: a stage need not give the same twice, so nothing that was computed from the lost bytes may
+-- meet what is computed anew. Other branches keep their outputs and their places; what is held there is stale, and
+-- ready again. If a maker's own input is gone too, its worker finds out and calls again: so the restart walks back.
+-- A job none of whose nodes is done (its own input is missing), or that restarted 100 times, fails for good.
+-- Returns one letter a job: g restarted, f failed for good, s stale. Refused, with nothing written: TRARGS.
 local bad = begin()
 if bad then return bad end
 local SESS = KEYS[12]
@@ -14,15 +19,19 @@ local grant = read_grant(fence)
 local g = grant and graph(grant.pid)
 local node = g and g.nodes[grant.node]
 local list, whole = held_entries(fence, grant, ARGV[3])
+if #ARGV[5] > 0 and #ARGV[5] ~= 4 * #list then
+  return refuse('TRARGS', #list .. ' entries do not match ' .. #ARGV[5] .. ' bytes of masks')
+end
 check_types({LOAD, DONE, DEAD}, {LEASE, DELAYED, DEADLINE, DONEQ})
 if g then check_ready(g.nodes) end
 
--- Intermediate blobs of the generation that ends are freed; the input's refs are kept.
-local function keep_inputs(refs)
+-- Frees the blobs that these nodes made (nil: all nodes); the input's refs are kept.
+local function drop_refs(refs, nodes)
   local kept = {}
   for name, chunks, bytes, consumers in string.gmatch(refs, REF) do
-    if is_input(name) then kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ','
-    else doomed[#doomed + 1] = T .. 'blob:' .. name end
+    local maker = tonumber(string.match(name, '^[%w~]+%.(%d+)%.'))
+    if maker ~= 0 and (not nodes or nodes[maker]) then doomed[#doomed + 1] = T .. 'blob:' .. name
+    else kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ',' end
   end
   return table.concat(kept)
 end
@@ -34,7 +43,7 @@ local function restart_linear(e)
   local c = parse(call('HGET', key, field))
   call('HDEL', key, field)
   h.flags = h.flags - F_CHECKPOINT
-  h.refs = keep_inputs(h.refs)
+  h.refs = drop_refs(h.refs)
   h.mask, h.rows, h.bytes, h.payload = c.mask, c.rows, c.bytes, c.payload
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
   h.gen = h.gen + 1
@@ -43,21 +52,42 @@ local function restart_linear(e)
   return true
 end
 
-local function restart_fork(e)
+local function with_descendants(mask)
+  local found, todo = {}, {}
+  local function add(i)
+    if not found[i] then found[i] = true; todo[#todo + 1] = i end
+  end
+  for i, n in ipairs(g.nodes) do if band(mask, n.bit) > 0 then add(i) end end
+  while #todo > 0 do
+    for _, i in ipairs(g.nodes[table.remove(todo)].succs) do add(i) end
+  end
+  return found
+end
+
+local function restart_fork(e, makers)
   local h = e.h
   if h.mask == 0 then return false end
-  leave_queues(g, e.id, h)
-  for i = 1, #g.nodes do
-    local key, field = extra(e.id, i)
-    call('HDEL', key, field)
+  makers = band(makers, h.mask)
+  local cleared = with_descendants(makers > 0 and makers or h.mask)
+  for _, n in ipairs(open_nodes(g, h.mask)) do
+    if cleared[n.index] then leave_queue(g, e.id, h, n)
+    elseif not waits(n, e.id) then
+      local s = fork_state(e.id, n)
+      make_ready(n, e.id, h.rank, s.rows, s.bytes)
+    end
   end
-  h.refs = keep_inputs(h.refs)
-  h.mask = 0
+  for i, n in ipairs(g.nodes) do
+    if cleared[i] then
+      local key, field = extra(e.id, i)
+      call('HDEL', key, field)
+      if band(h.mask, n.bit) > 0 then h.mask = h.mask - n.bit end
+    end
+  end
+  h.refs = drop_refs(h.refs, cleared)
   h.gen = h.gen + 1
   put_fields({e.id}, {build(h)})
-  for _, n in ipairs(open_nodes(g, 0)) do
-    put_fork(e.id, n, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = h.rows, bytes = h.bytes, payload = ''})
-    make_ready(n, e.id, h.rank, h.rows, h.bytes)
+  for _, n in ipairs(open_nodes(g, h.mask)) do
+    if cleared[n.index] then open_fork(g, e.id, h, n) end
   end
   return true
 end
@@ -71,7 +101,8 @@ for i, e in ipairs(list) do
     taken_rows = taken_rows + s.rows
     local restarted = false
     if e.h.gen < MAX_GEN then
-      if g.linear then restarted = restart_linear(e) else restarted = restart_fork(e) end
+      local makers = #ARGV[5] > 0 and unpackb('<I4', ARGV[5], 4 * i - 3) or 0
+      if g.linear then restarted = restart_linear(e) else restarted = restart_fork(e, makers) end
     end
     if restarted then
       status[i] = 'g'

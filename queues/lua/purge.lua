@@ -12,11 +12,6 @@ for pid, mask in string.gmatch(ARGV[1], '(%d+):(%d+),') do masks[tonumber(pid)] 
 local ids = {unpack(ARGV, 2)}
 local recs = get_fields(ids, '')
 local seen, ended, opened = {}, 0, {}
-local function waits(node, id)
-  -- pcall, as in leave_queues: a foreign key in one pipeline's place stops nothing half way.
-  return type(redis.pcall('ZSCORE', T .. 'ready:' .. node.key, id)) == 'string'
-    or call('ZSCORE', DELAYED, id .. '|' .. node.index)
-end
 for i, id in ipairs(ids) do
   local h = recs[i] and not seen[id] and parse(recs[i])
   local mask = h and masks[h.pid]

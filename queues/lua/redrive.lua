@@ -21,18 +21,11 @@ local function revive(id, d)
     h.flags = bor(h.flags, F_CHECKPOINT)
   end
   put_fields({new}, {build(h)})
-  local made = {}
   for _, o in ipairs(d[5]) do
-    made[o[1]] = o
     put_fork(new, g.nodes[o[1]], {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = o[2], bytes = o[3], payload = o[4]})
   end
   for _, node in ipairs(open_nodes(g, h.mask)) do
-    local rows, bytes = h.rows, h.bytes
-    if not g.linear then
-      for _, p in ipairs(node.preds) do if made[p] then rows, bytes = made[p][2], made[p][3] end end
-      put_fork(new, node, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = bytes, payload = ''})
-    end
-    make_ready(node, new, h.rank, rows, bytes)
+    if g.linear then make_ready(node, new, h.rank, h.rows, h.bytes) else open_fork(g, new, h, node) end
   end
   call('HSET', DEAD, id, cmsgpack.pack({d[1], d[2], '', d[4], {}, '', d[7], new}))
   call('ZADD', DONEQ, NOW + 604800000, 'dead:' .. id)

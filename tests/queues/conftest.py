@@ -99,9 +99,10 @@ class Worker:
         given = grant.entries if entries is None else entries
         return self.lane.run(self.lane.t.release(self.session, grant.fence, [e.packed for e in given]))
 
-    def lost(self, grant: Grant, entries: Sequence[Entry] | None = None) -> str:
+    def lost(self, grant: Grant, entries: Sequence[Entry] | None = None, *, makers: int = 0) -> str:
         given = grant.entries if entries is None else entries
-        return self.lane.run(self.lane.t.lost(self.session, grant.fence, [e.packed for e in given], WHY))
+        masks = [makers] * len(given)
+        return self.lane.run(self.lane.t.lost(self.session, grant.fence, [e.packed for e in given], WHY, masks))
 
     def die(self, computing: Sequence[Entry] = ()) -> list[int]:
         """It crashed while it was computing these, and somebody saw it."""

@@ -164,17 +164,32 @@ class Model:
         job.spots[node].at = "ready"
         return "r"
 
-    def lose(self, fence: str, entry: tuple[str, int]) -> str:
+    def lose(self, fence: str, entry: tuple[str, int], makers: int) -> str:
         job = self.give_back(fence, entry)
         if job is None:
             return "s"
-        mask = job.restart if self.graphs[job.pipeline].linear else (0 if job.mask else None)
-        if mask is None:
+        linear = self.graphs[job.pipeline].linear
+        if job.restart is None if linear else not job.mask:
             self.bury(job)
             return "f"
-        job.mask, job.gen, job.restart, job.blobs, job.spots = mask, job.gen + 1, None, [], {}
+        job.gen += 1
+        if linear:
+            job.mask, job.restart, job.blobs, job.spots = job.restart or 0, None, [], {}
+        else:
+            self.rerun(job, makers & job.mask or job.mask)
         self.open_up(job)
         return "g"
+
+    def rerun(self, job: Job, makers: int) -> None:
+        """Clears these nodes of a fork and all behind them; what is held elsewhere is ready again."""
+        cleared = makers
+        for node in self.graphs[job.pipeline].nodes:  # each stands behind its predecessors
+            cleared |= node.bit * any(p and cleared >> (p - 1) & 1 for p in node.preds)
+        job.mask &= ~cleared
+        job.blobs = [(name, c) for name, c in job.blobs if not cleared >> (int(name.split(".")[1]) - 1) & 1]
+        job.spots = {n: spot for n, spot in job.spots.items() if not cleared >> (n - 1) & 1}
+        for spot in job.spots.values():
+            spot.at = "delayed" if spot.at == "delayed" else "ready"
 
     def return_grant(
         self, fence: str, started: set[tuple[str, int]] | None = None, solo: bool = False
@@ -228,6 +243,11 @@ class Model:
         key = self.key_of.get(job_id)
         if key is not None and self.keys.get(key, ("", ""))[1] == job_id:
             del self.keys[key]
+
+    def wanted(self, name: str) -> bool:
+        """Whether the live job that a blob is named after lists it."""
+        job = self.live.get(name.split(".")[0])
+        return job is not None and name in {n for n, _ in job.blobs}
 
     def blobs(self) -> set[str]:
         """Names of every blob that must be there for good."""

@@ -82,6 +82,7 @@ def test_every_operation_but_submit_passes_out_of_memory(full_lane, shape):
         assert worker.claim(1).paused
         assert lane.run(lane.t.pause("p1", "", "", False))
         assert lane.run(lane.t.census(0, 10))[1]
+        assert lane.run(lane.t.holders([f"{late}.1.f.y"])) == [False]
         assert lane.run(lane.t.redrive([c.job_id])) == [f"{c.job_id}~1"]
         assert lane.run(lane.t.promote())[0] >= 0
         lane.define(lane.CHAIN)

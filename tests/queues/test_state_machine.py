@@ -48,6 +48,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.given: list[tuple[Any, Grant, int, int]] = []
         self.answered: list[tuple[Any, Any, Any]] = []
         self.submits = 0
+        self.names: set[str] = set()
         for number in (1, 2, 1, 2):
             kinds = [(0.0, "", False), (100_000.0, "ab"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
             self.submitted(number, kinds, "x", False, False)
@@ -240,11 +241,13 @@ class LaneMachine(RuleBasedStateMachine):
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
-    @rule(which=PICK, mask=FEW, again=st.booleans())
-    def lose(self, which: int, mask: int, again: bool) -> None:
+    @rule(which=PICK, mask=FEW, makers=st.lists(st.integers(0, 15), min_size=1, max_size=3), again=st.booleans())
+    def lose(self, which: int, mask: int, makers: list[int], again: bool) -> None:
+        """Whatever the mask of makers says, of nodes that are not done and of other branches too."""
         worker, grant, _, _, entries = self.pick(which, mask)
-        call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY)
-        expected = "".join(self.model.lose(grant.fence, self.key(e)) for e in entries)
+        masks = [makers[i % len(makers)] for i in range(len(entries))]
+        call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY, masks)
+        expected = "".join(self.model.lose(grant.fence, self.key(e), m) for e, m in zip(entries, masks, strict=True))
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
@@ -368,6 +371,9 @@ class LaneMachine(RuleBasedStateMachine):
         assert {i.decode() for i in lane.redis.hkeys(lane.keys.dead)} == set(model.dead)
         assert {f.decode() for f in lane.redis.hkeys(lane.keys.grants)} == set(model.grants)
         assert {n for n, ttl in lane.blobs().items() if ttl == -1} == model.blobs()
+        self.names |= model.blobs()
+        asked = sorted(self.names)[-256:]
+        assert lane.run(lane.t.holders(asked)) == [model.wanted(name) for name in asked]
         assert len(model.commits) == len(set(model.commits))
         committed = sum(
             lane.load(f"{lane.node_key(p, n.index)}.committed") for p, g in lane.graphs.items() for n in g.nodes

@@ -173,15 +173,17 @@ def test_forged_payloads_harm_no_neighbour(make_pipeline: MakePipeline, table: d
 
 
 def test_bytes_of_the_input_that_are_gone_are_told_from_those_that_a_restart_brings_back(chain: Pipeline) -> None:
-    """The one job cannot be helped, the other starts again."""
+    """The one job cannot be helped, the others start again: where the bytes were made, if the name tells."""
     graph = chain.graph
     payloads = {
         "input": encode_payload({"y": Ref("0123456789abcdef~1.0.y", 1, 9)}),
         "made": encode_payload({"y": Ref("0123456789abcdef.1.fence.y", 1, 9)}),
+        "strange": encode_payload({"y": Ref("0123456789abcdef.99.fence.y", 1, 9)}),
+        "nameless": encode_payload({"y": Ref("y", 1, 9)}),
     }
     assembler: Assembler[str] = Assembler(graph, graph.node("second"), lambda wanted: [None] * len(wanted))
     opened = assembler.open_all([Incoming(name, [payload], 1) for name, payload in payloads.items()])
-    assert opened.lost == ["made"]
+    assert opened.lost == [("made", 0b01), ("strange", 0), ("nameless", 0)]
     [(job, error)] = opened.bad
     assert job == "input"
     assert isinstance(error, BytesLost)

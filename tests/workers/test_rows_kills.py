@@ -268,11 +268,26 @@ def test_lost_bytes_of_a_chain_start_the_job_again(
     settled(registry)
 
 
-@pytest.mark.parametrize(("column", "at"), [("#1", "join"), ("!3", "join"), ("part", "fold")])
-def test_lost_bytes_of_a_fork_start_the_job_again(
-    make_pipeline: MakePipeline, relay: Relay, registry: Registry, workers: Workers, column: str, at: str
+@pytest.mark.parametrize(
+    ("column", "at", "reruns"),
+    [
+        ("#1", "join", {"cut", "one", "two"}),
+        # What `two` reads is still there. What only `one` and `join` read went when they committed: it walks back.
+        ("!3", "join", {"two"}),
+        ("a", "join", {"cut", "one", "two"}),
+        ("c", "fold", {"two", "join"}),
+    ],
+)
+def test_lost_bytes_of_a_fork_start_its_lost_part_again(
+    make_pipeline: MakePipeline,
+    relay: Relay,
+    registry: Registry,
+    workers: Workers,
+    column: str,
+    at: str,
+    reruns: set[str],
 ) -> None:
-    """The whole job goes back to its input, other branches included; the result is exact."""
+    """The makers of the lost bytes run again, as far back as their own inputs are gone; the result is exact."""
     path = start(make_pipeline, relay, 16)
     for name in NODES:
         if name != at:
@@ -292,6 +307,9 @@ def test_lost_bytes_of_a_fork_start_the_job_again(
     assert table["first"] == [w["first"] for w in wanted]
     assert np.asarray(table["sums"]).tolist() == [w["sums"] for w in wanted]
     settled(registry)
+    loads = registry.loads()
+    runs = {name: sum(v for k, v in loads.items() if k.endswith(f"/{name}.committed")) for name in NODES}
+    assert runs == {name: 1 + (name in reruns) for name in NODES}
 
 
 def test_lost_bytes_of_the_input_end_the_job_in_words(
