@@ -105,7 +105,8 @@ def widen(array: np.ndarray, original: np.dtype[Any], max_bytes: int) -> np.ndar
         raise BadValue(f"a tensor of {array.dtype} was not narrowed from {original}")
     if array.size * original.itemsize > max_bytes:
         raise BadValue(f"a narrowed tensor takes {array.size * original.itemsize} bytes; the limit is {max_bytes}")
-    wide = array.astype(original)
+    with np.errstate(all="ignore"):  # signalling NaNs
+        wide = array.astype(original)
     wide.flags.writeable = False
     return wide
 
@@ -146,6 +147,8 @@ def decompress(message: memoryview, max_bytes: int) -> bytes:
         raw = algorithm.decompress(stream, raw_bytes)
     except ImportError as error:
         raise BadValue(f"{what} {_needs(algorithm)}") from error
+    except MemoryError:
+        raise  # no fault of the stream
     except Exception as error:  # each library has errors of its own
         raise BadValue(f"{what} is corrupt, or longer than the {raw_bytes} bytes it announces: {error}") from error
     if len(raw) != raw_bytes:
