@@ -15,7 +15,7 @@ VERSION_LENGTH = 8
 
 
 def version_of(spec: PipelineSpec, base_dir: Path) -> str:
-    """8 hex digits over input, output, graph, code, args, weights, torch options and padding.
+    """8 hex digits over input, output, graph, code, args, weights, torch options, padding and wire.
 
     Batch sizes, waits, replicas, retries, time-outs, queue marks and devices are tuning: they do not change it. What is
     at its default is left out, so that a new option with a default leaves old versions as they were.
@@ -46,6 +46,7 @@ def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
         "pad": stage.batch.pad,
         "rows": stage.rows if stage.rows == "expand" else stage.collapses and {"collapse": stage.collapses},
         "when": stage.when,
+        "wire": stage.wire.model_dump(exclude_defaults=True),
     }
     # `inputs: []` reads nothing, while no `inputs` reads all: the one is no default of the other.
     out |= {k: v for k, v in optional.items() if v or v == []}

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from torchrelay.config.spec import WireSpec
 from torchrelay.config.types import ColumnType, grouped
 
 Made = dict[str, tuple[ColumnType, tuple[int, ...]]]
 """Column -> its declared type, and the stack at which it was made."""
+_AS_THEY_ARE = WireSpec()
 _TO_THE_END = 1 << 30  # in a mask of nodes, no node's bit: what carries it stays until the job ends
 
 
@@ -19,7 +21,8 @@ class Node:
 
     `inputs` maps what the stage calls a column to where it comes from, None for all columns. `keeps` are the columns
     that must stay in the job after this node, None for all. `rank` is its place in an order in which each node comes
-    after its predecessors, from 1. `when` names the column that must be true for a row to enter.
+    after its predecessors, from 1. `when` names the column that must be true for a row to enter. `wire` is
+    how its columns travel to the nodes that read them.
 
     A stack lists the expanding nodes (by number) that rows came through and that no collapse has undone: `before` is
     that of the rows that come in, `at` that of the rows that `forward` sees, `stack` that of what it returns.
@@ -38,6 +41,7 @@ class Node:
     before: tuple[int, ...] = ()
     at: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
+    wire: WireSpec = _AS_THEY_ARE
 
     @property
     def bit(self) -> int:
@@ -123,6 +127,11 @@ class Graph:
                 mask |= node.bit
         # A column that nobody reads goes with the commit of the next node.
         return mask or sum(n.bit for n in self.descendants(origin)[:1]) or _TO_THE_END
+
+    def in_result(self, column: str, origin: int) -> bool:
+        """Whether the result may show what this node made: as it is, or in rows that skip a later maker."""
+        makers = [n for n in self.descendants(origin) if n.keeps_older and column in n.outputs]
+        return any(self.consumers(column, index) == 0 for index in [origin, *(n.index for n in makers)])
 
     def ends_with(self, origin: int) -> bool:
         """Whether, without an `output` list, what this node made is in the result: it is a last node, or it is inside

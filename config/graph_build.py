@@ -122,7 +122,8 @@ def _node(number: int, stage: StageConfig, preds: list[tuple[int, ...]]) -> Node
     succs = tuple(j for j, before in enumerate(preds, 1) if number in before)
     outputs = {c: parse_type(t) for c, t in stage.outputs.items()}
     rows = stage.rows if isinstance(stage.rows, str) else "collapse"
-    return Node(number, stage.name, preds[number - 1], succs, _inputs(stage), outputs, None, rows, stage.when)
+    before = preds[number - 1]
+    return Node(number, stage.name, before, succs, _inputs(stage), outputs, None, rows, stage.when, wire=stage.wire)
 
 
 def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:

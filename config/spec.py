@@ -24,7 +24,7 @@ COLUMN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_STAGES = 30
 # Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
-COMING = frozenset({"shards", "wire", "fuse", "resources", "hosts"})
+COMING = frozenset({"shards", "fuse", "resources", "hosts"})
 
 
 def _type_text(text: Any) -> str:
@@ -130,6 +130,13 @@ class TorchSpec(_Model):
     compile: bool = False
 
 
+class WireSpec(_Model):
+    """How columns travel to the next stages; those of the result are left as they are."""
+
+    dtype: Literal["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"] | None = None
+    compress: Literal["lz4", "zstd"] | None = None
+
+
 class CollapseSpec(_Model):
     """Undoes the expansion of the named stage."""
 
@@ -170,6 +177,7 @@ class StageConfig(_Model):
     retry: RetrySpec = RetrySpec()
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
+    wire: WireSpec = WireSpec()
 
     @model_validator(mode="before")
     @classmethod

@@ -39,6 +39,7 @@ class StageSpec:
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.
         queue: max_rows and max_bytes.
+        wire: dtype and compress, of what it sends to the next stages.
 
     Raises ConfigError for a value that no file could hold; all else is checked when the Pipeline is made.
     """
@@ -64,6 +65,7 @@ class StageSpec:
         retry: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         queue: Mapping[str, Any] | None = None,
+        wire: Mapping[str, Any] | None = None,
     ) -> None:
         keys: dict[str, Any] = {
             "after": after,
@@ -80,6 +82,7 @@ class StageSpec:
             "retry": retry,
             "timeout_s": timeout_s,
             "queue": queue,
+            "wire": wire,
         }
         self.name = name
         self.use = use

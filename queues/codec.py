@@ -13,6 +13,7 @@ itself one valid msgpack object, an ext 32 of type 3:
 
 `message` stops half way: it gives the parts of a frame with the large arrays still where they are, so that `copy_into`
 can put them where they are wanted (a block of shared memory) with one copy.
+A stage's `wire` options narrow arrays (extension 5) and compress whole messages (extension 4): see `wire`.
 
 Promise: `decode` raises `DecodeError` and nothing else, whatever the bytes are; floats and arrays are carried bit
 for bit. Imports neither torch nor redis.
@@ -31,7 +32,7 @@ import msgpack
 import numpy as np
 
 from torchrelay.errors import DecodeError, InputError
-from torchrelay.queues import tensors
+from torchrelay.queues import tensors, wire
 from torchrelay.queues.tensors import DTYPES, BadValue
 
 __all__ = [
@@ -182,7 +183,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS
 
     Raises:
         DecodeError: the bytes are not exactly one message within the limits; it carries their length, and the
-            offset of the fault where that is known.
+            offset of the fault where that is known (both of what was compressed, once that is out).
     """
     try:
         if type(data) is not bytes:
@@ -190,6 +191,9 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS
         size = len(data)
         if size > limits.max_bytes:
             raise BadValue(f"the message is above the limit of {limits.max_bytes} bytes")
+        if wire.is_compressed(data):
+            data = wire.decompress(memoryview(data), limits.max_bytes)
+            size = len(data)
         if size >= _FRAME_START and data[0] == 0xC9 and data[5] == _FRAME:
             value = _decode_frame(memoryview(data).toreadonly(), limits)
         else:
@@ -252,14 +256,17 @@ class _Encoder:
         return Frame(head, tail)
 
     def _pack_other(self, value: object) -> msgpack.ExtType:
+        code, prefix, widened_bytes = tensors.TENSOR_CODE, b"", 0
+        if type(value) is wire.Narrowed:
+            code, prefix, widened_bytes, value = wire.NARROWED_CODE, value.prefix, value.widened_bytes, value.array
         array = tensors.wire_array(value, self._limits.max_ndim)
         if array.nbytes <= INLINE_BYTES:
-            return msgpack.ExtType(tensors.TENSOR_CODE, tensors.inline_payload(array))
-        self._tail_bytes += array.nbytes
+            return msgpack.ExtType(code, prefix + tensors.inline_payload(array))
+        self._tail_bytes += max(array.nbytes, widened_bytes)
         if self._tail_bytes > self._limits.max_bytes:
             raise BadValue(f"its arrays are above the limit of {self._limits.max_bytes} bytes")
         self._tail.append(array)
-        return msgpack.ExtType(tensors.TENSOR_CODE, tensors.pack_head(array, tensors.TAIL))
+        return msgpack.ExtType(code, prefix + tensors.pack_head(array, tensors.TAIL))
 
 
 class _Local(threading.local):
@@ -304,13 +311,19 @@ class _Tail:
 
     def __init__(self, view: memoryview | None, end: int, limits: Limits) -> None:
         self._view = view
-        self._max_ndim = limits.max_ndim
+        self._limits = limits
         self.end = end
 
     def hook(self, code: int, payload: bytes) -> np.ndarray:
+        if code == wire.NARROWED_CODE:
+            original, payload = wire.split_narrowed(payload)
+            return wire.widen(self._array(payload), original, self._limits.max_bytes)
         if code != tensors.TENSOR_CODE:
             raise BadValue(f"extension type {code} is unknown")
-        head = tensors.parse_head(payload, self._max_ndim)
+        return self._array(payload)
+
+    def _array(self, payload: bytes) -> np.ndarray:
+        head = tensors.parse_head(payload, self._limits.max_ndim)
         if head.place == tensors.INLINE:
             return tensors.make_array(head, payload, head.head_bytes)
         if self._view is None:

@@ -29,6 +29,7 @@ from torchrelay.queues.job import (
     join_payloads,
 )
 from torchrelay.queues.levels import Levels, RowFailure, failures_of
+from torchrelay.workers.edge import Edge
 from torchrelay.workers.rows import is_column, spread_rows, take_rows, truth
 from torchrelay.workers.work import Closed, Incoming, J, Opened, Output, Rejection, Work
 
@@ -72,6 +73,7 @@ class Assembler(Generic[J]):
         columns = None if node.inputs is None else [(n, s.rpartition(".")[2]) for n, s in node.inputs.items()]
         self._columns = columns
         self._ends = not node.succs and graph.result is None
+        self._edge = Edge.of(graph, node)
         self._before = {n.rank: {a.rank for a in graph.ancestors(n)} for n in graph.nodes}
 
     def open_all(self, batch: Iterable[Incoming[J]]) -> Opened[J]:
@@ -246,9 +248,7 @@ class Assembler(Generic[J]):
             raise too_many_rows(node.name, total, self._rows_per_job)
         if output.rejected:
             made[f"{REJECTED}{node.index}"] = codec.encode(self._failures(work, output.rejected))
-        for name, column in columns.items():
-            if node.keeps is None or name in node.keeps:
-                made[name] = _encoded(name, column)
+        self._encode(columns, made)
         riding = self._riding(work.riding, made)
         return Closed(made, riding, None if self._plain else self._origins(work.riding.origins, made, riding), total)
 
@@ -256,15 +256,20 @@ class Assembler(Generic[J]):
         """Of a plain chain, without rejected rows."""
         keeps = self._node.keeps
         made: dict[str, codec.Message] = {}
-        for name, column in output.columns.items():
-            if keeps is None or name in keeps:
-                made[name] = _encoded(name, column)
+        self._encode(output.columns, made)
         riding: dict[str, Packed] = {}
         if not self._ends:
             for name, packed in work.riding.columns.items():
                 if name not in made and (keeps is None or name in keeps):
                     riding[name] = packed
         return Closed(made, riding, None, work.total)
+
+    def _encode(self, columns: Mapping[str, Column], made: dict[str, codec.Message]) -> None:
+        """Adds the columns that stay in the job, as they travel."""
+        keeps, edge = self._node.keeps, self._edge
+        for name, column in columns.items():
+            if keeps is None or name in keeps:
+                made[name] = _encoded(name, column if edge is None else edge.narrowed(name, column))
 
     def _spread(self, work: Work[J], output: Output) -> dict[str, Column]:
         """Columns of the rows that were made, as columns of all: others keep what they had, or are null."""
@@ -328,7 +333,7 @@ def _carried(why: Rejection) -> Rejection:
     return Rejection(kind, message, why.attempts)
 
 
-def _encoded(name: str, column: Column) -> codec.Message:
+def _encoded(name: str, column: object) -> codec.Message:
     try:
         return codec.message(column)
     except InputError as error:

@@ -30,6 +30,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import WorkerRetired
 from torchrelay.stages import StageContext, make_runner
 from torchrelay.workers.device import pick_device
+from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.loop import StageLoop
 from torchrelay.workers.node import NodeContext
@@ -109,6 +110,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
         )
     node = next(n for n in pipeline.graph.nodes if n.name == orders.stage)
     spec = pipeline.spec.stages[node.index - 1]
+    check_codecs(pipeline.graph, node)
     device = pick_device(spec, orders.device)
     runner = make_runner(
         spec.use and import_use(spec.use, pipeline.base_dir),

@@ -25,6 +25,7 @@ from torchrelay.queues.transitions import Output
 from torchrelay.workers.assemble import in_order
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.custody import Custody, Read
+from torchrelay.workers.edge import Edge
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
 from torchrelay.workers.work import Closed
@@ -69,6 +70,7 @@ class Storage:
         self._placer = memory.placer
         self._reader = memory.reader
         self._custody = custody
+        self._edge = Edge.of(context.pipeline.graph, context.node)
         self._edges: dict[tuple[str, int], int | None] = {}
         self._readers: dict[str, list[str]] = {}
         self._ended_at = 0.0
@@ -91,10 +93,10 @@ class Storage:
         assert self._reader is not None  # asked by the caller
         view = self._reader.view(place, ref.nbytes)
         if view is not None:
-            self._custody.reads(held, Read(place, self._edge(ref), ref.maker or 0, ref.chunks > 0))
+            self._custody.reads(held, Read(place, self._edge_of(ref), ref.maker or 0, ref.chunks > 0))
         return view
 
-    def _edge(self, ref: Ref) -> int | None:
+    def _edge_of(self, ref: Ref) -> int | None:
         key = (ref.column, ref.maker or 0)
         if key not in self._edges:
             context = self._context
@@ -114,10 +116,10 @@ class Storage:
         for column, message in large.items():
             name = f"{held.entry.job_id}.{node.index}.{held.fence}.{column}"
             place = self._placer.put(name, held.lane, message, self._readers_of(column), patience_s=_PATIENCE_S)
-            if place is None:
-                blobs[name] = message
-            else:
+            if place is not None:
                 self._custody.makes(held, place)
+            else:
+                blobs[name] = message = message if self._edge is None else self._edge.compressed(column, message)
             ref = Ref.of(name, len(message), place, in_redis=place is None)
             columns[column] = ref
             refs += ref.text(graph.consumers(column, node.index))

@@ -40,6 +40,7 @@ from torchrelay.stages import Runner, StageContext, make_runner
 from torchrelay.workers.assemble import Assembler, in_order, too_many_rows
 from torchrelay.workers.compute import Failed, GivenUp, compute, told
 from torchrelay.workers.device import pick_device
+from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.work import Closed, Incoming, Work
 
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ class LocalRun:
 
     def _load(self, node: Node) -> _Step:
         pipeline, spec = self._pipeline, self._pipeline.spec.stages[node.index - 1]
+        check_codecs(self._graph, node)
         found = spec.use and import_use(spec.use, pipeline.base_dir)
         runner = make_runner(found, spec, types=self._graph.types_of(node), outputs=node.outputs)
         device = pick_device(spec, self._device)

@@ -177,3 +177,21 @@ def test_random_graphs(data: st.DataObject) -> None:
             readers = sum(d.bit for d in below if column in reads[d.index - 1])
             assert not readers or g.consumers(column, n.index) == readers
         assert g.consumers("c", n.index) == 0
+
+
+def test_in_result(load: Load) -> None:
+    """What the result may show: its own columns, and those whose older values rows keep that skip a last stage."""
+    stages = """stages:
+  - {name: a, use: "s.py:Stage", outputs: {label: str, sure: bool, x: float32}}
+  - {name: b, use: "s.py:Stage", outputs: {label: str}, when: sure}
+  - {name: c, use: "s.py:Stage", inputs: [x], outputs: {y: "str?"}, when: sure}
+  - {name: d, use: "s.py:Stage", inputs: [x], outputs: {label: str, y: str}LAST}
+"""
+    head = "pipeline: p\ninput: {t: str}\n"
+    skipped = load(head + stages.replace("LAST", ", when: sure")).graph
+    assert [skipped.in_result(c, 1) for c in ("label", "sure", "x")] == [True, False, False]
+    assert [skipped.in_result("label", 2), skipped.in_result("y", 3)] == [True, True]
+    remade = load(head + stages.replace("LAST", "")).graph
+    assert [remade.in_result("label", 1), remade.in_result("y", 3), remade.in_result("y", 4)] == [False, False, True]
+    listed = load(head + "output: [x]\n" + stages.replace("LAST", "")).graph
+    assert [listed.in_result(c, 1) for c in ("label", "sure", "x")] == [False, False, True]

@@ -282,3 +282,22 @@ def test_where(load: Load) -> None:
     pipeline = load(ONE)
     assert pipeline.where("stages", 0, "use").endswith("p.yaml:4:5")
     assert pipeline.where("stages", 0, "args", "x").endswith("p.yaml:3:5")
+
+
+@pytest.mark.parametrize(
+    ("wire", "expected"),
+    [
+        ("fp16", "6:5: stage 'a': wire: a mapping of keys to values is expected ('fp16' came)"),
+        (
+            "{dtype: float32}",
+            "6:12: stage 'a': wire.dtype: Input should be 'float16', 'bfloat16', 'float8_e4m3fn' or 'float8_e5m2' "
+            "('float32' came)",
+        ),
+        ("{compress: gzip}", "6:12: stage 'a': wire.compress: Input should be 'lz4' or 'zstd' ('gzip' came)"),
+        ("{compres: lz4}", "6:12: unknown key 'compres'; did you mean 'compress'?"),
+    ],
+)
+def test_wire(problems: Problems, wire: str, expected: str) -> None:
+    """A wrong option of `wire` is told with its place and what may stand there."""
+    text = "pipeline: p\ninput: {x: str}\nstages:\n  - name: a\n    use: s.py:Stage\n    wire: "
+    assert problems(text + wire + "\n") == [expected]

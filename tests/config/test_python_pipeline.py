@@ -39,6 +39,7 @@ stages:
     args: {size: 3, rate: .inf, sizes: [1, 2]}
     weights: s.py
     torch: {dtype: float16, channels_last: true}
+    wire: {dtype: float16, compress: zstd}
     batch: {max_rows: 8, max_wait_ms: 5, pad: {image: 0}}
     replicas: {min: 1, max: 4}
     retry: {attempts: 5, backoff_s: [0, 1.5]}
@@ -78,6 +79,7 @@ def full(folder: Path, **more: Any) -> Pipeline:
                 args={"size": 3, "rate": float("inf"), "sizes": (1, 2)},
                 weights=Path("s.py"),
                 torch={"dtype": "float16", "channels_last": True},
+                wire={"dtype": "float16", "compress": "zstd"},
                 batch={"max_rows": 8, "max_wait_ms": 5, "pad": {"image": 0}},
                 replicas={"min": 1, "max": 4},
                 retry={"attempts": 5, "backoff_s": (0, 1.5)},
