@@ -47,7 +47,8 @@ class Reign(NamedTuple):
 class WorkerReport:
     """What a worker tells of itself with each heartbeat. Times are seconds of the worker's own clock.
 
-    `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went.
+    `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
+    `device_idle_s` is how long a GPU stood still between forwards, by its own events.
     """
 
     worker: str
@@ -65,6 +66,7 @@ class WorkerReport:
     failures: int = 0
     host_id: str = ""
     moved: dict[str, int] = field(default_factory=dict)
+    device_idle_s: float = 0.0
 
     def encode(self) -> str:
         return json.dumps(asdict(self))

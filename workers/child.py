@@ -34,6 +34,7 @@ from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.loop import StageLoop
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.storage import SharedMemory
 
@@ -132,7 +133,8 @@ def serve(orders: Orders, stop: _Stop) -> None:
     try:
         log.info("ready on %s", device)
         settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)
-        StageLoop(context, runner, client, page, stop, SharedMemory.open(registry, settings)).run()
+        memory = SharedMemory.open(registry, settings)
+        StageLoop(Surroundings(context, client, page, memory, stop), runner).run()
     finally:
         runner.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -46,7 +47,11 @@ class _Asked(NamedTuple):
 class Claimer:
     """The window of held jobs in rank order. `rows_per_s` is what the loop measured, 0 before it has."""
 
-    def __init__(self, context: NodeContext, channel: Channel, session: Session) -> None:
+    def __init__(
+        self, context: NodeContext, channel: Channel, session: Session, opened: Callable[[Sequence[Held]], object]
+    ) -> None:
+        """`opened` hears of jobs that were taken into the window."""
+        self._opened = opened
         self._context = context
         self._channel = channel
         self._session = session
@@ -92,16 +97,22 @@ class Claimer:
         self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - asked.at * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
         self.ready_left = 0 if grant.gated else grant.left
-        for entry in grant.entries:
-            self.window.append(Held(asked.lane, grant.fence, entry, now))
-            self.window_rows += weight(entry)
+        held = [Held(asked.lane, grant.fence, entry, now) for entry in grant.entries]
+        self._opened(held)
+        self.window.extend(held)
+        self.window_rows += sum(map(weight, grant.entries))
         self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
         return bool(grant.entries)
+
+    def top_up(self) -> bool:
+        """Asks for more and waits for it; True when jobs came."""
+        self.ask_ahead()
+        return self.collect()
 
     @property
     def asked_fences(self) -> tuple[str, ...]:
         """Fences of claims whose answer was not read yet: the server may have granted them already."""
-        return tuple(asked.fence for asked in self._pending)
+        return tuple([asked.fence for asked in self._pending])
 
     def expect(self, wait_s: float) -> None:
         """A job of this node is due again in so many seconds: later than the last claim could know."""

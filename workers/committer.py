@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,7 @@ class Committer:
         self._context = context
         self._channel = channel
         self._session = session
+        self._lock = threading.Lock()
         self._open: Counter[tuple[int, str]] = Counter()
         self._outputs: dict[tuple[int, str], list[Output]] = {}
         self._oldest = 0.0
@@ -55,12 +57,13 @@ class Committer:
     @property
     def fences(self) -> tuple[str, ...]:
         """Grants with jobs that were not given back yet, as far as the server answered."""
-        return tuple({fence for _, fence in self._open} | {fence for _, _, fence in self._sent})
+        with self._lock:
+            return tuple({fence for _, fence in self._open} | {fence for _, _, fence in self._sent})
 
     def opened(self, held: Iterable[Held]) -> None:
-        """Notes jobs that were taken into the window."""
-        for h in held:
-            self._open[h.lane, h.fence] += 1
+        """Notes jobs that were taken into the window; may be called by another thread than the rest."""
+        with self._lock:
+            self._open.update((h.lane, h.fence) for h in held)
 
     def commit(self, held: Held, output: Output) -> None:
         """Queues one job's output; `flush()` decides when it goes."""
@@ -95,15 +98,19 @@ class Committer:
         while len(self._sent) >= _IN_FLIGHT:
             self._settle()
         call = context.lanes[lane].commit(self._session, fence, context.number, context.node.index, outputs)
-        self._sent.append((self._channel.send(call), [o.token for o in outputs], fence))
+        sent = (self._channel.send(call), [o.token for o in outputs], fence)
+        with self._lock:
+            self._sent.append(sent)
 
     def _closed(self, grant: tuple[int, str], jobs: int) -> None:
-        self._open[grant] -= jobs
-        if self._open[grant] <= 0:
-            del self._open[grant]
+        with self._lock:
+            self._open[grant] -= jobs
+            if self._open[grant] <= 0:
+                del self._open[grant]
 
     def _settle(self) -> None:
-        pending, tokens, fence = self._sent.popleft()
+        with self._lock:
+            pending, tokens, fence = self._sent.popleft()
         statuses = pending.result()
         self._settled(fence, tokens, statuses)
         if statuses.count("k") == len(tokens):

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = struct.Struct("<QddQQQdQII5Q")
+_HEAD = struct.Struct("<QddQQQddQII5Q")
 _SEQUENCE = struct.Struct("<Q")
 PAGE_BYTES = 65536
 # What one job may add: its entry, and a fence when it was granted alone.
@@ -28,7 +28,7 @@ class Progress:
     """`forward_since` is time.monotonic() at the start of the running forward, 0 between forwards.
 
     `started` holds the packed entries of that forward, `fences` the grants in hand, `moved` bytes of columns in the
-    order of `placement.MOVED`.
+    order of `placement.MOVED`, `idle_s` how long a GPU stood still between forwards, as its own events say.
     """
 
     state: int = LOADING
@@ -42,6 +42,7 @@ class Progress:
     fences: tuple[str, ...] = ()
     started: bytes = b""
     moved: tuple[int, ...] = (0, 0, 0, 0, 0)
+    idle_s: float = 0.0
 
 
 class ProgressPage:
@@ -72,6 +73,7 @@ class ProgressPage:
             p.rows,
             p.batches,
             p.busy_s,
+            p.idle_s,
             p.failures,
             len(fences),
             len(p.started),
@@ -97,7 +99,7 @@ class ProgressPage:
                 break
         else:
             return self._last  # the writer was stopped in the middle of its words
-        state, since, beat, jobs, rows, batches, busy_s, failures = numbers
+        state, since, beat, jobs, rows, batches, busy_s, idle_s, failures = numbers
         fences = data[:fences_length].decode("ascii", "replace")
         self._last = Progress(
             min(state, 2),
@@ -111,6 +113,7 @@ class ProgressPage:
             tuple(fences.split(",")) if fences else (),
             data[fences_length:],
             (m0, m1, m2, m3, m4),
+            idle_s,
         )
         return self._last
 

@@ -279,6 +279,7 @@ class Supervisor:
             busy_s=round(progress.busy_s, 3),
             failures=progress.failures,
             host_id="" if self._home is None else host_text(self._home.host),
+            device_idle_s=round(progress.idle_s, 3),
             moved=dict(zip(MOVED, progress.moved, strict=True)),
         )
         try:

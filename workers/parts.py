@@ -1,0 +1,110 @@
+"""What both loops of a worker are made of, put together once. They differ in who calls which part, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import redis
+
+from torchrelay.queues.channel import Channel
+from torchrelay.queues.scripts import script
+from torchrelay.queues.transitions import Session
+from torchrelay.workers.assemble import Assembler
+from torchrelay.workers.claimer import Claimer, Held
+from torchrelay.workers.committer import Committer
+from torchrelay.workers.custody import Custody
+from torchrelay.workers.intake import Intake
+from torchrelay.workers.node import NodeContext
+from torchrelay.workers.patience import patiently
+from torchrelay.workers.progress import ProgressPage
+from torchrelay.workers.settling import Settler
+from torchrelay.workers.status import Status
+from torchrelay.workers.storage import SharedMemory, Storage
+from torchrelay.workers.work import Work
+
+
+class Surroundings(NamedTuple):
+    """Where one worker works: its node, the server, the page that its supervisor reads, shared memory, and whether it
+    is to end."""
+
+    context: NodeContext
+    client: redis.Redis
+    page: ProgressPage
+    memory: SharedMemory
+    stopping: Callable[[], bool]
+
+
+class Parts:
+    """Jobs come in over `claims`, and leave over `commits`; one channel for both where one thread does both."""
+
+    def __init__(self, around: Surroundings, *, threads: bool) -> None:
+        context = around.context
+        session = Session(context.incarnation)
+        self.around = around
+        self.claims = Channel(around.client)
+        self.commits = Channel(around.client) if threads else self.claims
+        self.custody = Custody(around.memory.reader, around.memory.placer.writer)
+        # Each thread numbers its own operations.
+        committing = Session(f"{context.incarnation}o") if threads else session
+        self.committer = Committer(context, self.commits, committing, self.custody.settle)
+        self.claimer = Claimer(context, self.claims, session, self.committer.opened)
+        self.storage = Storage(context, around.client, around.memory, self.custody)
+        graph, limit = context.pipeline.graph, context.pipeline.spec.limits.rows_per_job
+        self.assembler: Assembler[Held] = Assembler(graph, context.node, self.storage.fetch, limit)
+        self.settler = Settler(context, self.assembler, self.storage, self.committer, self.custody, self.claimer)
+        self.status = Status(
+            around.page,
+            lambda: (*self.committer.fences, *self.claimer.asked_fences),
+            around.memory.moved,
+            lambda: self.committer.failures,
+        )
+        around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
+        self._loaded_at = -1
+
+    def intake(self, rest: Callable[[], object]) -> Intake:
+        """The side on which jobs come in; `rest` is called before each wait for more."""
+        return Intake(self.around.context, self.claimer, self.assembler, self.around.stopping, rest)
+
+    def load_scripts(self) -> None:
+        """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""
+        reconnects = self.claims.reconnects + self.commits.reconnects
+        if self._loaded_at != reconnects:
+            self._loaded_at = reconnects
+            for name in ("claim", "commit", "fail", "release"):
+                patiently(partial(self.around.client.script_load, script(name).source))
+
+    def measured(self, rows: int, seconds: float) -> None:
+        """So many rows took so long: the claimer sizes its window by the rate."""
+        rate = rows / max(seconds, 1e-6)
+        old = self.claimer.rows_per_s
+        self.claimer.rows_per_s = rate if old == 0 else 0.8 * old + 0.2 * rate
+
+    def close(self) -> None:
+        """Gives back connections and shared memory."""
+        self.claims.close()
+        if self.commits is not self.claims:
+            self.commits.close()
+        self.custody.close()
+
+
+class Meter:
+    """What `compute` tells of its forwards, and asks about their jobs."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._number = 0
+
+    def started(self, works: Sequence[Work[Held]]) -> None:
+        self._number = self._parts.status.started([w.job for w in works])
+
+    def stopped(self, rows: int) -> None:
+        self._parts.status.stopped(self._number, rows)
+
+    def ended(self, works: Sequence[Work[Held]]) -> Sequence[bool]:
+        return self._parts.storage.ended([w.job for w in works])
+
+    def goes_on(self, works: Sequence[Work[Held]]) -> bool:
+        """Not after SIGTERM: a job of many forwards would outlast the grace time, and be killed and suspected."""
+        return not self._parts.around.stopping() and not all(self.ended(works))

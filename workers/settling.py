@@ -1,0 +1,114 @@
+"""How jobs leave: outputs written and committed, failures charged, the rest given back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+
+from torchrelay.errors import BytesLost
+from torchrelay.queues.codec import Message
+from torchrelay.queues.job import Failure
+from torchrelay.queues.transitions import Output
+from torchrelay.workers.assemble import Assembler
+from torchrelay.workers.claimer import Claimer, Held
+from torchrelay.workers.committer import Charge, Committer
+from torchrelay.workers.compute import Failed, GivenUp, Outcome, told
+from torchrelay.workers.custody import Custody, makers_of
+from torchrelay.workers.intake import Taken
+from torchrelay.workers.node import NodeContext
+from torchrelay.workers.storage import Storage
+from torchrelay.workers.work import Work
+
+
+class Settler:
+    """Settles jobs with the server, through one committer. One thread calls it."""
+
+    def __init__(
+        self,
+        context: NodeContext,
+        assembler: Assembler[Held],
+        storage: Storage,
+        committer: Committer,
+        custody: Custody,
+        claimer: Claimer,
+    ) -> None:
+        self._context = context
+        self._assembler = assembler
+        self._storage = storage
+        self._committer = committer
+        self._custody = custody
+        self._claimer = claimer
+
+    def turned_away(self, taken: Taken) -> None:
+        """Jobs that never reached the stage."""
+        if taken.given_back:
+            self._committer.release(taken.given_back)
+        # What does not decode may be bytes that were somebody else's by then.
+        gone = [(h, read) for h, _ in taken.bad if (read := self._custody.gone(h))]
+        if len(gone) < len(taken.bad):
+            stale = {id(h) for h, _ in gone}
+            faults = [(h, Failed(e, final=isinstance(e, BytesLost))) for h, e in taken.bad if id(h) not in stale]
+            self._fail([self._charge(h, failed) for h, failed in faults])
+        self._lose([*taken.lost, *((h, makers_of(read)) for h, read in gone)])
+
+    def settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
+        """Writes the group's blobs in one go, then commits its jobs; charges those that failed."""
+        later: list[tuple[Held, Output]] = []
+        blobs: dict[int, dict[str, Message]] = {}
+        failed: list[Charge] = []
+        given_up: list[Held] = []
+        lost: list[tuple[Held, int]] = []
+        for work, outcome in group:
+            gone = self._custody.gone(work.job)
+            if gone:
+                # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
+                if all(read.durable for read in gone):
+                    given_up.append(work.job)
+                else:
+                    lost.append((work.job, makers_of(gone)))
+                continue
+            if isinstance(outcome, Failed):
+                failed.append(self._charge(work.job, outcome))
+                continue
+            if isinstance(outcome, GivenUp):
+                given_up.append(work.job)
+                continue
+            try:
+                closed = self._assembler.close(work, outcome)
+                output, large = self._storage.place(work.job, closed, work.riding.meta)
+            except Exception as error:
+                # The stage returned something that cannot travel: its failure, as if it had raised. Nothing of this
+                # waits for the server, so whatever went wrong is this job's, and must not end the worker.
+                failed.append(self._charge(work.job, Failed(error)))
+                continue
+            if large:
+                blobs.setdefault(work.job.lane, {}).update(large)
+                later.append((work.job, output))
+            else:
+                self._committer.commit(work.job, output)
+        self._storage.write(blobs)
+        for job, output in later:
+            self._committer.commit(job, output)
+        self._lose(lost)
+        if failed:
+            self._fail(failed)
+        if given_up:
+            self._committer.release(given_up)
+
+    def _fail(self, failed: Sequence[Charge]) -> None:
+        self._claimer.expect(self._committer.fail(failed))
+
+    def _lose(self, lost: Sequence[tuple[Held, int]]) -> None:
+        if lost:
+            gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
+            self._committer.lose(lost, self._failure(gone))
+
+    def _charge(self, held: Held, failed: Failed) -> Charge:
+        return Charge(held, self._failure(failed), failed.final, failed.after_s)
+
+    def _failure(self, failed: Failed) -> Failure:
+        error = failed.error
+        trace = "".join(traceback.format_exception(error)) if error else ""
+        kind = failed.error_type or type(error).__name__
+        message = failed.message or (told(error) if error else "")
+        return Failure(self._context.node.name, kind, message, trace, self._context.worker)
