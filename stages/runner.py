@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.spec import BatchSpec, StageConfig
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import assemble
@@ -18,7 +19,6 @@ from torchrelay.stages.outputs import Made, empty_outputs, split
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from torchrelay.config.spec import StageConfig
     from torchrelay.stages.torch_stage import TorchStage
 
 __all__ = ["Runner", "make_runner"]
@@ -32,7 +32,7 @@ class Runner:
         name: the stage's name in the pipeline, for errors.
         types: declared types of the columns that it reads; empty where nothing is declared.
         outputs: declared types of what it returns; empty where nothing is declared.
-        pad: columns to pad, and the value to fill with.
+        batch: which columns are padded, with what, and up to which buckets.
         expands: whether it returns Expand.
     """
 
@@ -42,7 +42,7 @@ class Runner:
         name: str,
         types: Mapping[str, ColumnType] | None = None,
         outputs: Mapping[str, ColumnType] | None = None,
-        pad: Mapping[str, float] | None = None,
+        batch: BatchSpec | None = None,
         *,
         expands: bool = False,
     ) -> None:
@@ -50,7 +50,7 @@ class Runner:
         self.name = name
         self._types = types or {}
         self._outputs = outputs or {}
-        self._pad = pad or {}
+        self._batch = batch or BatchSpec()
         self._expands = expands
         self._device = "cpu"
         self._loaded = False
@@ -97,7 +97,8 @@ class Runner:
         if not any(rows):
             nothing = np.zeros(0, np.int64) if self._expands else None
             return [Made(empty_outputs(self._outputs), nothing) for _ in rows]
-        batch = replace(assemble(tables, rows, self._types, self._pad, meta), ended=ended)
+        rules = self._batch
+        batch = replace(assemble(tables, rows, self._types, rules.pad, meta, rules.buckets), ended=ended)
         if is_torch_stage(self.stage):
             outputs = self.stage.infer(batch.to_torch(self._device))
         else:
@@ -147,4 +148,4 @@ def make_runner(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch.pad, expands=spec.rows == "expand")
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand")

@@ -1,4 +1,4 @@
-"""Runs a batch through its stage, and finds out whose fault it is when that fails.
+"""Runs jobs through their stage in batches, and finds out whose fault it is when that fails.
 
 A batch that raises is halved until the jobs that raise stand alone. A job with more rows than a batch takes several
 forwards, and leaves as one. Of a table that keeps what it can (`on_error="keep"`), the rows that raise are found by
@@ -17,6 +17,7 @@ from torchrelay.config.columns import Column
 from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.work import J, Output, Rejection, Work
 
 _FAULTS = (Exception, SystemExit)
@@ -73,11 +74,21 @@ def told(error: BaseException) -> str:
 
 
 def compute(
-    works: Sequence[Work[J]], runner: Runs, max_rows: int, meter: Meter[J]
+    works: Sequence[Work[J]], runner: Runs, planner: Planner[J], meter: Meter[J]
 ) -> Iterator[list[tuple[Work[J], Outcome]]]:
     """Yields the jobs in groups as they finish. Use, or copy, a group's columns before asking for the next."""
-    if len(works) == 1 and works[0].rows and (works[0].rows > max_rows or works[0].incoming.keep):
-        yield [(works[0], _Rows(works[0], runner, max_rows, meter).outcome())]
+    for i, batch in enumerate(planner.batches(works)):
+        if i and not meter.goes_on(batch):
+            yield [(w, GivenUp()) for w in batch]
+        else:
+            yield from _batch(batch, runner, planner, meter)
+
+
+def _batch(
+    works: Sequence[Work[J]], runner: Runs, planner: Planner[J], meter: Meter[J]
+) -> Iterator[list[tuple[Work[J], Outcome]]]:
+    if len(works) == 1 and works[0].rows and (works[0].incoming.keep or planner.too_large(works[0])):
+        yield [(works[0], _Rows(works[0], runner, planner, meter).outcome())]
         return
     try:
         made = _forward(works, [w.table for w in works], [w.rows for w in works], runner, meter)
@@ -90,7 +101,7 @@ def compute(
         middle = len(works) // 2
         for half in (works[:middle], works[middle:]):
             if meter.goes_on(half):
-                yield from compute(half, runner, max_rows, meter)
+                yield from _batch(half, runner, planner, meter)
             else:
                 yield [(w, GivenUp()) for w in half]
     else:
@@ -150,10 +161,10 @@ class _Piece:
 class _Rows(Generic[J]):
     """One job, in pieces of its rows."""
 
-    def __init__(self, work: Work[J], runner: Runs, max_rows: int, meter: Meter[J]) -> None:
+    def __init__(self, work: Work[J], runner: Runs, planner: Planner[J], meter: Meter[J]) -> None:
         self._work = work
         self._runner = runner
-        self._max_rows = max_rows
+        self._planner = planner
         self._meter = meter
         self._pieces: list[_Piece] = []
         self._raised: dict[int, Rejection] = {}
@@ -162,8 +173,8 @@ class _Rows(Generic[J]):
     def outcome(self) -> Outcome:
         work = self._work
         try:
-            for start in range(0, work.rows, self._max_rows):
-                self._run(start, min(start + self._max_rows, work.rows), 1)
+            for start, end in self._planner.pieces(work, 0, work.rows):
+                self._run(start, end, 1)
             if self._pieces or work.incoming.last:
                 return _unless_refused(work, self._joined())
         except _Stop:

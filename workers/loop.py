@@ -17,6 +17,7 @@ from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Output, Session
 from torchrelay.workers import progress
 from torchrelay.workers.assemble import Assembler
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Charge, Committer
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, Runs, compute, told
@@ -51,6 +52,7 @@ class StageLoop:
         self._client = client
         self.claimer = Claimer(context, channel, session)
         self.committer = Committer(context, channel, session)
+        self._planner: Planner[Held] = Planner(context.spec.batch, context.pipeline.graph.types_of(context.node))
         self._storage = Storage(context, client)
         self._assembler: Assembler[Held] = Assembler(
             context.pipeline.graph, context.node, self._storage.fetch, context.pipeline.spec.limits.rows_per_job
@@ -108,7 +110,7 @@ class StageLoop:
             self.committer.drain()
             self._report()
             self.claimer.wait(remaining)
-        batch = self.claimer.take(rules.max_rows)
+        batch = self.claimer.take(rules.window_rows)
         self.claimer.ask_ahead()
         return batch
 
@@ -153,7 +155,7 @@ class StageLoop:
 
     def _compute(self, works: list[Work[Held]]) -> None:
         started = time.monotonic()
-        for group in compute(works, self._runner, self._context.spec.batch.max_rows, self):
+        for group in compute(works, self._runner, self._planner, self):
             self._settle(group)
         self._jobs += len(works)
         rate = sum(w.job.entry.rows for w in works) / max(time.monotonic() - started, 1e-6)
