@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torchrelay.config.spec import BatchSpec, StageConfig
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import assemble
+from torchrelay.stages.faults import DeviceLost, is_device_lost
 from torchrelay.stages.loading import Identity, make_stage
 from torchrelay.stages.outputs import Made, empty_outputs, split
 from torchrelay.stages.stage import Stage, StageContext
@@ -54,6 +56,7 @@ class Runner:
         self._expands = expands
         self._device = "cpu"
         self._loaded = False
+        self.on_device_lost: Callable[[BaseException], None] = lambda error: None
 
     def load(self, context: StageContext) -> None:
         """Load the stage's model.
@@ -92,8 +95,26 @@ class Runner:
 
         Raises:
             InputError: the inputs do not fit together, or the outputs do not fit what is declared.
-            Exception: whatever `forward` raised.
+            DeviceLost: a CUDA error came of it after which nothing more can be computed in this process. Before,
+                `on_device_lost` is called, which may end the process.
+            Exception: whatever else `forward` raised.
         """
+        try:
+            return self._run(tables, rows, meta, ended)
+        except Exception as error:
+            if is_device_lost(error):
+                self.on_device_lost(error)
+                what = f"stage {self.name!r}: device {self._device} is of no more use to this process: {error}"
+                raise DeviceLost(what) from error
+            raise
+
+    def _run(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]],
+        ended: Callable[[], Sequence[bool]] | None,
+    ) -> list[Made]:
         if not any(rows):
             nothing = np.zeros(0, np.int64) if self._expands else None
             return [Made(empty_outputs(self._outputs), nothing) for _ in rows]
@@ -104,6 +125,15 @@ class Runner:
         else:
             outputs = self.stage.forward(batch)
         return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+
+    def free_memory(self) -> None:
+        """Gives the device what torch holds of its memory unused. What an error's traceback holds is in use."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Close the stage, once; a runner that was never loaded closes nothing."""

@@ -16,6 +16,7 @@ from torchrelay.config.columns import Column
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.stages.padding import bucket_of, ragged_axes
+from torchrelay.workers.row_cap import RowCap
 from torchrelay.workers.work import J, Work
 
 __all__ = ["Planner"]
@@ -53,14 +54,15 @@ class Planner(Generic[J]):
         self._spec = spec
         self._types = types or {}
         self._padded = spec.max_cost is not None and spec.max_cost.column in spec.pad
+        self.cap = RowCap(spec.max_rows)
 
     @property
     def max_rows(self) -> int:
-        """The most rows of one forward."""
-        return self._spec.max_rows
+        """The most rows of one forward: what the stage allows, fewer after the device ran out of memory."""
+        return self.cap.rows
 
     def batches(self, works: Sequence[Work[J]], max_rows: int | None = None) -> list[list[Work[J]]]:
-        """The jobs in batches of at most `max_rows` rows (default: what the stage allows).
+        """The jobs in batches of at most `max_rows` rows (default: `self.max_rows`).
 
         Jobs are put together by length, and keep their order within a batch. The batch of the first job comes first,
         then that of the first job left, and so on: who is ahead in rank never waits for those behind. A job with more
@@ -96,13 +98,12 @@ class Planner(Generic[J]):
         if cost is None or cost.column not in work.table:
             yield from ((at, min(at + limit, end)) for at in range(start, end, limit))
             return
-        costs = self._costs(work.table[cost.column]).tolist()
         total = _Load(0)
-        for i in range(start, end):
-            both = total.with_(_Load(1, costs[i], costs[i]))
+        for i, each in enumerate(self._costs(work.table[cost.column][start:end]).tolist(), start):
+            both = total.with_(_Load(1, each, each))
             if i > start and not self._fits(both, limit):
                 yield start, i
-                start, both = i, _Load(1, costs[i], costs[i])
+                start, both = i, _Load(1, each, each)
             total = both
         if start < end:
             yield start, end

@@ -20,11 +20,12 @@ import redis
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerError, StageLoadError
+from torchrelay.errors import BrokerError, DeviceError, StageLoadError, WorkerError
 from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry, WorkerReport, run
-from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.device_deaths import DeviceDeaths
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
 from torchrelay.workers.upkeep import Upkeep
 
@@ -35,6 +36,7 @@ _LOOK_S = 0.25
 _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
 _SILENT_S = 90.0
+_DEVICE_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,15 @@ class Supervisor:
         self._next_beat = 0.0
         self._next_renewal = 0.0
         stage = next(s for s in plan.pipeline.spec.stages if s.name == plan.stage)
+        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[stage.device]
+        self._device = chosen if plan.device.startswith("auto") else plan.device
         self._timeout_s = stage.timeout_s
         self._max_rows = stage.batch.max_rows
         self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
         self.node = f"{plan.pipeline.ref}/{plan.stage}"
-        self.error: StageLoadError | None = None
+        self._window_rows = stage.batch.window_rows
+        self._deaths = DeviceDeaths()
+        self.error: WorkerError | None = None
 
     @property
     def child_pid(self) -> int:
@@ -85,7 +91,8 @@ class Supervisor:
         self._changed.set()
 
     def run(self) -> int:
-        """0 after a drain; 1 when the stage cannot start, or failed to load three times in a row (`error` says why)."""
+        """0 after a drain; 1 when the stage cannot start, failed to load three times in a row, or its device fails
+        whatever it computes (`error` says why)."""
         failed_loads, pause_s = 0, 0.25
         try:
             while not self._stopping:
@@ -100,8 +107,16 @@ class Supervisor:
                     )
                     log.error("%s", self.error)
                     return 1
+                if self._deaths.bad_device:
+                    self.error = DeviceError(
+                        f"device {self._device} at {socket.gethostname()} failed under several jobs in a row; "
+                        f"check it. The worker of stage {self._plan.stage!r} stops, and leaves the jobs to others"
+                    )
+                    log.error("%s", self.error)
+                    return 1
                 pause_s = 0.1 if was_ready else min(pause_s * 2, 10.0)
-                self._pause(pause_s)
+                # Another worker, with a device that does not fail, may take the suspects meanwhile.
+                self._pause(_DEVICE_PAUSE_S if status == EXIT_DEVICE else pause_s)
         finally:
             self._beat(Progress(), "gone")
         return 0
@@ -115,7 +130,7 @@ class Supervisor:
     def _live_once(self) -> tuple[int, bool]:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
-        self._page = page = ProgressPage.create(self._max_rows)
+        self._page = page = ProgressPage.create(self._window_rows)
         self._started_at = time.time()
         self._next_renewal = 0.0
         child = self._start_child(page)
@@ -137,6 +152,10 @@ class Supervisor:
             if not self._stopping:
                 log.warning("the worker ended with status %s", status, extra={"fields": {"worker": self.name}})
             self._retire(last, status)
+        if status == EXIT_DEVICE:
+            self._deaths.note(last.started, last.batches)
+        else:
+            self._deaths.clear()
         return status, was_ready
 
     def _start_child(self, page: ProgressPage) -> subprocess.Popen[bytes]:
