@@ -18,7 +18,7 @@ def check_columns(spec: PipelineSpec, graph: Graph, report: Report) -> None:
     for node, stage in zip(graph.nodes, spec.stages, strict=True):
         _check_inputs(graph, node, stage, report)
         _check_when(graph, node, stage, report)
-        _check_pad(graph, node, stage, report)
+        _check_batch(graph, node, stage, report)
     _check_result(spec, graph, report)
 
 
@@ -135,21 +135,34 @@ def _check_when(graph: Graph, node: Node, stage: StageConfig, report: Report) ->
             report(key, text + "give both one type, or another name here")
 
 
-def _check_pad(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
-    before = graph.ancestors(node)
+def _check_batch(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
     types = graph.types_of(node)
-    if node.inputs is not None:
-        readable, known = list(node.inputs), True
-    else:
-        readable, known = list(types), _complete(graph, before)
+    readable, known = list(types if node.inputs is None else node.inputs), reads_declared(graph, node)
+    place: Place = ("stages", node.index - 1, "batch")
     for column in stage.batch.pad:
-        key: Place = ("stages", node.index - 1, "batch", "pad", column)
+        key: Place = (*place, "pad", column)
         if column in types and (types[column].stacked or not types[column].is_numeric):
             report(key, f"column {column!r} is {types[column]}: only ragged numbers are padded; take it out of pad")
         elif known and column not in readable:
             report(
                 key, f"stage {node.name!r} pads column {column!r}, which it does not read; {_hint(column, readable)}"
             )
+    for column in stage.batch.buckets:
+        if column not in stage.batch.pad:
+            text = f"stage {node.name!r}: column {column!r} has buckets and is not padded; "
+            report((*place, "buckets", column), text + f"add pad: {{{column}: 0}}")
+    cost = stage.batch.max_cost
+    if cost is not None and cost.column in types and types[cost.column].dtype.startswith("complex"):
+        text = f"column {cost.column!r} is {types[cost.column]}, which has no length; name another in max_cost"
+        report((*place, "max_cost", "column"), text)
+    elif cost is not None and known and cost.column not in readable:
+        text = f"stage {node.name!r}: max_cost counts column {cost.column!r}, which it does not read; "
+        report((*place, "max_cost", "column"), text + _hint(cost.column, readable))
+
+
+def reads_declared(graph: Graph, node: Node) -> bool:
+    """Whether the names of all columns that a node reads are known."""
+    return node.inputs is not None or _complete(graph, graph.ancestors(node))
 
 
 def _check_result(spec: PipelineSpec, graph: Graph, report: Report) -> None:

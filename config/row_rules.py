@@ -76,8 +76,10 @@ def _without_use(node: Node, stage: StageConfig) -> Problems:
     for key in _WITH_CODE:
         if getattr(stage, key) != StageConfig.model_fields[key].get_default():
             yield key, f": {key} needs code; take it out, or add `use`: without it the stage only regroups rows"
-    if stage.batch.pad:
-        yield "batch", ": batch.pad needs code; take it out, or add `use`: without it the stage only regroups rows"
+    for key in ("pad", "buckets", "max_cost"):
+        if getattr(stage.batch, key):
+            text = "needs code; take it out, or add `use`: without it the stage only regroups rows"
+            yield "batch", f": batch.{key} {text}"
 
 
 def _outputs(graph: Graph, node: Node, stage: StageConfig) -> Problems:

@@ -23,6 +23,8 @@ NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 COLUMN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_STAGES = 30
+# More would sort better, and hold back from other workers what this one computes only later.
+_SORTED_BATCHES = 4
 # Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
 COMING = frozenset({"shards", "fuse", "resources", "hosts"})
 
@@ -71,24 +73,54 @@ def _rows_form(value: Any) -> str:
     return "word" if isinstance(value, str) else "collapse"
 
 
+def _ascending(sizes: list[int]) -> list[int]:
+    if sizes != sorted(set(sizes)):
+        raise ValueError(f"sizes rise from one to the next, as in {sorted(set(sizes))}; {sizes!r:.80} came")
+    return sizes
+
+
 Name = Annotated[str, Field(pattern=NAME)]
 Column = Annotated[str, Field(pattern=COLUMN)]
 Source = Annotated[str, Field(pattern=SOURCE)]
 TypeText = Annotated[str, BeforeValidator(_type_text)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
+Size = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class CostSpec(_Model):
+    """What a batch may cost: `total` of the lengths that its rows have in `column`, or of its numbers."""
+
+    column: Column
+    total: Annotated[int, Field(ge=1, le=2**53)]
+
+
 class BatchSpec(_Model):
-    """How rows of several jobs are put together. `pad` names ragged columns and the number that fills them."""
+    """How rows of several jobs are put together.
+
+    `pad` names ragged columns and the number that fills them; `buckets` the sizes that their ragged axes are padded up
+    to; `max_cost` bounds a batch beside `max_rows`.
+    """
 
     max_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 32
     max_wait_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
     # Any, because a union of int and float would report each number's problem once per member.
     pad: dict[Column, Annotated[Any, AfterValidator(_number)]] = {}
+    buckets: dict[Column, Annotated[list[Size], Field(min_length=1, max_length=64), AfterValidator(_ascending)]] = {}
+    max_cost: CostSpec | None = None
+
+    @property
+    def sorts(self) -> bool:
+        """Whether rows of like length are put together."""
+        return bool(self.buckets) or self.max_cost is not None
+
+    @property
+    def window_rows(self) -> int:
+        """How many rows are taken at once: to put together rows of like length, there must be some to choose from."""
+        return self.max_rows * _SORTED_BATCHES if self.sorts else self.max_rows
 
 
 class ReplicasSpec(_Model):
@@ -123,11 +155,12 @@ class QueueSpec(_Model):
 
 
 class TorchSpec(_Model):
-    """How a TorchStage's model is prepared."""
+    """How a TorchStage's model is prepared. `compile` and `cuda_graphs` pad the rows of a batch to few sizes."""
 
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     channels_last: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
 
 
 class WireSpec(_Model):

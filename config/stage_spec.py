@@ -33,8 +33,8 @@ class StageSpec:
         device: "cpu" or "gpu".
         args: for `__init__`, or for each call of a function; plain values, as a file could hold them.
         weights: a file beside the pipeline.
-        torch: dtype, channels_last and compile, for a TorchStage.
-        batch: max_rows, max_wait_ms and pad.
+        torch: dtype, channels_last, compile and cuda_graphs, for a TorchStage.
+        batch: max_rows, max_wait_ms, max_cost, pad and buckets.
         replicas: how many workers, or min and max.
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.

@@ -6,7 +6,7 @@ import copy
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -141,8 +141,14 @@ def _fields(place: Place) -> list[str]:
         if isinstance(part, int):
             model = StageConfig
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[part].annotation
+            model = _model(model.model_fields[part].annotation)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _model(annotation: Any) -> Any:
+    """The model in `Model | None`."""
+    members = [a for a in get_args(annotation) if a is not type(None)]
+    return members[0] if len(members) == 1 else annotation
 
 
 def _unknown_key(key: str, place: Place) -> str:

@@ -126,6 +126,7 @@ def assemble(
     types: Mapping[str, ColumnType] | None = None,
     pad: Mapping[str, float] | None = None,
     meta: Sequence[Mapping[str, Any]] = (),
+    buckets: Mapping[str, Sequence[int]] | None = None,
 ) -> Batch:
     """Join the tables of several jobs along their rows.
 
@@ -135,6 +136,7 @@ def assemble(
         types: the declared types of the columns, as far as they are declared.
         pad: columns to pad to the longest row of the batch, and the value to fill with.
         meta: per job, what its submitter attached; may be empty.
+        buckets: padded columns -> the sizes, rising, of which the smallest that holds the longest row is taken.
 
     Raises:
         InputError: the jobs hold different columns, or a column cannot be padded.
@@ -148,14 +150,14 @@ def assemble(
                 f"jobs of one batch hold different columns: {', '.join(names)} and {', '.join(other)}; "
                 "declare the stage's inputs"
             )
-    pad, types = pad or {}, types or {}
+    pad, types, buckets = pad or {}, types or {}, buckets or {}
     joined: dict[str, Any] = {}
     padded: dict[str, Padded] = {}
     fresh: set[str] = set()
     for name in names:
         pieces = [table[name] for table in full]
         if name in pad:
-            joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name])
+            joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name], buckets.get(name, ()))
             fresh.add(name)
         else:
             joined[name] = join_rows(pieces)

@@ -1,7 +1,8 @@
-"""Ragged columns as one array: fill up to the longest row, and say how long each row was."""
+"""Ragged columns as one array: fill up to the longest row or a bucket, and say how long each row was."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torchrelay.config.columns import Column
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Padded", "mask_of", "pad_rows"]
+__all__ = ["Padded", "bucket_of", "mask_of", "pad_rows", "ragged_axes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +25,24 @@ class Padded:
 
 
 def pad_rows(
-    name: str, pieces: Sequence[Column], declared: ColumnType | None, value: float
+    name: str, pieces: Sequence[Column], declared: ColumnType | None, value: float, buckets: Sequence[int] = ()
 ) -> tuple[np.ndarray, Padded]:
     """Join the rows of all pieces into one new array, filled with `value` behind each row's end.
 
     Args:
         pieces: per job, an ndarray `[n, ...]` or a list of n arrays of equal dtype and number of dimensions.
         declared: says which axes are ragged; without it the first one is, and the others must agree.
+        buckets: rising sizes; each ragged axis is as long as the smallest that all rows fit. Without any, as the
+            longest row.
 
     Raises:
-        InputError: the rows are not arrays of one dtype, differ in another axis, or cannot hold `value`.
+        InputError: the rows are not arrays of one dtype, differ in another axis, are longer than the largest bucket,
+            or cannot hold `value`.
     """
     rows = [row for piece in pieces for row in piece]
     arrays = [np.asarray(row) for row in rows]
     if not arrays:
-        axes = _axes(declared, 1)
+        axes = ragged_axes(declared, 1)
         return _nothing(declared), Padded(np.empty((0,) if len(axes) == 1 else (0, len(axes)), np.int64), axes)
     first = arrays[0]
     for row, array in zip(rows, arrays, strict=True):
@@ -47,7 +51,7 @@ def pad_rows(
                 f"column {name!r} cannot be padded: it holds {_what(rows[0])} and {_what(row)}; "
                 "padding needs arrays of one dtype with at least one dimension"
             )
-    axes = _axes(declared, first.ndim)
+    axes = ragged_axes(declared, first.ndim)
     shapes = np.array([array.shape for array in arrays], np.int64)
     longest = shapes.max(axis=0)
     fixed = [axis for axis in range(first.ndim) if axis not in axes]
@@ -56,6 +60,8 @@ def pad_rows(
             f"column {name!r} cannot be padded: its rows differ in a dimension that is not ragged; "
             "declare its shape with * where it is"
         )
+    for axis in axes if buckets else ():
+        longest[axis] = bucket_of(name, int(longest[axis]), buckets)
     full = np.full((len(arrays), *longest.tolist()), _fill(name, value, first.dtype), first.dtype)
     for place, array in zip(full, arrays, strict=True):
         place[tuple(map(slice, array.shape))] = array
@@ -63,7 +69,19 @@ def pad_rows(
     return full, Padded(np.ascontiguousarray(lengths), axes)
 
 
-def _axes(declared: ColumnType | None, ndim: int) -> tuple[int, ...]:
+def bucket_of(name: str, size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds so much; InputError when none does."""
+    at = bisect_left(buckets, size)
+    if at == len(buckets):
+        raise InputError(
+            f"column {name!r}: a row is {size} long, over the largest bucket ({buckets[-1]}); send it shorter, or "
+            f"add a larger one to the stage's batch: {{buckets: {{{name}: ...}}}}"
+        )
+    return buckets[at]
+
+
+def ragged_axes(declared: ColumnType | None, ndim: int) -> tuple[int, ...]:
+    """The axes of a row (0-based) that are padded: those without a size, the first one where none is declared so."""
     ragged = () if declared is None else tuple(i for i, size in enumerate(declared.shape) if not isinstance(size, int))
     # A column of fixed shape may be padded too; its lengths then say so.
     return tuple(axis for axis in ragged if axis < ndim) or (0,)

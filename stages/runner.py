@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.spec import BatchSpec, StageConfig
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import assemble
+from torchrelay.stages.faults import DeviceLost, is_device_lost
 from torchrelay.stages.loading import Identity, make_stage
 from torchrelay.stages.outputs import Made, empty_outputs, split
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from torchrelay.config.spec import StageConfig
     from torchrelay.stages.torch_stage import TorchStage
 
 __all__ = ["Runner", "make_runner"]
@@ -32,7 +34,7 @@ class Runner:
         name: the stage's name in the pipeline, for errors.
         types: declared types of the columns that it reads; empty where nothing is declared.
         outputs: declared types of what it returns; empty where nothing is declared.
-        pad: columns to pad, and the value to fill with.
+        batch: which columns are padded, with what, and up to which buckets.
         expands: whether it returns Expand.
     """
 
@@ -42,7 +44,7 @@ class Runner:
         name: str,
         types: Mapping[str, ColumnType] | None = None,
         outputs: Mapping[str, ColumnType] | None = None,
-        pad: Mapping[str, float] | None = None,
+        batch: BatchSpec | None = None,
         *,
         expands: bool = False,
     ) -> None:
@@ -50,10 +52,11 @@ class Runner:
         self.name = name
         self._types = types or {}
         self._outputs = outputs or {}
-        self._pad = pad or {}
+        self._batch = batch or BatchSpec()
         self._expands = expands
         self._device = "cpu"
         self._loaded = False
+        self.on_device_lost: Callable[[BaseException], None] = lambda error: None
 
     def load(self, context: StageContext) -> None:
         """Load the stage's model.
@@ -92,17 +95,45 @@ class Runner:
 
         Raises:
             InputError: the inputs do not fit together, or the outputs do not fit what is declared.
-            Exception: whatever `forward` raised.
+            DeviceLost: a CUDA error came of it after which nothing more can be computed in this process. Before,
+                `on_device_lost` is called, which may end the process.
+            Exception: whatever else `forward` raised.
         """
+        try:
+            return self._run(tables, rows, meta, ended)
+        except Exception as error:
+            if is_device_lost(error):
+                self.on_device_lost(error)
+                what = f"stage {self.name!r}: device {self._device} is of no more use to this process: {error}"
+                raise DeviceLost(what) from error
+            raise
+
+    def _run(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]],
+        ended: Callable[[], Sequence[bool]] | None,
+    ) -> list[Made]:
         if not any(rows):
             nothing = np.zeros(0, np.int64) if self._expands else None
             return [Made(empty_outputs(self._outputs), nothing) for _ in rows]
-        batch = replace(assemble(tables, rows, self._types, self._pad, meta), ended=ended)
+        rules = self._batch
+        batch = replace(assemble(tables, rows, self._types, rules.pad, meta, rules.buckets), ended=ended)
         if is_torch_stage(self.stage):
             outputs = self.stage.infer(batch.to_torch(self._device))
         else:
             outputs = self.stage.forward(batch)
         return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+
+    def free_memory(self) -> None:
+        """Gives the device what torch holds of its memory unused. What an error's traceback holds is in use."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Close the stage, once; a runner that was never loaded closes nothing."""
@@ -147,4 +178,4 @@ def make_runner(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch.pad, expands=spec.rows == "expand")
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand")

@@ -2,7 +2,7 @@
 
 Its orders come as one JSON line on standard input, which then stays open: when it closes, the supervisor is gone, and
 the child gives its work back and ends. Exit status: 0 drained, 2 it can never start, 3 the stage does not load,
-4 retired, 5 the server is away, 1 anything else.
+4 retired, 5 the server is away, 6 the device failed under a batch, 1 anything else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.storage import SharedMemory
 
 log = logging.getLogger("torchrelay.worker")
-EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER = range(6)
+EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER, EXIT_DEVICE = range(7)
 _ORPHAN_GRACE_S = 3.0
 
 
@@ -101,6 +101,13 @@ def _read_orders() -> Orders:
     return Orders(**json.loads(line))
 
 
+def _end_at_once(error: BaseException) -> None:
+    """After a CUDA error that lasts: any call to CUDA, also of a destructor, could hang. The progress page still says
+    which jobs were being computed."""
+    log.error("the device failed, and is of no more use to this process", exc_info=error)
+    os._exit(EXIT_DEVICE)
+
+
 def serve(orders: Orders, stop: _Stop) -> None:
     """Loads the stage and runs the loop until it drains."""
     pipeline = Pipeline.load(orders.pipeline, orders.overrides)
@@ -130,6 +137,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
     page = ProgressPage(Path(orders.page))
     # Both sides hold it by now; its name would outlive a supervisor that is killed.
     page.path.unlink(missing_ok=True)
+    runner.on_device_lost = _end_at_once
     try:
         log.info("ready on %s", device)
         settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)

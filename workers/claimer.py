@@ -72,13 +72,12 @@ class Claimer:
         return time.monotonic() * 1000.0 + self._clock_offset_ms
 
     def ask_ahead(self) -> None:
-        """Sends a claim unless one is under way or the window holds a batch beyond the one that is taken next."""
-        if self._pending or self.window_rows >= self._context.spec.batch.max_rows:
+        """Sends a claim unless one is under way or the window holds what is taken next."""
+        if self._pending or self.window_rows >= self._context.spec.batch.window_rows:
             return
         lane = self._next_lane
         self._next_lane = (lane + 1) % len(self._context.lanes)
-        max_rows = self._context.spec.batch.max_rows
-        rows = max(max_rows, min(int(self.rows_per_s * _WINDOW_S), MAX_JOBS_PER_CALL))
+        rows = max(self._context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(

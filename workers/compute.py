@@ -1,15 +1,15 @@
-"""Runs a batch through its stage, and finds out whose fault it is when that fails.
+"""Runs jobs through their stage in batches, and finds out whose fault it is when that fails.
 
 A batch that raises is halved until the jobs that raise stand alone. A job with more rows than a batch takes several
 forwards, and leaves as one. Of a table that keeps what it can (`on_error="keep"`), the rows that raise are found by
-halving too, and become rejected rows.
+halving too, and become rejected rows. A batch that does not fit the device's memory is computed in smaller ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
@@ -17,34 +17,17 @@ from torchrelay.config.columns import Column
 from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
+from torchrelay.stages.faults import DeviceLost
+from torchrelay.workers.batching import Planner
+from torchrelay.workers.forwards import Forwards, Meter, NoRoom, Runs, told
+from torchrelay.workers.row_cap import fewer
 from torchrelay.workers.work import J, Output, Rejection, Work
+
+__all__ = ["Failed", "GivenUp", "Meter", "Outcome", "Runs", "compute", "own", "told"]
 
 _FAULTS = (Exception, SystemExit)
 # So many rows that raise alone, and none that passes: the stage is at fault, not the rows.
 _HOPELESS_ROWS = 8
-
-
-class Runs(Protocol):
-    """What computes a batch; see `stages.Runner.run`."""
-
-    def run(
-        self,
-        tables: Sequence[Mapping[str, Column]],
-        rows: Sequence[int],
-        meta: Sequence[Mapping[str, Any]],
-        ended: Any = None,
-    ) -> list[Made]: ...
-
-
-class Meter(Protocol[J]):
-    """Is told of every forward, and knows which jobs have ended, and when this worker is to end."""
-
-    def started(self, works: Sequence[Work[J]]) -> None: ...
-    def stopped(self, rows: int) -> None: ...
-    def ended(self, works: Sequence[Work[J]]) -> Sequence[bool]: ...
-    def goes_on(self, works: Sequence[Work[J]]) -> bool:
-        """Whether a further forward for these jobs is of use. Asked between two of one claim."""
-        ...
 
 
 class Failed(NamedTuple):
@@ -64,51 +47,66 @@ class GivenUp(NamedTuple):
 Outcome = Output | Failed | GivenUp
 
 
-def told(error: BaseException) -> str:
-    """An error's text, whatever a stranger's `__str__` does."""
-    try:
-        return str(error)
-    except Exception as fault:
-        return f"(its text cannot be made: {type(fault).__name__})"
-
-
 def compute(
-    works: Sequence[Work[J]], runner: Runs, max_rows: int, meter: Meter[J]
+    works: Sequence[Work[J]], runner: Runs, planner: Planner[J], meter: Meter[J]
 ) -> Iterator[list[tuple[Work[J], Outcome]]]:
-    """Yields the jobs in groups as they finish. Use, or copy, a group's columns before asking for the next."""
-    if len(works) == 1 and works[0].rows and (works[0].rows > max_rows or works[0].incoming.keep):
-        yield [(works[0], _Rows(works[0], runner, max_rows, meter).outcome())]
+    """Yields the jobs in groups as they finish. Use, or copy, a group's columns before asking for the next.
+
+    Raises DeviceLost when no further forward can pass in this process.
+    """
+    forwards = Forwards(runner, planner, meter)
+    for i, batch in enumerate(planner.batches(works)):
+        # Meanwhile the device may have run out of memory.
+        fits = sum(w.rows for w in batch) <= planner.max_rows
+        for j, part in enumerate([batch] if fits else planner.batches(batch)):
+            if (i or j) and not meter.goes_on(part):
+                yield [(w, GivenUp()) for w in part]
+                continue
+            try:
+                yield from _batch(part, forwards, planner.max_rows)
+            finally:
+                planner.cap.settle()
+
+
+def _batch(
+    works: Sequence[Work[J]], forwards: Forwards[J], max_rows: int, *, again: bool = True
+) -> Iterator[list[tuple[Work[J], Outcome]]]:
+    if len(works) == 1 and works[0].rows and (works[0].incoming.keep or forwards.planner.too_large(works[0], max_rows)):
+        yield [(works[0], _Rows(works[0], forwards, max_rows).outcome())]
         return
+    rows = [w.rows for w in works]
     try:
-        made = _forward(works, [w.table for w in works], [w.rows for w in works], runner, meter)
+        made = forwards.run(works, [w.table for w in works], rows, again=again)
     except RetryLater as later:
         yield [(w, Failed(later, after_s=later.after_s)) for w in works]
+        return
+    except DeviceLost:
+        raise
     except _FAULTS as error:
-        if len(works) == 1:
-            yield [(works[0], Failed(error))]
-            return
-        middle = len(works) // 2
-        for half in (works[:middle], works[middle:]):
-            if meter.goes_on(half):
-                yield from compute(half, runner, max_rows, meter)
-            else:
-                yield [(w, GivenUp()) for w in half]
+        fault = error
     else:
         yield [(w, _judged(w, m)) for w, m in zip(works, made, strict=True)]
+        return
+    # Out of the except block: while an exception is being handled, it holds the memory of the calls it came through.
+    if isinstance(fault, NoRoom) and sum(rows) > 1:
+        max_rows = fewer(sum(rows))
+        parts = forwards.planner.batches(works, max_rows)
+    elif len(works) == 1:
+        yield [(works[0], _failed(fault))]
+        return
+    else:
+        parts = [list(works[: len(works) // 2]), list(works[len(works) // 2 :])]
+    for part in parts:
+        if forwards.meter.goes_on(part):
+            yield from _batch(part, forwards, max_rows, again=False)
+        else:
+            yield [(w, GivenUp()) for w in part]
 
 
-def _forward(
-    works: Sequence[Work[J]],
-    tables: Sequence[Mapping[str, Column]],
-    rows: Sequence[int],
-    runner: Runs,
-    meter: Meter[J],
-) -> list[Made]:
-    meter.started(works)
-    try:
-        return runner.run(tables, rows, [w.fields for w in works], lambda: meter.ended(works))
-    finally:
-        meter.stopped(sum(rows))
+def _failed(fault: BaseException) -> Failed:
+    if isinstance(fault, NoRoom):
+        return Failed(fault.error, error_type=type(fault.error).__name__, message=str(fault))
+    return Failed(fault)
 
 
 def _judged(work: Work[J], made: Made) -> Outcome:
@@ -150,11 +148,10 @@ class _Piece:
 class _Rows(Generic[J]):
     """One job, in pieces of its rows."""
 
-    def __init__(self, work: Work[J], runner: Runs, max_rows: int, meter: Meter[J]) -> None:
+    def __init__(self, work: Work[J], forwards: Forwards[J], max_rows: int) -> None:
         self._work = work
-        self._runner = runner
+        self._forwards = forwards
         self._max_rows = max_rows
-        self._meter = meter
         self._pieces: list[_Piece] = []
         self._raised: dict[int, Rejection] = {}
         self._first: BaseException | None = None
@@ -162,54 +159,77 @@ class _Rows(Generic[J]):
     def outcome(self) -> Outcome:
         work = self._work
         try:
-            for start in range(0, work.rows, self._max_rows):
-                self._run(start, min(start + self._max_rows, work.rows), 1)
+            for start, end in self._cut():
+                self._run(start, end, 1)
+                # The rows that are left are as large, most likely.
+                self._forwards.planner.cap.settle()
             if self._pieces or work.incoming.last:
                 return _unless_refused(work, self._joined())
         except _Stop:
             return GivenUp()
         except RetryLater as later:
             return Failed(later, after_s=later.after_s)
+        except DeviceLost:
+            raise
         except _Hopeless:
-            return Failed(self._first)
+            pass
         except _FAULTS as error:
-            return Failed(error)
-        return Failed(self._first)
+            return _failed(error)
+        assert self._first is not None  # no piece passed, or it was hopeless
+        return _failed(self._first)
+
+    def _cut(self) -> Iterator[tuple[int, int]]:
+        planner = self._forwards.planner
+        for start, end in planner.pieces(self._work, 0, self._work.rows, self._max_rows):
+            if end - start <= planner.max_rows:
+                yield start, end
+            else:
+                yield from planner.pieces(self._work, start, end)
 
     def _run(self, start: int, end: int, tries: int) -> None:
         work = self._work
-        if (start or tries > 1) and not self._meter.goes_on([work]):
+        if (start or tries > 1) and not self._forwards.meter.goes_on([work]):
             raise _Stop
         table: Mapping[str, Column] = work.table
         if end - start < work.rows:
             table = {name: column[start:end] for name, column in work.table.items()}
         try:
-            (made,) = _forward([work], [table], [end - start], self._runner, self._meter)
-        except RetryLater:
+            (made,) = self._forwards.run([work], [table], [end - start], again=tries == 1)
+        except (RetryLater, DeviceLost):
             raise
         except _FAULTS as error:
-            self._first = self._first or error
-            if not work.incoming.keep:
-                raise
-            self._narrow(start, end, tries, error)
+            fault = error
         else:
             # The stage may use its buffers again for the next piece.
             self._pieces.append(_Piece(start, end - start, made if end - start == work.rows else own(made)))
-
-    def _narrow(self, start: int, end: int, tries: int, error: BaseException) -> None:
-        if end - start > 1:
-            middle = (start + end) // 2
-            self._run(start, middle, tries + 1)
-            self._run(middle, end, tries + 1)
             return
-        self._raised[start] = Rejection(type(error).__name__, told(error), tries)
+        self._first = self._first or fault
+        self._narrow(start, end, tries, fault)
+
+    def _narrow(self, start: int, end: int, tries: int, fault: BaseException) -> None:
+        work = self._work
+        if isinstance(fault, NoRoom) and end - start > 1:
+            parts = list(self._forwards.planner.pieces(work, start, end, fewer(end - start)))
+        elif not work.incoming.keep:
+            raise fault
+        elif end - start > 1:
+            parts = [(start, (start + end) // 2), ((start + end) // 2, end)]
+        else:
+            self._reject(start, tries, fault)
+            return
+        for first, last in parts:
+            self._run(first, last, tries + 1)
+
+    def _reject(self, row: int, tries: int, fault: BaseException) -> None:
+        error = fault.error if isinstance(fault, NoRoom) else fault
+        self._raised[row] = Rejection(type(error).__name__, told(fault), tries)
         if not self._pieces and not self._work.incoming.last and len(self._raised) >= _HOPELESS_ROWS:
             raise _Hopeless
 
     def _joined(self) -> Output:
         if not self._pieces:
             # Every row raised; a run without rows tells what columns there would be.
-            (nothing,) = self._runner.run([{n: c[:0] for n, c in self._work.table.items()}], [0], [{}])
+            (nothing,) = self._forwards.runner.run([{n: c[:0] for n, c in self._work.table.items()}], [0], [{}])
             self._pieces.append(_Piece(0, 0, nothing))
         rejected = dict(self._raised)
         for piece in self._pieces:

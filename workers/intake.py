@@ -58,7 +58,7 @@ class Intake:
                 break
             self._rest()
             claimer.wait(remaining)
-        batch = claimer.take(rules.max_rows)
+        batch = claimer.take(rules.window_rows)
         claimer.ask_ahead()
         return self._open(batch)
 

@@ -59,7 +59,7 @@ class StageLoop:
             # What is finished must not wait for a long forward to end.
             parts.committer.drain()
         started = time.monotonic()
-        for group in compute(works, self._runner, self._around.context.spec.batch.max_rows, self._meter):
+        for group in compute(works, self._runner, parts.planner, self._meter):
             parts.settler.settle(group)
         parts.status.jobs += len(works)
         parts.measured(sum(w.job.entry.rows for w in works), time.monotonic() - started)

@@ -12,6 +12,7 @@ from torchrelay.queues.channel import Channel
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Session
 from torchrelay.workers.assemble import Assembler
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.committer import Committer
 from torchrelay.workers.custody import Custody
@@ -61,6 +62,7 @@ class Parts:
             lambda: self.committer.failures,
         )
         around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
+        self.planner: Planner[Held] = Planner(context.spec.batch, graph.types_of(context.node))
         self._loaded_at = -1
 
     def intake(self, rest: Callable[[], object]) -> Intake:

@@ -20,14 +20,15 @@ import redis
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerError, StageLoadError
+from torchrelay.errors import BrokerError, DeviceError, StageLoadError, WorkerError
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import MOVED, host_text, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
-from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.device_deaths import DeviceDeaths
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
 from torchrelay.workers.upkeep import Upkeep
 
@@ -39,6 +40,7 @@ _KEEP_S = 1.0
 _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
 _SILENT_S = 90.0
+_DEVICE_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,15 @@ class Supervisor:
         self._next_renewal = 0.0
         self._keep_at = 0.0
         stage = next(s for s in plan.pipeline.spec.stages if s.name == plan.stage)
+        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[stage.device]
+        self._device = chosen if plan.device.startswith("auto") else plan.device
         self._timeout_s = stage.timeout_s
         self._max_rows = stage.batch.max_rows
         self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
         self.node = f"{plan.pipeline.ref}/{plan.stage}"
-        self.error: StageLoadError | None = None
+        self._window_rows = stage.batch.window_rows
+        self._deaths = DeviceDeaths()
+        self.error: WorkerError | None = None
 
     @property
     def child_pid(self) -> int:
@@ -92,7 +98,8 @@ class Supervisor:
         self._changed.set()
 
     def run(self) -> int:
-        """0 after a drain; 1 when the stage cannot start, or failed to load three times in a row (`error` says why)."""
+        """0 after a drain; 1 when the stage cannot start, failed to load three times in a row, or its device fails
+        whatever it computes (`error` says why)."""
         failed_loads, pause_s = 0, 0.25
         try:
             self._open_arena()
@@ -108,8 +115,16 @@ class Supervisor:
                     )
                     log.error("%s", self.error)
                     return 1
+                if self._deaths.bad_device:
+                    self.error = DeviceError(
+                        f"device {self._device} at {socket.gethostname()} failed under several jobs in a row; "
+                        f"check it. The worker of stage {self._plan.stage!r} stops, and leaves the jobs to others"
+                    )
+                    log.error("%s", self.error)
+                    return 1
                 pause_s = 0.1 if was_ready else min(pause_s * 2, 10.0)
-                self._pause(pause_s)
+                # Another worker, with a device that does not fail, may take the suspects meanwhile.
+                self._pause(_DEVICE_PAUSE_S if status == EXIT_DEVICE else pause_s)
         finally:
             self._beat(Progress(), "gone")
             self._keep_arena(last=True)
@@ -143,7 +158,7 @@ class Supervisor:
     def _live_once(self) -> tuple[int, bool]:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
-        self._page = page = ProgressPage.create(self._max_rows)
+        self._page = page = ProgressPage.create(self._window_rows)
         self._started_at = time.time()
         self._next_renewal = 0.0
         child = self._start_child(page)
@@ -165,6 +180,10 @@ class Supervisor:
             if not self._stopping:
                 log.warning("the worker ended with status %s", status, extra={"fields": {"worker": self.name}})
             self._retire(last, status)
+        if status == EXIT_DEVICE:
+            self._deaths.note(last.started, last.batches)
+        else:
+            self._deaths.clear()
         return status, was_ready
 
     def _start_child(self, page: ProgressPage) -> subprocess.Popen[bytes]:

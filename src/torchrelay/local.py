@@ -38,6 +38,7 @@ from torchrelay.queues.job import (
 from torchrelay.queues.levels import failures_of, result_rows
 from torchrelay.stages import Runner, StageContext, make_runner
 from torchrelay.workers.assemble import Assembler, in_order, too_many_rows
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import Failed, GivenUp, compute, told
 from torchrelay.workers.device import pick_device
 from torchrelay.workers.edge import check_codecs
@@ -133,6 +134,7 @@ class _Step(NamedTuple):
     spec: StageConfig
     runner: Runner
     assembler: Assembler[Blobs]
+    planner: Planner[Blobs]
 
 
 @dataclass(slots=True)
@@ -218,11 +220,12 @@ class LocalRun:
         pipeline, spec = self._pipeline, self._pipeline.spec.stages[node.index - 1]
         check_codecs(self._graph, node)
         found = spec.use and import_use(spec.use, pipeline.base_dir)
-        runner = make_runner(found, spec, types=self._graph.types_of(node), outputs=node.outputs)
+        types = self._graph.types_of(node)
+        runner = make_runner(found, spec, types=types, outputs=node.outputs)
         device = pick_device(spec, self._device)
         self._closing.callback(runner.close)
         runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
-        return _Step(node, spec, runner, Assembler(self._graph, node, _fetch))
+        return _Step(node, spec, runner, Assembler(self._graph, node, _fetch), Planner(spec.batch, types))
 
     def results(self, chunk: Chunk) -> list[Any]:
         """Per row its result, or with `keep_errors` its JobFailed. Else the first row that fails raises it."""
@@ -269,7 +272,7 @@ class LocalRun:
             if opened.bad:
                 failed = Failed(opened.bad[0][1])
                 continue
-            ((work, outcome),) = next(compute(opened.ready, step.runner, step.spec.batch.max_rows, incoming.job))
+            ((work, outcome),) = next(compute(opened.ready, step.runner, step.planner, incoming.job))
             assert not isinstance(outcome, GivenUp)  # `goes_on` never tells to
             if isinstance(outcome, Failed):
                 failed = outcome

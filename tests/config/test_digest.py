@@ -20,6 +20,8 @@ stages:
     "line",
     [
         "batch: {max_rows: 7, max_wait_ms: 3}",
+        "batch: {max_cost: {column: x, total: 100}}",
+        "torch: {cuda_graphs: false}",
         "replicas: {min: 2, max: 3}",
         "retry: {attempts: 9, backoff_s: [1, 2]}",
         "timeout_s: 5",
@@ -43,6 +45,12 @@ def test_tuning(load: Load, line: str) -> None:
 def test_limits(load: Load, limits: str) -> None:
     """How large a job may grow is tuning."""
     assert load(BASE + limits + "\n").version == load(BASE).version
+
+
+def test_buckets(load: Load) -> None:
+    """Padding further than to the longest row is tuning: what is padded is masked."""
+    padded = BASE + "    batch: {pad: {x: 0}"
+    assert load(padded + ", buckets: {x: [8, 16]}}\n").version == load(padded + "}\n").version
 
 
 def test_kept(load: Load, folder: Path) -> None:
@@ -98,6 +106,7 @@ def test_results(load: Load, folder: Path) -> None:
                 "wire: {dtype: bfloat16}",
                 "wire: {compress: lz4}",
                 "wire: {dtype: float16, compress: lz4}",
+                "torch: {cuda_graphs: true}",
                 "batch: {pad: {x: 0}}",
                 "batch: {pad: {x: 1}}",
                 "weights: w.bin",

@@ -127,6 +127,16 @@ B = stage("b", after="input", outputs="{x: str}")
         ((stage("a", outputs="{x: str}"),), "[y]", "output column 'y' is made by no stage"),
         ((stage("a", batch="{pad: {tt: 0}}"),), "", "pads column 'tt', which it does not read; did you mean 't'"),
         ((stage("a", batch="{pad: {t: 0}}"),), "", "only ragged numbers are padded"),
+        (
+            (stage("a", batch="{max_cost: {column: tt, total: 9}}"),),
+            "",
+            "max_cost counts column 'tt', which it does not read; did you mean 't'",
+        ),
+        (
+            (stage("a", outputs="{z: complex64}"), stage("b", batch="{max_cost: {column: z, total: 9}}")),
+            "",
+            "'z' is complex64, which has no length",
+        ),
     ],
 )
 def test_refused(problems: Problems, stages: tuple[str, ...], output: str, says: str) -> None:

@@ -212,6 +212,7 @@ SIDE = stage("side", after="input", inputs="[t]", outputs="{y: str}")
                 ("when", "t", "when"),
                 ("device", "gpu", "device"),
                 ("batch", "{pad: {n: 0}}", "batch.pad"),
+                ("batch", "{max_cost: {column: n, total: 5}}", "batch.max_cost"),
             ]
         ),
         (whens(when="x"), r"stage 'b': when needs outputs: .* add outputs: {COLUMN: TYPE}"),

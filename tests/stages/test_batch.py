@@ -101,6 +101,18 @@ def test_padding_two_ragged_dimensions() -> None:
     np.testing.assert_array_equal(one["image"][0], images[1])
 
 
+def test_ragged_axes_are_padded_up_to_a_bucket_each() -> None:
+    """Each axis is as long as the smallest bucket that all rows fit; lengths and mask still tell what is real."""
+    types = {"image": parse_type("uint8[H, W, 3]")}
+    images = [np.full((2, 4, 3), 7, np.uint8), np.full((3, 5, 3), 9, np.uint8)]
+    batch = assemble([{"image": images}], [2], types, {"image": 0}, buckets={"image": [4, 8]})
+    assert batch["image"].shape == (2, 4, 8, 3)
+    np.testing.assert_array_equal(batch.lengths["image"], [[2, 4], [3, 5]])
+    np.testing.assert_array_equal(batch.mask("image"), (batch["image"] != 0).any(axis=-1))
+    with pytest.raises(InputError, match=r"'image': a row is 9 long, over the largest bucket \(8\)"):
+        assemble([{"image": [np.zeros((9, 1, 3), np.uint8)]}], [1], types, {"image": 0}, buckets={"image": [4, 8]})
+
+
 @given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=3), min_size=1, max_size=4))
 def test_padding_loses_nothing(jobs: list[list[list[int]]]) -> None:
     """Masked values, row by row, are the values that came."""

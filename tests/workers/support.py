@@ -13,7 +13,8 @@ from tests.conftest import wait_until
 from torchrelay.queues.registry import Registry, WorkerReport, run
 
 # A row's `do` is an order: raise, die (the process ends), hang, "wait PATH" (until the file is there),
-# "raise-until PATH", "hang-until PATH", "sleep SECONDS", "exit STATUS", "return-junk".
+# "raise-until PATH", "hang-until PATH", "sleep SECONDS", "exit STATUS", "return-junk", "lose TEXT" and
+# "lose-until PATH TEXT" (CUDA fails with this text), "room N" (its memory takes N rows).
 # Each forward is logged as "pid n,n,n" before it obeys.
 CODE = """
     import os
@@ -37,6 +38,12 @@ CODE = """
                 verb, _, rest = order.partition(" ")
                 if verb == "raise" or (verb == "raise-until" and not Path(rest).exists()):
                     raise ValueError(f"told to raise \\x1b[31m[bold] {rest}")
+                if verb == "lose":
+                    raise RuntimeError(rest)
+                if verb == "lose-until" and not Path(rest.partition(" ")[0]).exists():
+                    raise RuntimeError(rest.partition(" ")[2])
+                if verb == "room" and len(out) > int(rest):
+                    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 if verb == "die":
                     os._exit(int(rest or 7))
                 if verb == "exit":

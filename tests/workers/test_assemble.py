@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from torchrelay.config import Pipeline
+from torchrelay.config.spec import BatchSpec
 from torchrelay.errors import BytesLost, DecodeError
 from torchrelay.queues import codec
 from torchrelay.queues.job import Packed, Ref, decode_payload, encode_payload
@@ -17,6 +18,7 @@ from torchrelay.queues.levels import ResultTable, result_table
 from torchrelay.stages import Batch, Runner
 from torchrelay.stages.loading import make_stage
 from torchrelay.workers.assemble import Assembler
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import compute
 from torchrelay.workers.work import Incoming, Output, Work
 
@@ -48,7 +50,7 @@ def through(pipeline: Pipeline, functions: Sequence[Function], table: Mapping[st
         opened = assembler.open_all([Incoming("job", [payload], rows, keep=True, last=True)])
         assert opened.bad == []
         runner = Runner(make_stage(function), node.name, outputs=node.outputs)
-        [[(work, outcome)]] = compute(opened.ready, runner, 100, Quiet())
+        [[(work, outcome)]] = compute(opened.ready, runner, Planner(BatchSpec(max_rows=100)), Quiet())
         assert isinstance(outcome, Output)
         closed = assembler.close(work, outcome)
         payload, rows = encode_payload({**closed.riding, **closed.made}, b"", closed.origins), closed.rows

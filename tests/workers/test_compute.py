@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrelay.config.columns import Column
+from torchrelay.config.spec import BatchSpec
 from torchrelay.errors import RetryLater
 from torchrelay.queues.job import Payload
 from torchrelay.queues.levels import Levels
 from torchrelay.stages import Batch, Expand, Runner, Stage
+from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import Failed, GivenUp, compute
 from torchrelay.workers.work import Incoming, Output, Work
 
@@ -77,7 +79,8 @@ def results(
 ) -> tuple[dict[int, Any], Watch]:
     watch = Watch(stop_after)
     done: dict[int, Any] = {}
-    for group in compute(works, Runner(stage or Act(), "act", **runner), max_rows, watch):
+    planner: Planner[int] = Planner(BatchSpec(max_rows=max_rows))
+    for group in compute(works, Runner(stage or Act(), "act", **runner), planner, watch):
         for work, outcome in group:
             assert work.job not in done
             if isinstance(outcome, Output):
