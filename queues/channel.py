@@ -90,6 +90,14 @@ class Channel:
     def in_flight(self) -> int:
         return len(self._flight)
 
+    def poll(self) -> None:
+        """Takes the answers that are here already."""
+        try:
+            while self._flight and self._connected().can_read(timeout=0):
+                self.receive()
+        except LOST as error:
+            self._recover(error)
+
     def drain(self) -> None:
         """Waits for every answer; refusals stay with their Pending."""
         while self._flight:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,25 @@ from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded, mask_of, pad_rows
 
-__all__ = ["Batch", "assemble", "join_rows"]
+__all__ = ["Batch", "Pieces", "as_pieces", "assemble", "join_rows"]
+
+
+class Pieces(NamedTuple):
+    """Rows of several jobs that one array could hold, `[n, ...]` each, not joined: a device takes them one by one."""
+
+    arrays: Sequence[np.ndarray]
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.arrays))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.arrays[0].shape[1:]
+
+    def joined(self) -> np.ndarray:
+        """All rows in one array."""
+        return self.arrays[0] if len(self.arrays) == 1 else np.concatenate(self.arrays)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -113,11 +131,12 @@ class Batch:
             raise KeyError(f"column {name!r} is not padded; set batch: {{pad: {{{name}: 0}}}} for its stage")
         return mask_of(self.columns[name].shape, padded, self.arange)
 
-    def to_torch(self, device: str) -> Batch:
-        """The same batch with private writable tensors on `device` in place of arrays; nothing is cast."""
+    def to_torch(self, device: str, *, share: bool = False) -> Batch:
+        """The same batch with tensors on `device` in place of arrays, private and writable but for `share`; nothing is
+        cast."""
         from torchrelay.stages.torch_tensors import torch_batch
 
-        return torch_batch(self, device)
+        return torch_batch(self, device, share=share)
 
 
 def assemble(
@@ -127,6 +146,8 @@ def assemble(
     pad: Mapping[str, float] | None = None,
     meta: Sequence[Mapping[str, Any]] = (),
     buckets: Mapping[str, Sequence[int]] | None = None,
+    *,
+    joined_by: Callable[[Sequence[Column]], Any] | None = None,
 ) -> Batch:
     """Join the tables of several jobs along their rows.
 
@@ -137,6 +158,7 @@ def assemble(
         pad: columns to pad to the longest row of the batch, and the value to fill with.
         meta: per job, what its submitter attached; may be empty.
         buckets: padded columns -> the sizes, rising, of which the smallest that holds the longest row is taken.
+        joined_by: how the pieces of a column that is not padded are put together; default `join_rows`.
 
     Raises:
         InputError: the jobs hold different columns, or a column cannot be padded.
@@ -150,7 +172,7 @@ def assemble(
                 f"jobs of one batch hold different columns: {', '.join(names)} and {', '.join(other)}; "
                 "declare the stage's inputs"
             )
-    pad, types, buckets = pad or {}, types or {}, buckets or {}
+    pad, types, buckets, join = pad or {}, types or {}, buckets or {}, joined_by or join_rows
     joined: dict[str, Any] = {}
     padded: dict[str, Padded] = {}
     fresh: set[str] = set()
@@ -160,12 +182,12 @@ def assemble(
             joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name], buckets.get(name, ()))
             fresh.add(name)
         else:
-            joined[name] = join_rows(pieces)
+            joined[name] = join(pieces)
             if len(pieces) > 1:
                 fresh.add(name)
         if isinstance(joined[name], np.ndarray):
             joined[name] = _read_only(joined[name])
-        elif len(pieces) == 1:
+        elif len(pieces) == 1 and not isinstance(joined[name], Pieces):
             # The stage may change its list, and the job's own is needed again when this forward fails.
             joined[name] = list(joined[name])
     return Batch(joined, tuple(rows), tuple(meta), padded, frozenset(fresh))
@@ -173,15 +195,23 @@ def assemble(
 
 def join_rows(pieces: Sequence[Column]) -> Column:
     """Rows behind rows: one array where all are arrays of one dtype and shape, else a list of rows."""
-    first = pieces[0]
     if len(pieces) == 1:
-        return first
+        return pieces[0]
+    arrays = as_pieces(pieces)
+    if isinstance(arrays, Pieces):
+        return arrays.joined()
+    return arrays
+
+
+def as_pieces(pieces: Sequence[Column]) -> Pieces | list[Any]:
+    """Pieces where all are arrays of one dtype and row shape, else a list of rows."""
+    first = pieces[0]
     if isinstance(first, np.ndarray) and all(
         # dtypes are compared, because concatenate would promote int64 and float32 to float64 without a word
         isinstance(piece, np.ndarray) and piece.dtype == first.dtype and piece.shape[1:] == first.shape[1:]
         for piece in pieces
     ):
-        return np.concatenate(pieces)
+        return Pieces(tuple(piece for piece in pieces if isinstance(piece, np.ndarray)))
     values: list[Any] = []
     for piece in pieces:
         values.extend(piece)

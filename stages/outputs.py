@@ -16,7 +16,7 @@ from torchrelay.config.columns import Column, check_outputs, describe
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Expand", "Made", "empty_outputs", "split"]
+__all__ = ["Expand", "Made", "empty_outputs", "own", "split"]
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 MAX_COUNT = 2**31 - 1
@@ -178,3 +178,14 @@ def empty_outputs(types: Mapping[str, ColumnType] | None) -> dict[str, Column]:
         name: np.empty((0, *(size for size in t.shape if isinstance(size, int))), t.np_dtype) if t.stacked else []
         for name, t in (types or {}).items()
     }
+
+
+def own(made: Made) -> Made:
+    """A copy: the stage may use its buffers again at the next call."""
+    columns: dict[str, Column] = {}
+    for name, column in made.columns.items():
+        if isinstance(column, np.ndarray):
+            columns[name] = column.copy()
+        else:
+            columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
+    return made._replace(columns=columns)

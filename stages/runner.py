@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -14,20 +15,45 @@ from torchrelay.config.columns import Column
 from torchrelay.config.spec import BatchSpec, StageConfig
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
-from torchrelay.stages.batch import assemble
+from torchrelay.stages.batch import Batch, as_pieces, assemble, join_rows
 from torchrelay.stages.faults import DeviceLost, is_device_lost
 from torchrelay.stages.loading import Identity, make_stage
-from torchrelay.stages.outputs import Made, empty_outputs, split
+from torchrelay.stages.outputs import Made, empty_outputs, own, split
 from torchrelay.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
+    from torchrelay.stages.feeding import Departure, Fed, Feeder
     from torchrelay.stages.torch_stage import TorchStage
 
-__all__ = ["Runner", "make_runner"]
+__all__ = ["Launched", "Prepared", "Runner", "make_runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch before its forward; without one, none of its jobs has a row."""
+
+    rows: Sequence[int]
+    batch: Batch | None = None
+    fed: Fed | None = None
+
+    def discard(self) -> None:
+        """It will not be launched."""
+        if self.fed is not None:
+            self.fed.give_back(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A batch whose forward was called: what it made, or how to make that of what is still on its way."""
+
+    made: list[Made] | None
+    departure: Departure | None = None
+    split: Callable[[object], list[Made]] | None = None
 
 
 class Runner:
-    """One stage, from load to close. All calls come from one thread: torch keeps device and mode per thread.
+    """One stage, from load to close. All calls come from one thread, since torch keeps device and mode per thread; but
+    see `overlap`.
 
     Args:
         stage: the stage object.
@@ -56,6 +82,10 @@ class Runner:
         self._expands = expands
         self._device = "cpu"
         self._loaded = False
+        self._overlaps = False
+        self._feeder: Feeder | None = None
+        self._last: Departure | None = None
+        self.idle_s = 0.0
         self.on_device_lost: Callable[[BaseException], None] = lambda error: None
 
     def load(self, context: StageContext) -> None:
@@ -99,32 +129,99 @@ class Runner:
                 `on_device_lost` is called, which may end the process.
             Exception: whatever else `forward` raised.
         """
+        return self.finish(self.launch(self._together(tables, rows, meta, ended, None)))
+
+    def overlap(self) -> None:
+        """From here on `prepare`, `launch` and `finish` are called by three threads, each ahead of the next."""
+        self._overlaps = True
+        if is_torch_stage(self.stage) and self._device.startswith("cuda"):
+            from torchrelay.stages.feeding import Feeder
+
+            self._feeder = Feeder(self._device)
+
+    def prepare(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]] = (),
+        ended: Callable[[], Sequence[bool]] | None = None,
+    ) -> Prepared:
+        """Put a batch together and start it on its way to the device; arguments and errors as for `run`."""
+        return self._together(tables, rows, meta, ended, self._feeder)
+
+    def _together(
+        self,
+        tables: Sequence[Mapping[str, Column]],
+        rows: Sequence[int],
+        meta: Sequence[Mapping[str, Any]],
+        ended: Callable[[], Sequence[bool]] | None,
+        feeder: Feeder | None,
+    ) -> Prepared:
+        if not any(rows):
+            return Prepared(rows)
+        rules = self._batch
+        join = join_rows if feeder is None else as_pieces
+        with self._watched():
+            batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join)
+            batch = replace(batch, ended=ended)
+            if feeder is not None:
+                fed = feeder.feed(batch)
+                return Prepared(rows, fed.batch, fed)
+            if is_torch_stage(self.stage):
+                batch = batch.to_torch(self._device, share=self.stage.share)
+            return Prepared(rows, batch)
+
+    def launch(self, prepared: Prepared) -> Launched:
+        """Run the stage on it; a GPU may still be computing when this returns. Raises whatever `forward` raised."""
+        rows, batch, fed = prepared.rows, prepared.batch, prepared.fed
+        if batch is None:
+            nothing = np.zeros(0, np.int64) if self._expands else None
+            return Launched([Made(empty_outputs(self._outputs), nothing) for _ in rows])
+        with self._watched():
+            if fed is not None and is_torch_stage(self.stage):
+                return self._launch_fed(rows, batch, fed, self.stage)
+            outputs = self.stage.infer(batch) if is_torch_stage(self.stage) else self.stage.forward(batch)
+            made = self._split(outputs, rows, batch)
+        # The stage may use its own buffers again while these are on their way.
+        return Launched([own(m) for m in made] if self._overlaps else made)
+
+    def _split(self, outputs: object, rows: Sequence[int], batch: Batch) -> list[Made]:
+        return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+
+    def _launch_fed(self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TorchStage) -> Launched:
+        from torchrelay.stages.feeding import Departure, begin
+
+        ended: Any = None
         try:
-            return self._run(tables, rows, meta, ended)
+            begun = begin(fed, self._device)
+            outputs = stage.infer(batch)
+            departure = Departure(self.name, outputs, self._device, begun)
+            ended = departure.ended
+            return Launched(None, departure, lambda outputs: self._split(outputs, rows, batch))
+        finally:
+            fed.give_back(ended)
+
+    def finish(self, launched: Launched) -> list[Made]:
+        """Wait for what was launched and give it back to the jobs; returns and raises what `run` does."""
+        departure = launched.departure
+        if departure is None or launched.split is None:
+            return launched.made or []
+        with self._watched():
+            outputs = departure.arrived()
+            self.idle_s = departure.idle_s(self._last)
+            self._last = departure
+            return launched.split(outputs)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             if is_device_lost(error):
                 self.on_device_lost(error)
                 what = f"stage {self.name!r}: device {self._device} is of no more use to this process: {error}"
                 raise DeviceLost(what) from error
             raise
-
-    def _run(
-        self,
-        tables: Sequence[Mapping[str, Column]],
-        rows: Sequence[int],
-        meta: Sequence[Mapping[str, Any]],
-        ended: Callable[[], Sequence[bool]] | None,
-    ) -> list[Made]:
-        if not any(rows):
-            nothing = np.zeros(0, np.int64) if self._expands else None
-            return [Made(empty_outputs(self._outputs), nothing) for _ in rows]
-        rules = self._batch
-        batch = replace(assemble(tables, rows, self._types, rules.pad, meta, rules.buckets), ended=ended)
-        if is_torch_stage(self.stage):
-            outputs = self.stage.infer(batch.to_torch(self._device))
-        else:
-            outputs = self.stage.forward(batch)
-        return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
 
     def free_memory(self) -> None:
         """Gives the device what torch holds of its memory unused. What an error's traceback holds is in use."""

@@ -41,6 +41,8 @@ class TorchStage(Stage):
     Floating tensors are not cast for you: with `torch: {dtype: float16}` call `batch["x"].to(self.dtype)`.
     """
 
+    # True lets tensors on the CPU be the jobs' own memory, uncopied: `forward` must then not write to them.
+    share: bool = False
     model: Any
     device: torch.device = torch.device("cpu")
     # What `torch: {dtype}` says; None if it says nothing.

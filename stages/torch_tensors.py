@@ -21,7 +21,7 @@ from torchrelay.stages.padding import Padded
 if TYPE_CHECKING:
     from torchrelay.stages.batch import Batch
 
-__all__ = ["numpy_outputs", "torch_batch"]
+__all__ = ["carried", "host_array", "numpy_outputs", "to_host", "torch_batch", "torch_dtype"]
 
 _CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     1: (np.dtype(np.uint8), torch.uint8),
@@ -39,14 +39,19 @@ _TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
     np.dtype(getattr(ml_dtypes, name)): getattr(torch, name) for name in _SHARED_NAMES if hasattr(torch, name)
 }
 _TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
+_SHARED_DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
+_SHARED = frozenset(getattr(torch, name) for name in _SHARED_DTYPES.split())
 
 
-def torch_batch(batch: Batch, device: str) -> Batch:
-    """The batch with private writable tensors on `device`; columns of str, bytes or json stay as they are."""
+def torch_batch(batch: Batch, device: str, *, share: bool = False) -> Batch:
+    """The batch with private writable tensors on `device`; columns of str, bytes or json stay as they are.
+
+    With `share`, tensors on the CPU are the jobs' own memory where that needs no copy: they must not be written to.
+    """
     where = torch.device(device)
-    columns = {name: _to_torch(column, where, name in batch.fresh) for name, column in batch.columns.items()}
+    columns = {name: _to_torch(column, where, name in batch.fresh, share) for name, column in batch.columns.items()}
     padded = {
-        name: Padded(_to_torch(padded.lengths, where, fresh=True), padded.axes)
+        name: Padded(_to_torch(padded.lengths, where, True, share), padded.axes)
         for name, padded in (batch.padded or {}).items()
     }
     return replace(
@@ -54,30 +59,37 @@ def torch_batch(batch: Batch, device: str) -> Batch:
     )
 
 
-def _to_torch(column: Any, device: torch.device, fresh: bool) -> Any:
+def _to_torch(column: Any, device: torch.device, fresh: bool, share: bool) -> Any:
     if isinstance(column, np.ndarray):
-        return _tensor(column, device, fresh)
+        return _tensor(column, device, fresh, share)
     if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
         # The rows are views of what the jobs hold, also where the list itself is new.
-        return [_tensor(value, device, False) if isinstance(value, np.ndarray) else value for value in column]
+        return [_tensor(value, device, False, share) if isinstance(value, np.ndarray) else value for value in column]
     return column
 
 
-def _tensor(array: np.ndarray, device: torch.device, fresh: bool) -> Any:
+def carried(array: np.ndarray) -> tuple[np.ndarray | None, torch.dtype]:
+    """The same bytes in a dtype that numpy and torch share, and torch's dtype for them; None where torch has none."""
     dtype = _TO_TORCH.get(array.dtype)
     if dtype is not None:
-        carried = _tensor(array.view(_CARRIER[array.dtype.itemsize][0]), device, fresh)
-        return carried.view(dtype)
+        return array.view(_CARRIER[array.dtype.itemsize][0]), dtype
     if array.dtype.kind not in "biufc":
+        return None, torch.uint8
+    return array, torch_dtype(array.dtype)
+
+
+def _tensor(array: np.ndarray, device: torch.device, fresh: bool, share: bool) -> Any:
+    carrier, dtype = carried(array)
+    if carrier is None:
         return array  # a dtype that torch does not have
     if device.type == "cuda":
         # From pinned memory the copy runs beside the host; its allocator keeps the block until the copy is done.
-        pinned = torch.empty(array.shape, dtype=_torch_dtype(array.dtype), pin_memory=True)
-        np.copyto(pinned.numpy(), array)
-        return pinned.to(device, non_blocking=True)
-    own = _writable(array) if fresh else None
-    tensor = torch.from_numpy(array.copy() if own is None else own)
-    return tensor if device.type == "cpu" else tensor.to(device)
+        pinned = torch.empty(carrier.shape, dtype=torch_dtype(carrier.dtype), pin_memory=True)
+        np.copyto(pinned.numpy(), carrier)
+        return pinned.to(device, non_blocking=True).view(dtype)
+    own = carrier if share else _writable(carrier) if fresh else None
+    tensor = torch.from_numpy(carrier.copy() if own is None else own)
+    return (tensor if device.type == "cpu" else tensor.to(device)).view(dtype)
 
 
 def _writable(array: np.ndarray) -> np.ndarray | None:
@@ -91,7 +103,8 @@ def _writable(array: np.ndarray) -> np.ndarray | None:
 
 
 @cache
-def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """Torch's name of a dtype that numpy shares with it."""
     return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
@@ -102,41 +115,56 @@ def numpy_outputs(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]
         InputError: a tensor is sparse, quantised, nested or of a dtype that numpy lacks.
     """
     plain: dict[str, Any] = {}
-    streams: set[torch.cuda.Stream] = set()
+    devices: set[torch.device] = set()
+
+    def moved(name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.is_cuda:
+            devices.add(value.device)
+        return to_host(stage_name, name, value)
+
     for name, value in outputs.items():
         if isinstance(value, torch.Tensor):
-            plain[name] = _to_host(stage_name, name, value, streams)
+            plain[name] = moved(name, value)
         elif isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
-            plain[name] = [
-                _to_host(stage_name, name, row, streams) if isinstance(row, torch.Tensor) else row for row in value
-            ]
+            plain[name] = [moved(name, row) if isinstance(row, torch.Tensor) else row for row in value]
         else:
             plain[name] = value
-    for stream in streams:
-        stream.synchronize()
-    return plain
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return {name: _arrays(value) for name, value in plain.items()}
 
 
-def _to_host(stage_name: str, name: str, tensor: torch.Tensor, streams: set[torch.cuda.Stream]) -> np.ndarray:
-    """The array; for a GPU tensor its bytes are there once the stream was waited for."""
+def _arrays(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return host_array(value)
+    if isinstance(value, list) and any(isinstance(row, torch.Tensor) for row in value):
+        return [host_array(row) if isinstance(row, torch.Tensor) else row for row in value]
+    return value
+
+
+def to_host(stage_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the host, of a dtype that is carried; one from a GPU is there once its stream was waited for.
+
+    Raises InputError for one that is sparse, quantised, nested, or of a dtype that numpy lacks.
+    """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
         raise InputError(f"stage {stage_name!r}: column {name!r} is a {kind} tensor; return a dense one")
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.is_cuda:
-        stream = torch.cuda.current_stream(tensor.device)
-        streams.add(stream)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        tensor = host.copy_(tensor, non_blocking=True)
-    elif tensor.device.type != "cpu":
-        tensor = tensor.cpu()
-    ours = _TO_NUMPY.get(tensor.dtype)
-    try:
-        if ours is not None:
-            return tensor.contiguous().view(_CARRIER[ours.itemsize][1]).numpy().view(ours)
-        array: np.ndarray = tensor.numpy()
-        return array
-    except TypeError as error:
+    if tensor.dtype not in _TO_NUMPY and tensor.dtype not in _SHARED:
         raise InputError(
             f"stage {stage_name!r}: column {name!r} has dtype {tensor.dtype}, which is not carried; convert it"
-        ) from error
+        )
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_cuda:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def host_array(tensor: torch.Tensor) -> np.ndarray:
+    """The array over a tensor that `to_host` gave."""
+    ours = _TO_NUMPY.get(tensor.dtype)
+    if ours is not None:
+        return tensor.contiguous().view(_CARRIER[ours.itemsize][1]).numpy().view(ours)
+    array: np.ndarray = tensor.numpy()
+    return array

@@ -34,6 +34,7 @@ from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.loop import StageLoop
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.storage import SharedMemory
@@ -41,6 +42,8 @@ from torchrelay.workers.storage import SharedMemory
 log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER, EXIT_DEVICE = range(7)
 _ORPHAN_GRACE_S = 3.0
+# Batches made ready ahead, where the stage does not say.
+_AHEAD = {"cuda": 2, "cpu": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,10 @@ def serve(orders: Orders, stop: _Stop) -> None:
     try:
         log.info("ready on %s", device)
         settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)
-        memory = SharedMemory.open(registry, settings)
-        StageLoop(Surroundings(context, client, page, memory, stop), runner).run()
+        ahead = spec.batch.ahead if spec.batch.ahead is not None else _AHEAD.get(device.partition(":")[0], 0)
+        memory = SharedMemory.open(registry, settings, pinned_for=device if ahead else "")
+        around = Surroundings(context, client, page, memory, stop)
+        (OverlappedLoop(around, runner, ahead) if ahead else StageLoop(around, runner)).run()
     finally:
         runner.close()
 

@@ -60,6 +60,11 @@ class Committer:
         with self._lock:
             return tuple({fence for _, fence in self._open} | {fence for _, _, fence in self._sent})
 
+    @property
+    def waiting(self) -> bool:
+        """Whether outputs are not sent yet, or not answered."""
+        return bool(self._outputs or self._sent)
+
     def opened(self, held: Iterable[Held]) -> None:
         """Notes jobs that were taken into the window; may be called by another thread than the rest."""
         with self._lock:

@@ -18,12 +18,13 @@ from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
 from torchrelay.stages.batch import join_rows
 from torchrelay.stages.faults import DeviceLost
+from torchrelay.stages.outputs import own
 from torchrelay.workers.batching import Planner
 from torchrelay.workers.forwards import Forwards, Meter, NoRoom, Runs, told
 from torchrelay.workers.row_cap import fewer
 from torchrelay.workers.work import J, Output, Rejection, Work
 
-__all__ = ["Failed", "GivenUp", "Meter", "Outcome", "Runs", "compute", "own", "told"]
+__all__ = ["Failed", "GivenUp", "Meter", "Outcome", "Runs", "compute", "judged", "told"]
 
 _FAULTS = (Exception, SystemExit)
 # So many rows that raise alone, and none that passes: the stage is at fault, not the rows.
@@ -48,9 +49,11 @@ Outcome = Output | Failed | GivenUp
 
 
 def compute(
-    works: Sequence[Work[J]], runner: Runs, planner: Planner[J], meter: Meter[J]
+    works: Sequence[Work[J]], runner: Runs, planner: Planner[J], meter: Meter[J], fault: BaseException | None = None
 ) -> Iterator[list[tuple[Work[J], Outcome]]]:
     """Yields the jobs in groups as they finish. Use, or copy, a group's columns before asking for the next.
+
+    `fault` is what these jobs raised together a moment ago, so that they need not be tried together again.
 
     Raises DeviceLost when no further forward can pass in this process.
     """
@@ -63,19 +66,27 @@ def compute(
                 yield [(w, GivenUp()) for w in part]
                 continue
             try:
-                yield from _batch(part, forwards, planner.max_rows)
+                known = fault if len(part) == len(works) else None
+                yield from _batch(part, forwards, planner.max_rows, known=known)
             finally:
                 planner.cap.settle()
 
 
 def _batch(
-    works: Sequence[Work[J]], forwards: Forwards[J], max_rows: int, *, again: bool = True
+    works: Sequence[Work[J]],
+    forwards: Forwards[J],
+    max_rows: int,
+    *,
+    again: bool = True,
+    known: BaseException | None = None,
 ) -> Iterator[list[tuple[Work[J], Outcome]]]:
     if len(works) == 1 and works[0].rows and (works[0].incoming.keep or forwards.planner.too_large(works[0], max_rows)):
         yield [(works[0], _Rows(works[0], forwards, max_rows).outcome())]
         return
     rows = [w.rows for w in works]
     try:
+        if known is not None:
+            raise known
         made = forwards.run(works, [w.table for w in works], rows, again=again)
     except RetryLater as later:
         yield [(w, Failed(later, after_s=later.after_s)) for w in works]
@@ -85,7 +96,7 @@ def _batch(
     except _FAULTS as error:
         fault = error
     else:
-        yield [(w, _judged(w, m)) for w, m in zip(works, made, strict=True)]
+        yield [(w, judged(w, m)) for w, m in zip(works, made, strict=True)]
         return
     # Out of the except block: while an exception is being handled, it holds the memory of the calls it came through.
     if isinstance(fault, NoRoom) and sum(rows) > 1:
@@ -109,7 +120,8 @@ def _failed(fault: BaseException) -> Failed:
     return Failed(fault)
 
 
-def _judged(work: Work[J], made: Made) -> Outcome:
+def judged(work: Work[J], made: Made) -> Outcome:
+    """What becomes of a job of which this was made."""
     if not made.rejected:
         return Output(made.columns, made.counts, {})
     rejected = {i: Rejection("Rejected", why, 1) for i, why in made.rejected.items()}
@@ -256,14 +268,3 @@ class _Rows(Generic[J]):
                 return None
             counts[piece.start : piece.start + piece.rows] = piece.made.counts
         return counts
-
-
-def own(made: Made) -> Made:
-    """A copy: the stage may use its buffers again at the next call."""
-    columns: dict[str, Column] = {}
-    for name, column in made.columns.items():
-        if isinstance(column, np.ndarray):
-            columns[name] = column.copy()
-        else:
-            columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
-    return made._replace(columns=columns)

@@ -61,9 +61,8 @@ class StageLoop:
         started = time.monotonic()
         for group in compute(works, self._runner, parts.planner, self._meter):
             parts.settler.settle(group)
-        parts.status.jobs += len(works)
         parts.measured(sum(w.job.entry.rows for w in works), time.monotonic() - started)
-        parts.status.report()
+        parts.status.ended(len(works))
 
     def _slow(self, rows: int) -> bool:
         rate = self._parts.claimer.rows_per_s

@@ -39,7 +39,7 @@ class Status:
         self._running: dict[int, bytes] = {}
         self._oldest_since = 0.0
         self._state = progress.READY
-        self.jobs = 0
+        self._jobs = 0
         self._rows = self._batches = 0
         self._busy_s = self._idle_s = 0.0
 
@@ -70,6 +70,12 @@ class Status:
             self._idle_s += idle_s
             self._write()
 
+    def ended(self, jobs: int) -> None:
+        """So many jobs left the stage, whatever became of them."""
+        with self._lock:
+            self._jobs += jobs
+            self._write()
+
     def none_running(self) -> None:
         """What ends the loop now is no fault of the jobs under way: none of them is a suspect."""
         with self._lock:
@@ -88,7 +94,7 @@ class Status:
                 state=self._state,
                 forward_since=self._oldest_since if self._running else 0.0,
                 beat=time.monotonic(),
-                jobs=self.jobs,
+                jobs=self._jobs,
                 rows=self._rows,
                 batches=self._batches,
                 busy_s=self._busy_s,

@@ -28,6 +28,7 @@ from torchrelay.workers.custody import Custody, Read
 from torchrelay.workers.edge import Edge
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import patiently
+from torchrelay.workers.pins import pins_for
 from torchrelay.workers.work import Closed
 
 _ENDED_EVERY_S = 0.5
@@ -45,11 +46,19 @@ class SharedMemory:
     reader: ArenaReader | None = None
 
     @classmethod
-    def open(cls, registry: Registry, settings: Settings) -> SharedMemory:
-        """As the settings say; no memory is taken yet."""
+    def open(cls, registry: Registry, settings: Settings, pinned_for: str = "") -> SharedMemory:
+        """As the settings say; no memory is taken yet.
+
+        For the worker of a GPU, `pinned_for` names the device: the memory of others that it maps is pinned for it, what
+        is there already before this returns.
+        """
         home = open_home(registry, settings)
         placer = Placer(registry, open_writer(registry, settings))
-        return cls(placer, None if home is None else ArenaReader(home))
+        if home is None:
+            return cls(placer)
+        reader = ArenaReader(home, pins_for(pinned_for) if pinned_for.startswith("cuda") else None)
+        reader.map_all()
+        return cls(placer, reader)
 
     def moved(self) -> tuple[int, ...]:
         """Bytes of columns by where they went, in the order of MOVED."""

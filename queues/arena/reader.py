@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from typing import Protocol
 
 from torchrelay.queues.arena.holds import Holds, block_key
 from torchrelay.queues.arena.home import ArenaHome
-from torchrelay.queues.arena.segment import FIRST_RELEASE, READY, SLOT_WORDS, Segment, data_path
+from torchrelay.queues.arena.segment import FIRST_RELEASE, READY, SLOT_WORDS, Segment, data_path, segments_in
 from torchrelay.queues.job import Place
 
 log = logging.getLogger("torchrelay.arena")
@@ -21,18 +21,30 @@ _ARENA = re.compile(r"[0-9A-Za-z]{8}")
 _FORGET_EVERY = 256
 
 
+class Pins(Protocol):
+    """Pins the memory of segments."""
+
+    def mapped(self, segment: Segment) -> None:
+        """It was just mapped."""
+        ...
+
+    def unmapped(self, segment: Segment) -> None:
+        """It is about to be unmapped."""
+        ...
+
+
 class ArenaReader:
     """Maps segments as refs to them come. One thread calls `view`; the other calls may come from another.
 
     Args:
         home: the namespace's arenas on this host.
-        mapped: called with each segment that was just mapped (a GPU's worker registers its memory); such segments
-            are mapped writable, since a driver pins nothing that is read-only.
+        pins: what pins mapped segments for a GPU; they are then mapped writable, since a driver pins nothing that is
+            read-only.
     """
 
-    def __init__(self, home: ArenaHome, mapped: Callable[[Segment], None] | None = None) -> None:
+    def __init__(self, home: ArenaHome, pins: Pins | None = None) -> None:
         self._home = home
-        self._mapped = mapped
+        self._pins = pins
         self._segments: dict[tuple[str, int], Segment] = {}
         self._holds: Holds | None = None
         self._views = 0
@@ -80,7 +92,8 @@ class ArenaReader:
 
     def close(self) -> None:
         """Forgets every mapping; views that still live keep theirs."""
-        self._segments.clear()
+        for key in list(self._segments):
+            self._forget(key)
         if self._holds is not None:
             self._holds.close()
             self._holds = None
@@ -92,18 +105,31 @@ class ArenaReader:
         key = (place.arena, place.segment)
         found = self._segments.get(key)
         if found is None and _ARENA.fullmatch(place.arena):
-            found = Segment.attach(self._home.folder, *key, writable=self._mapped is not None)
+            found = Segment.attach(self._home.folder, *key, writable=self._pins is not None)
             if found is not None:
                 self._segments[key] = found
-                if self._mapped is not None:
-                    self._mapped(found)
+                if self._pins is not None:
+                    self._pins.mapped(found)
         return found
+
+    def map_all(self) -> None:
+        """Maps what is there, where that takes time later: a GPU's worker pins it before its first claim."""
+        if self._pins is None:
+            return
+        for arena, numbers in segments_in(self._home.folder).items():
+            for number in numbers:
+                self._segment(Place(self._home.host, arena, number, 0, 0, 0))
 
     def _forget_removed(self) -> None:
         """A segment whose file is gone gives its memory back when the last mapping goes."""
         for key in list(self._segments):
             if not data_path(self._home.folder, *key).exists():
-                del self._segments[key]
+                self._forget(key)
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        segment = self._segments.pop(key)
+        if self._pins is not None:
+            self._pins.unmapped(segment)
 
 
 def _key(place: Place) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torchrelay.queues import codec
 from torchrelay.stages import Expand, Made, Runner, Stage, StageContext, make_runner
 from torchrelay.stages.batch import join_rows
 from torchrelay.stages.loading import stage_target
-from torchrelay.workers.compute import own
+from torchrelay.stages.outputs import own
 from torchrelay.workers.device import pick_device
 
 __all__ = ["run_stage"]
