@@ -24,7 +24,8 @@ from torchrelay.stages.warm_up import Unknown, row_bucket, row_buckets, shapes_o
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 DEVICES = ["cpu", pytest.param("cuda:0", marks=gpu)]
 TYPES = {"ids": parse_type("int64[*]"), "x": parse_type("float32[3]")}
-BATCH = BatchSpec(max_rows=6, pad={"ids": 0}, buckets={"ids": [4, 8]})
+# More shapes than torch compiles a model for by itself.
+BATCH = BatchSpec(max_rows=12, pad={"ids": 0}, buckets={"ids": [4, 8]})
 
 
 class Both(nn.Module):
@@ -97,8 +98,9 @@ def test_no_number_of_rows_is_compiled_anew_after_the_warm_up(
     plain, compiled = runner_of(device=device), runner_of(device=device, compile=True)
     compiled.warm_up(["ids", "x"])
     (told,) = [line for line in lines(caplog, logging.INFO) if "warmed up" in line]
-    assert "stage 's': warmed up 8 shapes in " in told  # rows 1, 2, 4, 6 of 4 or 8 tokens
-    tables = [table(rows, length, rows) for rows in range(1, 7) for length in (1, 4, 5, 8)]
+    assert "stage 's': warmed up 10 shapes in " in told  # rows 1, 2, 4, 8, 12 of 4 or 8 tokens
+    assert len([line for line in lines(caplog, logging.INFO) if "compiled at first use" in line]) == 10
+    tables = [table(rows, length, rows) for rows in range(1, 13) for length in (1, 4, 5, 8)]
     caplog.clear()
     for one, other in zip(answers(compiled, *tables), answers(plain, *tables), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -177,7 +179,7 @@ class Fails(Stage):
 
 def test_a_stage_that_raises_in_its_warm_up_does_not_load(eager_backend: None) -> None:
     """With the shape that it raised for."""
-    with pytest.raises(StageLoadError, match=r"s. does not warm up with 6 rows of ids \[8\], x \[3\]: ValueError"):
+    with pytest.raises(StageLoadError, match=r"s. does not warm up with 12 rows of ids \[8\], x \[3\]: ValueError"):
         runner_of(Fails, compile=True).warm_up(["ids", "x"])
 
 
@@ -189,8 +191,8 @@ def test_a_shape_that_does_not_fit_the_memory_is_left_out(
     runner = runner_of(Fails, compile=True)
     runner.warm_up(["ids", "x"])
     told = lines(caplog, logging.WARNING)
-    assert len(told) == 4
-    assert "6 rows of ids [8], x [3] do not fit the device's memory; lower batch.max_rows" in told[0]
+    assert len(told) == 6
+    assert "12 rows of ids [8], x [3] do not fit the device's memory; lower batch.max_rows" in told[0]
     assert len(answers(runner, table(2, 4))[0]) == 2
 
 
@@ -332,12 +334,12 @@ def test_graphs_on_a_gpu(compile: bool, caplog: pytest.LogCaptureFixture) -> Non
     recorded = runner_of(device="cuda:0", cuda_graphs=True, compile=compile)
     recorded.warm_up(["ids", "x"])
     caplog.clear()
-    tables = [table(rows, length, rows) for rows in (6, 1, 5, 2, 4, 3) for length in (8, 1, 4, 5)]
+    tables = [table(rows, length, rows) for rows in (12, 1, 5, 9, 2, 4, 3) for length in (8, 1, 4, 5)]
     for one, other in zip(answers(recorded, *tables), answers(plain, *tables), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert lines(caplog, logging.INFO) == lines(caplog, logging.WARNING) == lines(caplog, logging.ERROR) == []
     assert recorded.stage.shaped is not None  # type: ignore[attr-defined]
-    assert len(recorded.stage.shaped._recordings) == 8  # type: ignore[attr-defined]
+    assert len(recorded.stage.shaped._recordings) == 10  # type: ignore[attr-defined]
 
 
 class Reads(Stage):
