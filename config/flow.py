@@ -137,7 +137,8 @@ def _check_when(graph: Graph, node: Node, stage: StageConfig, report: Report) ->
 
 def _check_batch(graph: Graph, node: Node, stage: StageConfig, report: Report) -> None:
     types = graph.types_of(node)
-    readable, known = list(types if node.inputs is None else node.inputs), reads_declared(graph, node)
+    names = columns_of(graph, node)
+    readable, known = list(types) if names is None else names, names is not None
     place: Place = ("stages", node.index - 1, "batch")
     for column in stage.batch.pad:
         key: Place = (*place, "pad", column)
@@ -160,9 +161,11 @@ def _check_batch(graph: Graph, node: Node, stage: StageConfig, report: Report) -
         report((*place, "max_cost", "column"), text + _hint(cost.column, readable))
 
 
-def reads_declared(graph: Graph, node: Node) -> bool:
-    """Whether the names of all columns that a node reads are known."""
-    return node.inputs is not None or _complete(graph, graph.ancestors(node))
+def columns_of(graph: Graph, node: Node) -> list[str] | None:
+    """The columns that a node reads, by its own names; None where not all are known."""
+    if node.inputs is not None:
+        return list(node.inputs)
+    return list(graph.types_of(node)) if _complete(graph, graph.ancestors(node)) else None
 
 
 def _check_result(spec: PipelineSpec, graph: Graph, report: Report) -> None:

@@ -102,8 +102,9 @@ class BatchSpec(_Model):
     """How rows of several jobs are put together.
 
     `pad` names ragged columns and the number that fills them; `buckets` the sizes that their ragged axes are padded up
-    to; `max_cost` bounds a batch beside `max_rows`. `ahead` batches are made ready while others are computed: 0 takes
-    one step after the other, None is 2 on a GPU and 0 elsewhere.
+    to; `max_cost` bounds a batch beside `max_rows`. `row_buckets` are the numbers of rows that a compiled or recorded
+    model sees, beside `max_rows`; None is the powers of two. `ahead` batches are made ready while others are computed:
+    0 takes one step after the other, None is 2 on a GPU and 0 elsewhere.
     """
 
     max_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 32
@@ -112,6 +113,7 @@ class BatchSpec(_Model):
     pad: dict[Column, Annotated[Any, AfterValidator(_number)]] = {}
     buckets: dict[Column, Annotated[list[Size], Field(min_length=1, max_length=64), AfterValidator(_ascending)]] = {}
     max_cost: CostSpec | None = None
+    row_buckets: Annotated[list[Size], Field(min_length=1, max_length=64), AfterValidator(_ascending)] | None = None
     ahead: Annotated[int, Field(ge=0, le=16)] | None = None
 
     @property

@@ -83,7 +83,8 @@ class Feeder:
         turns: list[_Turn] = []
         torch.cuda.set_device(self._device)
         try:
-            with torch.cuda.stream(self._stream):
+            # Compiled code is for tensors that were made in inference mode, or for others; they are all of one kind.
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
                 columns = {name: self._column(name, column, turns) for name, column in batch.columns.items()}
                 padded = {n: Padded(self._private(p.lengths), p.axes) for n, p in (batch.padded or {}).items()}
                 copied = _event()

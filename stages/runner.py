@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -12,14 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 
 from torchrelay.config.columns import Column
-from torchrelay.config.spec import BatchSpec, StageConfig
+from torchrelay.config.spec import BatchSpec, StageConfig, TorchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import Batch, as_pieces, assemble, join_rows
-from torchrelay.stages.faults import DeviceLost, is_device_lost
+from torchrelay.stages.faults import DeviceLost, is_device_lost, is_out_of_memory, let_go
 from torchrelay.stages.loading import Identity, make_stage
 from torchrelay.stages.outputs import Made, empty_outputs, own, split
 from torchrelay.stages.stage import Stage, StageContext
+from torchrelay.stages.warm_up import Unknown, row_buckets, shapes_of, table_of
 
 if TYPE_CHECKING:
     from torchrelay.stages.feeding import Departure, Fed, Feeder
@@ -49,6 +52,9 @@ class Launched:
     made: list[Made] | None
     departure: Departure | None = None
     split: Callable[[object], list[Made]] | None = None
+
+
+log = logging.getLogger("torchrelay.stages")
 
 
 class Runner:
@@ -104,6 +110,49 @@ class Runner:
             raise
         except Exception as error:
             raise StageLoadError(f"stage {self.name!r} does not load: {type(error).__name__}: {error}") from error
+
+    def warm_up(self, columns: Collection[str] | None) -> None:
+        """Runs a stage that is compiled or recorded for each shape with zeros of every shape that batches can have.
+
+        Called once, after `load` and before other threads start. Where the shapes cannot be told, the log says why, and
+        the first batches compile.
+
+        Args:
+            columns: the names of the columns that it reads; None where they are not known.
+
+        Raises:
+            StageLoadError: the stage raised. Where a shape does not fit the device's memory, it is only left out.
+        """
+        shaped = self.stage.shaped if is_torch_stage(self.stage) else None
+        if shaped is None:
+            return
+        try:
+            batches, left_out = shapes_of(columns, self._types, self._batch)
+        except Unknown as why:
+            log.info("stage %r is not warmed up: %s; its first batches take longer", self.name, why)
+            return
+        started = time.monotonic()
+        with shaped.warming():
+            tried = [self._try_shape(rows, shapes) for rows, shapes in batches]
+        shaped.warm = all(tried) and not left_out
+        more = "; there are more, of which the first batch will compile" if left_out else ""
+        seconds = time.monotonic() - started
+        log.info("stage %r: warmed up %d shapes in %.1f s%s", self.name, sum(tried), seconds, more)
+
+    def _try_shape(self, rows: int, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        told = f"{rows} rows of " + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        try:
+            self.run([table_of(rows, shapes, self._types)], [rows], [{}])
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                what = f"stage {self.name!r} does not warm up with {told}: {type(error).__name__}: {error}"
+                raise StageLoadError(what) from error
+            full = error
+        let_go(full)
+        self.free_memory()
+        log.warning("stage %r: %s do not fit the device's memory; lower batch.max_rows", self.name, told)
+        return False
 
     def run(
         self,
@@ -168,7 +217,7 @@ class Runner:
                 fed = feeder.feed(batch)
                 return Prepared(rows, fed.batch, fed)
             if is_torch_stage(self.stage):
-                batch = batch.to_torch(self._device, share=self.stage.share)
+                batch = self.stage.tensors(batch, self._device)
             return Prepared(rows, batch)
 
     def launch(self, prepared: Prepared) -> Launched:
@@ -269,8 +318,8 @@ def make_runner(
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
 
-        stage.configure(TorchOptions(options.dtype, options.compile, options.channels_last), spec.weights)
-    elif spec.weights or options.dtype or options.compile or options.channels_last:
+        stage.configure(TorchOptions(**options.model_dump(), row_buckets=row_buckets(spec.batch)), spec.weights)
+    elif spec.weights or options != TorchSpec():
         raise ConfigError(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"

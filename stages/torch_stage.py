@@ -16,6 +16,7 @@ from torch import nn
 from torchrelay.errors import ConfigError, DeviceError, StageLoadError
 from torchrelay.stages.batch import Batch
 from torchrelay.stages.outputs import Expand
+from torchrelay.stages.shapes import ShapedModel, allow_shapes
 from torchrelay.stages.stage import Stage, StageContext
 from torchrelay.stages.weights import fill_model, read_weights
 
@@ -27,18 +28,24 @@ _FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass(frozen=True, slots=True)
 class TorchOptions:
-    """A stage's `torch:` entry: `dtype` of the model's floating parameters (None: as built), and what to apply."""
+    """A stage's `torch:` entry: `dtype` of the model's floating parameters (None: as built), and what to apply.
+
+    `compile` and `cuda_graphs` pad batches to `row_buckets`, rising.
+    """
 
     dtype: str | None = None
     compile: bool = False
     channels_last: bool = False
+    cuda_graphs: bool = False
+    row_buckets: tuple[int, ...] = (32,)
 
 
 class TorchStage(Stage):
     """Derive from it, define `build` and `forward`; `self.model` and `self.device` are there in `forward`.
 
     `forward` runs under `torch.inference_mode`, and its batch holds private writable tensors on `self.device`.
-    Floating tensors are not cast for you: with `torch: {dtype: float16}` call `batch["x"].to(self.dtype)`.
+    Floating tensors are not cast for you: with `torch: {dtype: float16}` call `batch["x"].to(self.dtype)`. With
+    `compile` or `cuda_graphs`, a call of `self.model` pads the rows of what it is given, and cuts what it returns.
     """
 
     # True lets tensors on the CPU be the jobs' own memory, uncopied: `forward` must then not write to them.
@@ -80,16 +87,39 @@ class TorchStage(Stage):
             model = model.to(dtype=self.dtype)
         if self._options.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
-        self.model = torch.compile(model) if self._options.compile else model
+        self.model = self._shaped(model)
+
+    @property
+    def shaped(self) -> ShapedModel | None:
+        """The model, if it is compiled or recorded for each shape."""
+        model = getattr(self, "model", None)
+        return model if isinstance(model, ShapedModel) else None
+
+    def tensors(self, batch: Batch, device: str) -> Batch:
+        """The batch's arrays as tensors on `device`, made as compiled code expects them: in inference mode."""
+        with torch.inference_mode():
+            return batch.to_torch(device, share=self.share)
 
     def infer(self, batch: Batch) -> Mapping[str, Any] | Expand:
-        """`forward` as the runner calls it: without gradients."""
+        """`forward` as the runner calls it: without gradients, on a batch of tensors."""
+        if self.shaped is not None:
+            self.shaped.batch_rows = len(batch)
         with torch.inference_mode():
             return self.forward(batch)
 
     def close(self) -> None:
         """Drop the model, so that its memory can be used again."""
         self.model = None
+
+    def _shaped(self, model: nn.Module) -> Any:
+        options, who = self._options, type(self).__qualname__
+        graphs = options.cuda_graphs and self.device.type == "cuda"
+        if options.cuda_graphs and not graphs:
+            log.info("%s runs on %s, where cuda_graphs does nothing", who, self.device)
+        if options.compile:
+            allow_shapes()
+            return ShapedModel(torch.compile(model, dynamic=False), who, options.row_buckets, graphs=graphs)
+        return ShapedModel(model, who, options.row_buckets, graphs=True) if graphs else model
 
     def _build(self, context: StageContext) -> nn.Module:
         model = self.build(context)

@@ -6,7 +6,7 @@ No I/O. `Planner` cuts opened jobs into batches, and a job with more rows than a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -69,13 +69,12 @@ class Planner(Generic[J]):
         rows than a batch holds comes alone.
         """
         limit = max_rows or self.max_rows
+        if not self._spec.sorts:
+            return _in_order(works, limit)
         loads = [self._load(work.table, work.rows) for work in works]
-        order: Iterable[int] = range(len(works))
-        if self._spec.sorts:
-            order = sorted(order, key=lambda i: loads[i].order)
         groups: list[list[int]] = []
         total = _Load(0)
-        for i in order:
+        for i in sorted(range(len(works)), key=lambda i: loads[i].order):
             both = total.with_(loads[i])
             if groups and not both.alone and self._fits(both, limit):
                 groups[-1].append(i)
@@ -87,8 +86,8 @@ class Planner(Generic[J]):
 
     def too_large(self, work: Work[J], max_rows: int | None = None) -> bool:
         """Whether the job takes several forwards."""
-        if work.rows <= 1:
-            return False
+        if work.rows <= 1 or not self._spec.sorts:
+            return work.rows > (max_rows or self.max_rows)
         return not self._fits(self._load(work.table, work.rows), max_rows or self.max_rows)
 
     def pieces(self, work: Work[J], start: int, end: int, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
@@ -117,7 +116,7 @@ class Planner(Generic[J]):
 
     def _load(self, table: Mapping[str, Column], rows: int) -> _Load:
         spec = self._spec
-        if not rows or not spec.sorts:
+        if not rows:
             return _Load(rows)
         order: list[int] = []
         alone = False
@@ -148,6 +147,19 @@ class Planner(Generic[J]):
             at = np.searchsorted(sizes, lengths)
             lengths = np.where(at < len(sizes), np.asarray(sizes)[np.minimum(at, len(sizes) - 1)], lengths)
         return lengths
+
+
+def _in_order(works: Sequence[Work[J]], limit: int) -> list[list[Work[J]]]:
+    """By their rows alone; a window may hold thousands of jobs of one row."""
+    batches: list[list[Work[J]]] = []
+    left = 0
+    for work in works:
+        if not batches or work.rows > left:
+            batches.append([])
+            left = limit
+        batches[-1].append(work)
+        left -= work.rows
+    return batches
 
 
 def _lengths(column: Column, axis: int) -> Lengths:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import redis
 
+from torchrelay.config.flow import columns_of
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
@@ -130,6 +131,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
         outputs=node.outputs,
     )
     runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
+    runner.warm_up(columns_of(pipeline.graph, node))
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
     registry.open()

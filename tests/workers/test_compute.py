@@ -177,6 +177,13 @@ def test_rows_that_all_raise_are_the_stage_s_fault_until_the_last_attempt() -> N
     assert done[0].counts.tolist() == [0] * 64
 
 
+def test_batches_of_a_window_are_given_up_when_the_worker_is_to_end() -> None:
+    """What was claimed beside the batch under way goes back unharmed."""
+    done, watch = results([job(0, [""]), job(1, ["", ""]), job(2, [""])], max_rows=2, stop_after=2)
+    assert [type(done[n]) for n in range(3)] == [Output, Output, GivenUp]
+    assert watch.forwards == [(1, 1), (1, 2)]
+
+
 def test_retry_later_puts_the_whole_batch_off_without_halving() -> None:
     """Something is away: no job of the batch is examined for it."""
     done, watch = results([job(0, ["", ""]), job(1, ["later"]), job(2, [""])])

@@ -15,7 +15,7 @@ from torchrelay.config.spec import BatchSpec
 from torchrelay.errors import DeviceError
 from torchrelay.queues.job import Payload
 from torchrelay.queues.levels import Levels
-from torchrelay.stages import Batch, Runner, Stage
+from torchrelay.stages import Batch, Runner, Stage, StageContext, TorchStage
 from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import Failed, GivenUp, compute
 from torchrelay.workers.row_cap import RowCap
@@ -206,3 +206,29 @@ def test_a_lost_device_ends_everything() -> None:
         with pytest.raises(DeviceError):
             run(works(), stage, planner_of(8))
     assert stage.calls == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_whose_memory_is_full() -> None:
+    """The real error is recognised, what failed is freed, and all jobs pass in batches that fit."""
+
+    class Eats(TorchStage):
+        def load(self, context: StageContext) -> None:
+            self.row_bytes = torch.cuda.mem_get_info(0)[0] // 6
+            self.forwards: list[int] = []
+
+        def forward(self, batch: Batch) -> dict[str, Any]:
+            self.forwards.append(len(batch))
+            eaten = torch.empty((len(batch), self.row_bytes), dtype=torch.uint8, device="cuda:0")
+            return {"y": batch["x"] + eaten.shape[0] * 0}
+
+    stage, planner = Eats(), planner_of(16)
+    runner = Runner(stage, "eats")
+    runner.load(StageContext(device="cuda:0"))
+    done: dict[int, Any] = {}
+    for group in compute([job(i, [i]) for i in range(16)], runner, planner, Quiet()):
+        done |= {w.job: outcome for w, outcome in group}
+    assert [int(done[i].columns["y"][0]) for i in range(16)] == list(range(16))
+    assert stage.forwards == [16, 16, 8, 4, 4, 8, 4, 4]
+    assert planner.max_rows == 4
