@@ -79,8 +79,6 @@ def told(window: dict[str, Any]) -> str:
     parts = [f"producer submits {p['submit']:.0%}, waits {p['wait']:.0%}" for p in window["producers"]]
     for stage, shares in sorted(window["stages"].items(), reverse=True):
         parts.append(f"{stage} " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    if window["device_idle"] is not None:
-        parts.append(f"device idle between forwards {window['device_idle']:.1%} (events)")
     return "; ".join(parts)
 
 

@@ -20,7 +20,6 @@ from benchmarks.gpu.models import torch_options
 from benchmarks.gpu.workloads import Table, Workload
 from benchmarks.harness import ROOT
 from torchrelay import Relay, testing
-from torchrelay.config.spec import BatchSpec
 
 NAMESPACE = "bench"
 _LOAD_S, _STALL_S, _SAMPLE_S = 540.0, 180.0, 0.1
@@ -39,7 +38,7 @@ class RelayOptions:
     max_wait_ms: float
 
 
-def pipeline_text(load: Workload, options: RelayOptions, meter: Path) -> str:
+def pipeline_text(load: Workload, options: RelayOptions) -> str:
     """The pipeline file: `pass`, then `classify`."""
     column = {load.column: load.type}
     # JSON is YAML.
@@ -56,7 +55,7 @@ def pipeline_text(load: Workload, options: RelayOptions, meter: Path) -> str:
             "inputs": [load.column],
             "outputs": {"label": "int64", "score": "float32"},
             "device": "gpu",
-            "args": {"workload": load.encode(), "mode": options.mode, "meter": str(meter)},
+            "args": {"workload": load.encode(), "mode": options.mode},
             "torch": torch_options(load, options.device, options.mode),
             "batch": batch_rules(load, options.max_wait_ms),
             "timeout_s": 600,
@@ -72,14 +71,12 @@ def pipeline_text(load: Workload, options: RelayOptions, meter: Path) -> str:
 
 
 def batch_rules(load: Workload, max_wait_ms: float) -> dict[str, Any]:
-    """The `batch:` entry; where this version has no buckets and costs, with rows that fit in the longest bucket."""
-    rules: dict[str, Any] = {"max_rows": load.max_rows, "max_wait_ms": max_wait_ms}
+    """The `batch:` entry: one number of rows is compiled, or for tokens those that fill a batch of each bucket."""
+    rules: dict[str, Any] = {"max_rows": load.max_rows, "max_wait_ms": max_wait_ms, "row_buckets": [load.max_rows]}
     if not load.buckets:
         return rules
     rules["pad"] = {load.column: 0}
-    if not {"buckets", "max_cost"} <= BatchSpec.model_fields.keys():
-        print("# text: no buckets and max_cost in this torchrelay; batches as large as the longest rows allow")
-        return {**rules, "max_rows": load.rows_at(load.buckets[-1])}
+    rules["row_buckets"] = sorted(load.rows_at(bucket) for bucket in load.buckets)
     rules["buckets"] = {load.column: list(load.buckets)}
     rules["max_cost"] = {"column": load.column, "total": load.batch_tokens}
     return rules
@@ -156,9 +153,8 @@ class RelayCase:
     def __enter__(self) -> RelayCase:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            self._meter = folder / "meter.json"
             path = folder / "pipeline.yaml"
-            path.write_text(pipeline_text(self._load, self._options, self._meter))
+            path.write_text(pipeline_text(self._load, self._options))
             device = "cpu" if self._options.device == "cpu" else "auto"
             served = testing.running(path, url=self._url, namespace=NAMESPACE, device=device, ready_s=_LOAD_S)
             self._relay: Relay = stack.enter_context(served)
@@ -202,12 +198,12 @@ class RelayCase:
             p.latest["jobs"] - jobs >= 2 * p.in_flight for p, jobs in zip(self._producers, before, strict=True)
         ):
             self._look(began)
-        starts, meter, reports = [p.latest for p in self._producers], self._read_meter(), _Reports(self._relay)
+        starts, reports = [p.latest for p in self._producers], _Reports(self._relay)
         started = time.monotonic()
         while time.monotonic() - started < self._options.seconds:
             reports.sample()
             self._look(began)
-        ends, meter_end = [p.latest for p in self._producers], self._read_meter()
+        ends = [p.latest for p in self._producers]
         for producer in self._producers:
             producer.tell(b"s")
         for producer in self._producers:
@@ -217,7 +213,6 @@ class RelayCase:
             {
                 "producers": [{**c, "submit": c["submit_s"] / c["at"], "wait": c["wait_s"] / c["at"]} for c in changes],
                 "stages": reports.shares(),
-                "device_idle": _idle(meter, meter_end),
             }
         )
         return sum(change["units"] / change["at"] for change in changes)
@@ -228,13 +223,6 @@ class RelayCase:
             producer.check()
         if time.monotonic() - began > _STALL_S + self._options.seconds:
             raise SystemExit("no steady stream of results came; what the workers logged is above")
-
-    def _read_meter(self) -> Counts | None:
-        try:
-            counts: Counts = json.loads(self._meter.read_text())
-        except FileNotFoundError:
-            return None
-        return counts
 
 
 class _Reports:
@@ -266,10 +254,3 @@ class _Reports:
                 if "idle" in name and name.endswith("_s"):
                     stage[name.removesuffix("_s")] = (last[name] - first[name]) / (end - at)
         return shares
-
-
-def _idle(start: Counts | None, end: Counts | None) -> float | None:
-    if start is None or end is None or end == start:
-        return None
-    idle, busy = end["idle_ms"] - start["idle_ms"], end["busy_ms"] - start["busy_ms"]
-    return idle / (idle + busy)
