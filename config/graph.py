@@ -119,14 +119,27 @@ class Graph:
         """
         if column[0] in "#!":
             return 0 if column[0] == "!" or self._result_within(int(column[1:])) else _TO_THE_END
-        if column in self.result if self.result is not None else self.ends_with(origin):
+        meets, ends = self._meets(column, origin)
+        if (ends and column in self.result) if self.result is not None else self.ends_with(origin):
             return 0
-        mask = 0
-        for node in self.descendants(origin):
-            if node.reads(column):
-                mask |= node.bit
+        mask = sum(n.bit for n in meets if n.reads(column))
         # A column that nobody reads goes with the commit of the next node.
-        return mask or sum(n.bit for n in self.descendants(origin)[:1]) or _TO_THE_END
+        return mask or sum(n.bit for n in meets[:1]) or _TO_THE_END
+
+    def _meets(self, column: str, origin: int) -> tuple[list[Node], bool]:
+        """The nodes that the column comes to as `origin` made it, and whether it comes to the end as such: behind a
+        node that makes it anew, there is only the new one."""
+        found: dict[int, Node] = {}
+        ends = origin > 0 and not self.nodes[origin - 1].succs
+        todo = [n.index for n in self.nodes if 0 in n.preds] if origin == 0 else list(self.nodes[origin - 1].succs)
+        while todo:
+            node = self.nodes[todo.pop() - 1]
+            if node.index not in found:
+                found[node.index] = node
+                if column not in node.outputs:
+                    todo += node.succs
+                    ends = ends or not node.succs
+        return [found[i] for i in sorted(found)], ends
 
     def in_result(self, column: str, origin: int) -> bool:
         """Whether the result may show what this node made: as it is, or in rows that skip a later maker."""

@@ -205,3 +205,28 @@ def test_in_result(load: Load) -> None:
     assert [remade.in_result("label", 1), remade.in_result("y", 3), remade.in_result("y", 4)] == [False, False, True]
     listed = load(head + "output: [x]\n" + stages.replace("LAST", "")).graph
     assert [listed.in_result(c, 1) for c in ("label", "sure", "x")] == [False, False, True]
+
+
+def test_a_column_that_is_made_anew_is_read_no_further(load: Load) -> None:
+    """Who comes behind a node that makes it reads the new one, and the result shows the new one."""
+    g = graph(
+        load,
+        stage("a", inputs="[t]", outputs="{t: str}"),
+        stage("b", inputs="[t]", outputs="{z: int64}"),
+        stage("c", inputs="[t, z]", outputs="{t: str}"),
+        output="[t]",
+    )
+    assert g.consumers("t", 0) == g.node("a").bit
+    assert g.consumers("t", 1) == g.node("b").bit | g.node("c").bit
+    assert g.consumers("t", 3) == 0
+
+
+def test_a_column_that_one_branch_makes_anew_is_read_behind_the_other(load: Load) -> None:
+    """The branch that does not make it carries the older one to where they meet."""
+    g = graph(
+        load,
+        stage("a", after="input", inputs="[t]", outputs="{t: str}"),
+        stage("b", after="input", inputs="[t]", outputs="{y: int64}"),
+        stage("c", after="[a, b]", inputs="[t, y]", outputs="{z: int64}"),
+    )
+    assert g.consumers("t", 0) == g.node("a").bit | g.node("b").bit | g.node("c").bit
