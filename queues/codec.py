@@ -33,6 +33,7 @@ import numpy as np
 
 from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues import tensors, wire
+from torchrelay.queues.copying import copy_array
 from torchrelay.queues.tensors import DTYPES, BadValue
 
 __all__ = [
@@ -120,7 +121,7 @@ class Frame:
         end = len(self._head)
         for start, array in self._tail:
             room[end:start] = bytes(start - end)
-            np.copyto(np.ndarray(array.shape, array.dtype, buffer=room, offset=start), array)
+            copy_array(np.ndarray(array.shape, array.dtype, buffer=room, offset=start), array)
             end = start + array.nbytes
 
 

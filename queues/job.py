@@ -28,6 +28,8 @@ REPLY_HEAD = struct.Struct("<BI")
 FLAG_KEYED, FLAG_HISTORY, FLAG_SUBSCRIBED, FLAG_CHECKPOINT, FLAG_UNTIL_ACK, FLAG_HIGH = 1, 2, 4, 8, 16, 32
 FLAG_TABLE, FLAG_KEEP = 64, 128
 INLINE_MAX_BYTES = 4096
+# A result is written and sent once, and read by the client alone: as a blob it would cost two round trips more.
+INLINE_RESULT_MAX_BYTES = 16384
 CHUNK_BYTES = 1 << 20
 MAX_ROWS = 2**31 - 1
 
@@ -149,14 +151,16 @@ def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"", origins: Or
     return packed
 
 
-def split_inline(columns: Mapping[str, Message]) -> tuple[dict[str, bytes], dict[str, Message]]:
-    """(inline, out of band): the largest columns leave until the rest is at most INLINE_MAX_BYTES."""
+def split_inline(
+    columns: Mapping[str, Message], most: int = INLINE_MAX_BYTES
+) -> tuple[dict[str, bytes], dict[str, Message]]:
+    """(inline, out of band): the largest columns leave until the rest is at most `most` bytes."""
     total = sum(map(len, columns.values()))
-    if total <= INLINE_MAX_BYTES:
+    if total <= most:
         return {name: join(message) for name, message in columns.items()}, {}
     inline, large = dict(columns), {}
     for name in sorted(columns, key=lambda n: len(columns[n]), reverse=True):
-        if total <= INLINE_MAX_BYTES:
+        if total <= most:
             break
         large[name] = inline.pop(name)
         total -= len(large[name])

@@ -165,7 +165,9 @@ class Workers:
         self._stack = ExitStack()
         self.fleets: list[object] = []
 
-    def start(self, path: Path, *, stage: str | None = None, lease_ms: int = 15_000) -> list[Supervisor]:
+    def start(
+        self, path: Path, *, stage: str | None = None, lease_ms: int = 15_000, ready_s: float = 30.0
+    ) -> list[Supervisor]:
         """Starts one worker per stage (or of one stage), and waits until they are ready."""
         from torchrelay.up import Fleet
 
@@ -176,7 +178,7 @@ class Workers:
             del os.environ["TORCHRELAY_LEASE_MS"]
         fleet.add(Pipeline.load(path), stage=stage)
         self._stack.enter_context(fleet)
-        await_ready(fleet, 30.0)
+        await_ready(fleet, ready_s)
         return fleet.supervisors
 
     def stop(self) -> None:

@@ -44,7 +44,7 @@ log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER, EXIT_DEVICE = range(7)
 _ORPHAN_GRACE_S = 3.0
 # Batches made ready ahead, where the stage does not say.
-_AHEAD = {"cuda": 2, "cpu": 2}
+_AHEAD = {"cuda": 2}
 
 
 @dataclass(frozen=True, slots=True)

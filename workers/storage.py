@@ -17,7 +17,15 @@ from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.blobs import fetch_blobs, write_blobs
 from torchrelay.queues.channel import LOST
 from torchrelay.queues.codec import Message
-from torchrelay.queues.job import Packed, Place, Ref, encode_payload, split_inline
+from torchrelay.queues.job import (
+    INLINE_MAX_BYTES,
+    INLINE_RESULT_MAX_BYTES,
+    Packed,
+    Place,
+    Ref,
+    encode_payload,
+    split_inline,
+)
 from torchrelay.queues.keys import job_field
 from torchrelay.queues.placement import MOVED, Placer, edge_of, open_home, open_writer, readers_of
 from torchrelay.queues.registry import Registry
@@ -118,7 +126,7 @@ class Storage:
         Raises InputError for a large column whose name no ref can hold.
         """
         node, graph = self._context.node, self._context.pipeline.graph
-        inline, large = split_inline(closed.made)
+        inline, large = split_inline(closed.made, INLINE_MAX_BYTES if node.succs else INLINE_RESULT_MAX_BYTES)
         columns: dict[str, Packed] = {**closed.riding, **inline}
         refs = ""
         blobs: dict[str, Message] = {}

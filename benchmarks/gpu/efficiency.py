@@ -76,7 +76,7 @@ def measure(load: Workload, options: argparse.Namespace, server: BenchServer) ->
 
 
 def told(window: dict[str, Any]) -> str:
-    parts = [f"producer submits {p['submit']:.0%}, waits {p['wait']:.0%}" for p in window["producers"]]
+    parts = [f"producer waits {p['wait']:.0%}" for p in window["producers"]]
     for stage, shares in sorted(window["stages"].items(), reverse=True):
         parts.append(f"{stage} " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     return "; ".join(parts)

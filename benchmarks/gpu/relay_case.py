@@ -47,7 +47,7 @@ def pipeline_text(load: Workload, options: RelayOptions) -> str:
             "name": "pass",
             "use": "benchmarks.gpu.stages:pass_on",
             "outputs": column,
-            "batch": {"max_rows": load.job_rows},
+            "batch": {"max_rows": 4 * load.job_rows},
         },
         {
             "name": "classify",
@@ -90,7 +90,7 @@ class Producer:
         argv += ["--pipeline", pipeline, "--workload", load.encode(), "--in-flight", str(in_flight)]
         self._argv = [*argv, "--seed", str(seed)]
         self.in_flight = in_flight
-        self.latest: Counts = {"at": 0.0, "jobs": 0, "units": 0, "submit_s": 0.0, "wait_s": 0.0}
+        self.latest: Counts = {"at": 0.0, "jobs": 0, "units": 0, "wait_s": 0.0}
         self._told = threading.Condition()
         self._event = ""
 
@@ -211,10 +211,12 @@ class RelayCase:
         changes = [{k: end[k] - start[k] for k in end} for start, end in zip(starts, ends, strict=True)]
         self.windows.append(
             {
-                "producers": [{**c, "submit": c["submit_s"] / c["at"], "wait": c["wait_s"] / c["at"]} for c in changes],
+                "producers": [{**c, "wait": c["wait_s"] / (c["at"] or 1.0)} for c in changes],
                 "stages": reports.shares(),
             }
         )
+        if not all(change["at"] for change in changes):
+            raise SystemExit("a producer had no result in the timed window; give it more --seconds")
         return sum(change["units"] / change["at"] for change in changes)
 
     def _look(self, began: float) -> None:

@@ -81,7 +81,7 @@ def test_a_gpu_stage_agrees_with_the_cpu(
         flipped = torch.from_numpy(images[:, ::-1].copy()).permute(0, 3, 1, 2).float() / 255
         expected = model(flipped).numpy()
     relay.register(Pipeline.load(path))
-    supervisors = workers.start(path)
+    supervisors = workers.start(path, ready_s=200.0)
     gpu = next(s for s in supervisors if "classify" in s.name)
     first = relay.submit_many("vision", [{"image": i} for i in images[:100]])
     first[0].result(timeout=200)
