@@ -10,6 +10,7 @@ nothing else is launched.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from torchrelay.workers.work import Work
 LAUNCHED = 2
 _FAULTS = (Exception, SystemExit)
 _LEAVING = 8
+_SWITCH_S = 0.0002
 _JOIN_S = 0.005
 _IDLE_S = 0.5
 _TEND_S = 1.0
@@ -77,6 +79,8 @@ class OverlappedLoop:
     def run(self) -> None:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
         parts = self._parts
+        # A thread that computes in Python would keep the device thread from launching for the usual 5 ms.
+        sys.setswitchinterval(_SWITCH_S)
         self._runner.overlap()
         parts.load_scripts()
         parts.status.report()

@@ -47,7 +47,7 @@ def pipeline_text(load: Workload, options: RelayOptions) -> str:
             "name": "pass",
             "use": "benchmarks.gpu.stages:pass_on",
             "outputs": column,
-            "batch": {"max_rows": 4 * load.job_rows},
+            "batch": {"max_rows": load.pass_rows},
         },
         {
             "name": "classify",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHORTEST, MEDIAN_TOKENS, SIGMA, VOCABULARY = 8, 80, 0.8, 30_000
+_LARGE_BYTES = 4 << 20
 Table = dict[str, Any]
 
 
@@ -52,6 +53,11 @@ class Workload:
     def decode(cls, text: str) -> Workload:
         data = json.loads(text)
         return cls(**{**data, "shape": tuple(data["shape"]), "buckets": tuple(data["buckets"])})
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of a batch of the stage that passes on: where jobs are small, it takes several, and joins them."""
+        return self.job_rows if math.prod(self.shape) * self.job_rows > _LARGE_BYTES else 8 * self.job_rows
 
     @property
     def type(self) -> str:
@@ -121,9 +127,9 @@ def _padded(rows: list[np.ndarray], part: list[int], size: int, bucket: int) -> 
 #   A forward of 1,024 rows is 0.23 ms; 4,096 rows (four jobs) are the baseline's better batch too.
 # - tokens, 4 bytes each: 12 MB/s at 3 million/s; the cost is in the number of rows.
 _FULL = {
-    "resnet50": Workload("resnet50", "images", "image", "uint8", (224, 224, 3), 256, 128, 16, 1024),
-    "vit_b16": Workload("vit_b16", "images", "image", "uint8", (224, 224, 3), 256, 128, 16, 1024),
-    "tinycnn": Workload("tinycnn", "images", "image", "uint8", (224, 224, 3), 256, 128, 16, 1024),
+    "resnet50": Workload("resnet50", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
+    "vit_b16": Workload("vit_b16", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
+    "tinycnn": Workload("tinycnn", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
     "mlp": Workload("mlp", "rows", "features", "uint8", (256,), 4096, 1024, 64, 262_144, width=4096, layers=4),
     "text": Workload(
         *("text", "tokens", "tokens", "int32", (), 512, 64, 64, 16_384),
