@@ -185,17 +185,30 @@ class Submitter:
                 self._turn += 1
                 lane = lane if draft.digest else turn
             parcel_lane = lane
-            items.append(self._item(encoder, lane, draft, options))
+            try:
+                items.append(self._item(encoder, lane, draft, options))
+            except BaseException:
+                self._settle_places(items, "")  # interrupted while it waited for room: nobody was told of these
+                raise
             nbytes += len(items[-1].job.payload) + items[-1].job.nbytes // _OUT_OF_BAND
         if items:
             yield Parcel(encoder, options, parcel_lane, items)
 
     def _item(self, encoder: JobEncoder, lane: int, draft: Draft, options: SubmitOptions) -> Item:
+        places: list[Place] = []
+
         def store(name: str, message: Message, readers: Sequence[str], options: SubmitOptions) -> Place | None:
             patience_s = 0.0 if options.durable else min(options.wait_s, _ROOM_S)
-            return self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
+            place = self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
+            places.extend(() if place is None else (place,))
+            return place
 
-        job, blobs, places = encoder.encode(self._ids[lane].take(), draft, options, store)
+        try:
+            job, blobs = encoder.encode(self._ids[lane].take(), draft, options, store)
+        except BaseException:
+            if self._placer.writer is not None:
+                self._placer.writer.free(places)
+            raise
         return Item(draft, job, JobFuture(self._source, job.id, encoder.ref), blobs, places)
 
     def _settle_places(self, items: Iterable[Item], statuses: str | None) -> None:

@@ -254,6 +254,11 @@ class Entry(NamedTuple):
     def job_id(self) -> str:
         return self.packed[:-1].decode()
 
+    @property
+    def restarted(self) -> bool:
+        """Whether it was restarted since bytes of it were lost: its generation is not the first."""
+        return self.packed[-1] > 128
+
 
 def split_entries(packed: bytes) -> list[bytes]:
     """The tokens (id and generation) of a grant, in order."""

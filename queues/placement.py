@@ -17,7 +17,7 @@ import redis
 
 from torchrelay.config.graph import Graph
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerUnavailable, ConfigError
+from torchrelay.errors import BrokerUnavailable, ConfigError, TorchrelayError
 from torchrelay.queues.arena.home import ArenaHome, unsupported
 from torchrelay.queues.arena.segment import MAX_EDGES
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter, Wanted
@@ -30,7 +30,8 @@ HOSTS_EVERY_S = 2.0
 _PAUSE_S = 0.001
 
 Where = Literal["arena", "cache", "result", "remote", "full"]
-"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last, `remote` as a reader
+"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last (it belongs to the result,
+or to a job that lost bytes before), `remote` as a reader
 is, or may be, on another host, `full` as there was no room."""
 MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full")
 
@@ -63,9 +64,11 @@ def wanted_by(registry: Registry) -> Wanted:
     """Asks the lanes which blocks jobs still wait for."""
 
     def wanted(lane: int, names: Sequence[str]) -> Sequence[bool]:
+        if lane >= len(registry.lanes):
+            return [False] * len(names)  # a dead process's memory may say anything
         try:
             return run(registry.client, registry.lanes[lane].holders(names))
-        except (redis.RedisError, OSError) as error:
+        except (TorchrelayError, redis.RedisError, OSError) as error:
             raise BrokerUnavailable(str(error)) from error
 
     return wanted
@@ -160,10 +163,14 @@ def readers_of(graph: Graph, ref: str, column: str, maker: int) -> list[str]:
 
 
 def edge_of(graph: Graph, column: str, maker: int, reader: int) -> int | None:
-    """Which of a block's edges is this reader's; None when it has none."""
-    consumers = graph.consumers(column, maker)
+    """Which of a block's edges is this reader's; None when it has none, or the ref that says so is forged."""
+    try:
+        consumers = graph.consumers(column, maker)
+    except (IndexError, ValueError):
+        return None
     bit = 1 << (reader - 1)
-    return (consumers & (bit - 1)).bit_count() if consumers & bit else None
+    edge = (consumers & (bit - 1)).bit_count()
+    return edge if consumers & bit and edge < MAX_EDGES else None
 
 
 def host_text(host: int) -> str:

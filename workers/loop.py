@@ -76,6 +76,7 @@ class StageLoop:
                 if batch:
                     self._serve(batch)
                 self.committer.flush()
+                self._memory.tend()
             self._report(state=progress.DRAINING)
             self.committer.release(self.claimer.surrender())
             self.committer.drain()
@@ -103,7 +104,6 @@ class StageLoop:
                 self.committer.drain()
                 if self.claimer.idle():
                     self._report()
-                    self._memory.tend()
                     self.claimer.wait()
                 return []
         deadline = self.claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
@@ -178,13 +178,8 @@ class StageLoop:
         given_up: list[Held] = []
         lost: list[tuple[Held, int]] = []
         for work, outcome in group:
-            gone = self.custody.gone(work.job)
-            if gone:
+            if not self._intact(work.job, lost, given_up):
                 # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
-                if all(read.durable for read in gone):
-                    given_up.append(work.job)
-                else:
-                    lost.append((work.job, makers_of(gone)))
                 continue
             if isinstance(outcome, Failed):
                 failed.append(self._charge(work.job, outcome))
@@ -203,16 +198,27 @@ class StageLoop:
             if large:
                 blobs.setdefault(work.job.lane, {}).update(large)
                 later.append((work.job, output))
-            else:
+            elif self._intact(work.job, lost, given_up):
                 self.committer.commit(work.job, output)
         self._storage.write(blobs)
         for job, output in later:
-            self.committer.commit(job, output)
+            if self._intact(job, lost, given_up):
+                self.committer.commit(job, output)
         self._lose(lost)
         if failed:
             self._fail(failed)
         if given_up:
             self.committer.release(given_up)
+
+    def _intact(self, job: Held, lost: list[tuple[Held, int]], given_up: list[Held]) -> bool:
+        """Whether what the job read is still what it was; asked again once its outputs, which may be views of that,
+        were copied."""
+        gone = self.custody.gone(job)
+        if gone and all(read.durable for read in gone):
+            given_up.append(job)
+        elif gone:
+            lost.append((job, makers_of(gone)))
+        return not gone
 
     def _lose(self, lost: Sequence[tuple[Held, int]]) -> None:
         if lost:

@@ -31,7 +31,7 @@ from torchrelay.workers.patience import patiently
 from torchrelay.workers.work import Closed
 
 _ENDED_EVERY_S = 0.5
-
+_TEND_EVERY_S = 1.0
 
 # How long a full arena is waited for before a column goes to Redis.
 _PATIENCE_S = 1.0
@@ -43,6 +43,7 @@ class SharedMemory:
 
     placer: Placer
     reader: ArenaReader | None = None
+    tend_at: float = 0.0
 
     @classmethod
     def open(cls, registry: Registry, settings: Settings) -> SharedMemory:
@@ -56,9 +57,14 @@ class SharedMemory:
         return tuple(self.placer.counts[where] for where in MOVED)
 
     def tend(self) -> None:
-        """What an idle worker does for its arena."""
+        """What a worker does for shared memory about once a second, busy or idle; call it as often as you like."""
+        if time.monotonic() < self.tend_at:
+            return
+        self.tend_at = time.monotonic() + _TEND_EVERY_S
         if self.placer.writer is not None:
             self.placer.writer.tend()
+        if self.reader is not None:
+            self.reader.tend()
 
 
 class Storage:
@@ -115,7 +121,9 @@ class Storage:
         blobs: dict[str, Message] = {}
         for column, message in large.items():
             name = f"{held.entry.job_id}.{node.index}.{held.fence}.{column}"
-            place = self._placer.put(name, held.lane, message, self._readers_of(column), patience_s=_PATIENCE_S)
+            # What was lost once is not entrusted to one host again: a reader elsewhere would restart it for ever.
+            readers = () if held.entry.restarted else self._readers_of(column)
+            place = self._placer.put(name, held.lane, message, readers, patience_s=_PATIENCE_S)
             if place is not None:
                 self._custody.makes(held, place)
             else:
