@@ -15,6 +15,7 @@ import pytest
 from tests.queues.arena.conftest import MIB
 from torchrelay.queues import arena
 from torchrelay.queues.arena import keeper as keeper_module
+from torchrelay.queues.arena import pool as pool_module
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.arena.reader import ArenaReader
@@ -175,6 +176,30 @@ def settle(home: ArenaHome, journal: Journal) -> None:
     assert keeper.adopted == 0
     keeper.close()
     assert sorted(p.name for p in home.folder.iterdir()) == []
+
+
+def test_a_slot_that_was_just_taken_claims_nothing_of_a_living_block(
+    home: ArenaHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that dies with a slot's new generation and its old words: they overlap with what lies there now."""
+    journal = Journal(tmp_path / "journal")
+
+    def life() -> None:
+        writer = ArenaWriter(home, LIMITS, Wanted(()))
+        x, y = (writer.put(name, 0, fill_of(name), 1) for name in "xy")
+        assert x is not None
+        assert y is not None
+        writer.free([y])
+        writer.free([x])
+        # Where both were, in the slot of the one; the next block takes the slot of the other.
+        wide = writer.put("w" * 60, 0, fill_of("w" * 60), 1)
+        assert wide is not None
+        journal.tell("accepted", "w" * 60, wide)
+        monkeypatch.setattr(pool_module, "Block", lambda *_: os._exit(9))
+        writer.put("z", 0, fill_of("z"), 1)
+
+    in_a_child(life)
+    settle(home, journal)
 
 
 def read(home: ArenaHome, journal: Journal) -> None:
