@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +19,6 @@ from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
 LIMITS = ArenaLimits(16 * MIB, MIB, 2 * MIB)
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB in memory."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False) if os.getuid() == 0 else None
-    if made is None or made.returncode:
-        pytest.skip(f"may not mount a tmpfs here: {'not root' if made is None else made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def fill_up(folder: Path) -> Path:
     """Takes every page that is left."""
     path = folder / "filler"
@@ -47,15 +32,15 @@ def fill_up(folder: Path) -> Path:
     return path
 
 
-def test_a_part_of_the_file_system_stays_free(small: Path, server_of_blocks: Server) -> None:
+def test_a_part_of_the_file_system_stays_free(small_tmpfs: Path, server_of_blocks: Server) -> None:
     """Segments are made while nine tenths are not taken; then `put` says that there is no room, and it drains."""
-    home = ArenaHome.open(str(small), "ns")
+    home = ArenaHome.open(str(small_tmpfs), "ns")
     writer = ArenaWriter(home, LIMITS, server_of_blocks)
     places = []
     while (place := writer.put(f"j{len(places)}.1.f.x", 0, bytes(MIB // 2), 1)) is not None:
         places.append(place)
     assert 8 <= len(places) < 16
-    found = os.statvfs(small)
+    found = os.statvfs(small_tmpfs)
     assert found.f_bavail >= found.f_blocks // 10
     writer.free(places[:1])
     assert writer.put("again", 0, bytes(MIB // 2), 1) is not None
@@ -64,16 +49,16 @@ def test_a_part_of_the_file_system_stays_free(small: Path, server_of_blocks: Ser
 
 
 def test_a_full_file_system_kills_nobody(
-    small: Path, server_of_blocks: Server, monkeypatch: pytest.MonkeyPatch
+    small_tmpfs: Path, server_of_blocks: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else takes the last page between the look and the segment: nothing is made, and nothing stays; who reads
     goes on without a list; keepers drain what is there."""
-    home = ArenaHome.open(str(small), "ns")
+    home = ArenaHome.open(str(small_tmpfs), "ns")
     writer, reader = ArenaWriter(home, LIMITS, server_of_blocks), ArenaReader(home)
     place = writer.put("j.1.f.x", 0, b"\7" * 9000, 1)
     assert place is not None
     writer.publish([place])
-    fill_up(small)
+    fill_up(small_tmpfs)
     monkeypatch.setattr(ArenaHome, "free_bytes", lambda self: 1 << 40)
     assert writer.put("big", 0, bytes(MIB), 1) is None
     other = ArenaWriter(home, LIMITS, server_of_blocks)
@@ -94,12 +79,12 @@ def test_a_full_file_system_kills_nobody(
     assert list(home.folder.iterdir()) == []
 
 
-def test_no_room_for_the_host_token_is_an_error_that_names_the_place(small: Path) -> None:
+def test_no_room_for_the_host_token_is_an_error_that_names_the_place(small_tmpfs: Path) -> None:
     """Then there is no arena, and no half of a token."""
-    fill_up(small)
+    fill_up(small_tmpfs)
     with pytest.raises(ConfigError, match="no arena in .*No space left"):
-        ArenaHome.open(str(small), "ns")
-    assert [p.name for p in small.glob("torchrelay-*/*")] == []
+        ArenaHome.open(str(small_tmpfs), "ns")
+    assert [p.name for p in small_tmpfs.glob("torchrelay-*/*")] == []
 
 
 def group(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
