@@ -77,7 +77,8 @@ def wanted_by(registry: Registry) -> Wanted:
 class Placer:
     """Finds places for the columns that one process makes. `counts` holds bytes by decision; see `Where`.
 
-    `before_waiting` is called before it waits for room: what the caller has not sent yet holds blocks, too.
+    `before_waiting` is called before it waits for room: what the caller has not sent yet holds blocks, too. `rest` is
+    how it waits, so many seconds at a time.
     """
 
     def __init__(self, registry: Registry, writer: ArenaWriter | None) -> None:
@@ -85,6 +86,7 @@ class Placer:
         self.counts: Counter[str] = Counter()
         self._registry = registry
         self.before_waiting: Callable[[], object] = int
+        self.rest: Callable[[float], object] = time.sleep
         self._hosts: dict[str, set[str]] = {}
         self._hosts_at = -HOSTS_EVERY_S
         self._impatient_until = 0.0
@@ -129,7 +131,7 @@ class Placer:
         self.before_waiting()
         deadline = time.monotonic() + patience_s
         while place is None and time.monotonic() < deadline:
-            time.sleep(_PAUSE_S)
+            self.rest(_PAUSE_S)
             place = writer.put(name, lane, message, edges)
         if place is None:
             # They do not just now: waiting for each column anew would only add up.

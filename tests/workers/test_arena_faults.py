@@ -127,11 +127,13 @@ def test_a_reader_on_another_host_and_the_end_of_the_first_cost_one_restart_each
     wait_until(lambda: reports(relay, "invert")["arena"] > 200_000)
     futures += relay.submit_many("images", rows[1:], keep_s=600)
     wait_until(lambda: reports(relay, "invert")["arena"] >= 30 * 200_000)
-    late = spawn(path, stage="total", arena_dir=str(there)).ready()
-    # While the first host does not know of the second yet, too.
-    more = images(20, 150_000)
-    futures += relay.submit_many("images", [{"image": i, "do": ""} for i in more], keep_s=600)
-    given += more
+    late = spawn(path, stage="total", arena_dir=str(there))
+    (more,) = images(1, 150_000)
+    while (report := late.report()) is None or report.state != "ready":
+        # The first host has just looked where its readers are: for two seconds it does not know of the second.
+        futures.append(relay.submit("images", {"image": more, "do": ""}, keep_s=600))
+        given.append(more)
+        time.sleep(0.02)
     assert [f.result(timeout=30)["total"] for f in futures[1:]] == [total(i) for i in given[1:]]
     counts = restarts(relay, [f.id for f in futures[1:]])
     assert max(counts) == 1
