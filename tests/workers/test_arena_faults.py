@@ -198,6 +198,37 @@ def test_memory_of_a_cancelled_job_comes_back_from_busy_and_idle_writers(
     assert after.pid == report.pid
 
 
+def test_a_stopped_reader_wakes_to_memory_that_was_used_again(
+    make_pipeline: MakePipeline, relay: Relay, workers: Workers, spawn: Spawn, tmp_path: Path
+) -> None:
+    """A worker is stopped in the middle of a column, past its lease. Another does the job, and its memory is used again
+    many times; then the first wakes. It commits nothing, frees nothing, and goes on working."""
+    relay.register(path := make_pipeline(YAML, CODE))
+    workers.start(path, stage="invert")
+    zombie = spawn(path, stage="total", lease_ms="500").ready()
+    go = tmp_path / "go"
+    (image,) = images(1)
+    future = relay.submit("images", {"image": image, "do": f"total:wait {go}"}, keep_s=600)
+    wait_until(lambda: moved(relay, "invert")["arena"] >= 200_000 and future.status() == "running")
+    zombie.signal(signal.SIGSTOP)
+    child, other = zombie.child, spawn(path, stage="total").ready()
+    go.touch()
+    assert future.result(timeout=20)["total"] == total(image)
+    given = images(40)
+    for start in range(0, 40, 8):
+        rows = [{"image": i, "do": ""} for i in given[start : start + 8]]
+        found = [f.result(timeout=20)["total"] for f in relay.submit_many("images", rows)]
+        assert found == [total(row["image"]) for row in rows]
+    os.kill(child, signal.SIGCONT)
+    zombie.process.send_signal(signal.SIGCONT)
+    assert [r["total"] for r in relay.map("images", [{"image": i, "do": ""} for i in given])] == [
+        total(i) for i in given
+    ]
+    assert restarts(relay, [future.id]) == [0]
+    drain([zombie, other])
+    assert (zombie.process.returncode, zombie.log.count("ready on")) == (0, 1), zombie.log
+
+
 def forged(place: Place, **change: Any) -> Ref:
     return Ref("x" * 16 + ".0.in.image", 0, 9000, place._replace(**change))
 
