@@ -153,7 +153,7 @@ class Inbox:
             log.debug("the last acknowledgements were not sent; the results expire by themselves")
         self._channel.close()
 
-    def _attempt(self, step: Callable[[], None]) -> None:
+    def _attempt(self, step: Callable[[], object]) -> None:
         """Whatever happens to the server or in its data, this thread goes on."""
         try:
             step()

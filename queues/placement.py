@@ -30,9 +30,9 @@ HOSTS_EVERY_S = 2.0
 _PAUSE_S = 0.001
 
 Where = Literal["arena", "cache", "result", "remote", "full"]
-"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last (it belongs to the result,
-or to a job that lost bytes before), `remote` as a reader
-is, or may be, on another host, `full` as there was no room."""
+"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last (it is
+the result's, or of a job that lost bytes before), `remote` as a reader is, or may be, on another host, `full` as there
+was no room."""
 MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full")
 
 

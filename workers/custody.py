@@ -98,13 +98,9 @@ class Custody:
         What was made for jobs that nobody settled may have been committed by a commit whose answer never came: the
         server is asked, and its keeper later, where the server is away.
         """
-        for entry in self._in_hand.values():
-            for read in entry.read if self._reader is not None else ():
-                self._reader.drop(read.place)
-            if self._writer is not None:
-                self._writer.publish(entry.made)
-        self._in_hand.clear()
         if self._reader is not None:
             self._reader.close()
         if self._writer is not None:
+            self._writer.publish(place for entry in self._in_hand.values() for place in entry.made)
             self._writer.close()
+        self._in_hand.clear()

@@ -1,4 +1,4 @@
-"""Deaths at every line of the arena's code: of a writer, a reader and a keeper. Nothing published is lost, no file stays."""
+"""Deaths at every line of the arena's code, of writer, reader and keeper: nothing published is lost, no file stays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -153,7 +154,7 @@ def test_a_writer_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
     assert len(points) > 150
     for at in points:
         journal = Journal(tmp_path / "journal")
-        die(lambda journal=journal: write(home, journal), at)  # type: ignore[misc]  # its default is its type
+        die(partial(write, home, journal), at)
         settle(home, journal)
 
 
@@ -240,7 +241,7 @@ def test_a_reader_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
     for at in points:
         journal = Journal(tmp_path / "journal")
         writer = lives()
-        die(lambda: read(home, journal), at)
+        die(partial(read, home, journal), at)
         writer.tend()
         reader = ArenaReader(home)
         kept = {n: p for n, p in journal.places("accepted").items() if n not in journal.places("released")}

@@ -82,7 +82,7 @@ def test_a_full_file_system_kills_nobody(
 def test_no_room_for_the_host_token_is_an_error_that_names_the_place(small_tmpfs: Path) -> None:
     """Then there is no arena, and no half of a token."""
     fill_up(small_tmpfs)
-    with pytest.raises(ConfigError, match="no arena in .*No space left"):
+    with pytest.raises(ConfigError, match=r"no arena in .*No space left"):
         ArenaHome.open(str(small_tmpfs), "ns")
     assert [p.name for p in small_tmpfs.glob("torchrelay-*/*")] == []
 
@@ -95,7 +95,7 @@ def group(folder: Path, limit: str, used: int, inactive: int = 0) -> None:
 
 
 def test_the_tightest_control_group_above_a_process_counts(tmp_path: Path) -> None:
-    """Its own has no limit, the one above has: a tenth of that stays free, and files that can be dropped do not count."""
+    """Its own has no limit, the one above has: a tenth of it stays free, files that can be dropped do not count."""
     own = tmp_path / "cgroup"
     own.write_text("0::/pod/worker\n")
     root = tmp_path / "fs"
