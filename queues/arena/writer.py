@@ -40,6 +40,8 @@ _ASK_EVERY_MS = 250
 _GROW_EVERY_MS = 100
 _COLLECT_EVERY_BYTES = 4 << 20
 _ASK_AT_ONCE = 256
+# A segment may be smaller than the first one should be, where there is less room (64 MB in a container by default).
+_SMALLEST_PART = 8
 
 Wanted = Callable[[int, Sequence[str]], Sequence[bool]]
 """Of a lane's blocks, by name: whether Redis still waits for each. Raises BrokerError when it cannot be asked."""
@@ -177,8 +179,8 @@ class ArenaWriter:
         size = min(limits.first_segment_bytes << self._segments_made, limits.segment_bytes)
         while size < nbytes + PAGE_BYTES:
             size *= 2
-        size = min(size, limits.segment_bytes, limits.nbytes - self._pool.nbytes)
-        if size < nbytes or size > self._home.free_bytes():
+        size = min(size, limits.segment_bytes, limits.nbytes - self._pool.nbytes, self._home.free_bytes())
+        if size < max(nbytes, limits.first_segment_bytes // _SMALLEST_PART):
             self._no_growth_until_ms = now_ms() + _GROW_EVERY_MS
             return False
         try:
@@ -240,7 +242,7 @@ def forget_unwanted(pool: BlockPool, wanted: Wanted) -> int:
     """Retires the published blocks that Redis does not wait for; nothing while it cannot be asked. Returns how many."""
     by_lane: dict[int, list[Block]] = {}
     for block in pool.blocks():
-        if block.published and block.kind != KIND_CACHE:
+        if block.published:
             by_lane.setdefault(block.lane, []).append(block)
     gone = 0
     for lane, blocks in by_lane.items():

@@ -190,6 +190,20 @@ def test_what_finds_no_room_in_the_queue_leaves_no_block(make_pipeline: MakePipe
     assert relay.cancel([f.id for f in accepted]) == [True] * 20
 
 
+def test_caches_of_jobs_that_nobody_reads_any_more_go(
+    make_pipeline: MakePipeline, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that submits and cancels all day, and has no other use for its arena, does not fill it for good."""
+    monkeypatch.setattr(writer_module, "_OLD_MS", 200)
+    relay.register(make_pipeline(YAML, CODE))
+    relay._core.start().submitter._placer._all_here = lambda readers: True  # type: ignore[method-assign]
+    futures = relay.submit_many("sums", [{"image": image(n), "do": ""} for n in range(5)])
+    assert blocks(relay) == 5
+    relay.cancel([f.id for f in futures[1:]])
+    wait_until(lambda: blocks(relay) == 1, 5.0)
+    relay.cancel([futures[0].id])
+
+
 def test_who_waits_for_room_in_the_arena_holds_up_nobody(
     make_pipeline: MakePipeline, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
