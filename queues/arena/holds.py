@@ -103,8 +103,8 @@ def blocks_in_use(folder: Path) -> set[BlockKey]:
         if try_lock(descriptor, shared=True):
             remove(path)
         else:
-            words = np.frombuffer(os.pread(descriptor, MAX_HOLDS * _WORDS * 8, 0), np.uint64)
-            pairs = words[: len(words) // _WORDS * _WORDS].reshape(-1, _WORDS)
+            listed = os.pread(descriptor, MAX_HOLDS * _WORDS * 8, 0)
+            pairs = np.frombuffer(listed[: len(listed) // (_WORDS * 8) * _WORDS * 8], np.uint64).reshape(-1, _WORDS)
             found.update((int(a), int(b)) for a, b in pairs[pairs[:, 1] != 0])
         os.close(descriptor)
     return found

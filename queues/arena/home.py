@@ -43,6 +43,7 @@ class ArenaHome:
         root = Path(base) / f"torchrelay-{os.getuid()}"
         try:
             _own_folder(root)
+            _make_token(root)
             host = _host_id(root)
             folder = root / namespace_id
             _own_folder(folder)
@@ -54,6 +55,13 @@ class ArenaHome:
         """Says that the folder is in use, and makes it anew where it is gone: one unused for an hour is removed."""
         _own_folder(self.folder)
         os.utime(self.folder)
+
+    def is_there(self) -> bool:
+        """Whether the folder is there and this still is that host: somebody may have cleared the file system."""
+        try:
+            return self.folder.is_dir() and _host_id(self.folder.parent) == self.host
+        except (OSError, ConfigError):
+            return False
 
     def free_bytes(self) -> int:
         """How much more shared memory may be taken now: by the file system, and by the limit of this control group."""
@@ -85,7 +93,7 @@ def _own_folder(path: Path) -> None:
         raise ConfigError(f"{path} must be a folder of this user alone (mode 0700); remove it, or chmod 700 it")
 
 
-def _host_id(root: Path) -> int:
+def _make_token(root: Path) -> None:
     token = root / "host"
     fresh = root / f"host.{secrets.token_hex(8)}"
     if not token.exists():
@@ -98,6 +106,10 @@ def _host_id(root: Path) -> int:
         finally:
             os.close(descriptor)
             fresh.unlink()
+
+
+def _host_id(root: Path) -> int:
+    token = root / "host"
     descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         words = os.read(descriptor, 64)

@@ -186,6 +186,10 @@ class Segment:
         start = self.words[at + 2] + self.words[at + 3]
         return bytes(self.data[start : start + self.words[at + 4]]).decode("utf-8", "replace")
 
+    def is_there(self, folder: Path) -> bool:
+        """Whether who has not mapped it yet can."""
+        return data_path(folder, self.arena, self.number).exists()
+
     def unlink(self, folder: Path) -> None:
         """Removes its files; mappings of others live on."""
         control_path(folder, self.arena, self.number).unlink(missing_ok=True)
@@ -217,6 +221,10 @@ class OwnerLock:
         self._descriptor = descriptor
         keep(descriptor)
         return True
+
+    def is_there(self) -> bool:
+        """Whether the lock that is held still has its name: another could take one of that name else."""
+        return os.fstat(self._descriptor).st_nlink > 0
 
     def give(self, *, remove: bool) -> None:
         """Lets go; with `remove`, nothing of the arena is left to own."""

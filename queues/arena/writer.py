@@ -62,6 +62,7 @@ class ArenaWriter:
     def __init__(self, home: ArenaHome, limits: ArenaLimits, wanted: Wanted) -> None:
         self._home = home
         self._pid = os.getpid()
+        self._gone = False
         self._limits = limits
         self._wanted = wanted
         self._pool = BlockPool(home.folder)
@@ -101,7 +102,7 @@ class ArenaWriter:
         tail = name.encode()
         if edges > MAX_EDGES or len(tail) > MAX_NAME_BYTES or len(message) + len(tail) > self.max_bytes:
             return None
-        if os.getpid() != self._pid:
+        if self._gone or os.getpid() != self._pid:
             return None  # a forked child has a copy of this object, and no arena
         with self._lock:
             block = self._room_for(len(message) + len(tail), cache)
@@ -212,6 +213,8 @@ class ArenaWriter:
         if os.getpid() != self._pid:
             return
         with self._lock:
+            if not self._is_reachable():
+                self._renounce()
             self._pool.collect()
             now = now_ms()
             # Thousands may wait for long, and each is asked about: no more often than it takes to grow old.
@@ -220,6 +223,26 @@ class ArenaWriter:
                 self._forget_unwanted()
             for segment in self._pool.drop_empty(keep=1):
                 segment.unlink(self._home.folder)
+
+    def _is_reachable(self) -> bool:
+        if self._owner is None:
+            return True
+        files = self._owner.is_there() and all(s.is_there(self._home.folder) for s in self._pool.segments())
+        return files and self._home.is_there()
+
+    def _renounce(self) -> None:
+        """Somebody removed its files: who has mapped them reads on; nothing is put there, where no other could read it.
+
+        Without the lock's file a keeper would take it for a dead process's arena. So another one is begun, if this
+        still is the host that it was.
+        """
+        log.warning("files of shared memory were removed under a living process; it lets go of %s", self._arena)
+        assert self._owner is not None  # it is reachable else
+        for segment in self._pool.segments():
+            segment.unlink(self._home.folder)
+        self._owner.give(remove=self._owner.is_there())
+        self._owner, self._arena, self._pool = None, "", BlockPool(self._home.folder)
+        self._gone = not self._home.is_there()
 
     def close(self) -> None:
         """Removes what nobody waits for. The rest is left to be taken over: readers of this host go on with it."""

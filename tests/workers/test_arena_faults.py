@@ -318,6 +318,26 @@ def test_on_a_full_file_system_everything_goes_through_redis(
     assert not list(small_tmpfs.rglob("*.data"))
 
 
+def test_a_folder_that_is_removed_under_living_processes_stops_nobody(
+    make_pipeline: MakePipeline, relay: Relay, workers: Workers, arena_dir: Path
+) -> None:
+    """Somebody clears /dev/shm: what is mapped is used on, what is new goes through Redis, also after a worker died."""
+    relay.register(path := make_pipeline(YAML, CODE))
+    supervisors = workers.start(path)
+    given = images(20)
+    rows = [{"image": i, "do": ""} for i in given]
+    expected = [{"total": total(i)} for i in given]
+    assert list(relay.map("images", rows)) == expected
+    shutil.rmtree(arena_dir / f"torchrelay-{os.getuid()}")
+    assert list(relay.map("images", rows)) == expected
+    for supervisor in supervisors:
+        pid = supervisor.child_pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda supervisor=supervisor, pid=pid: supervisor.child_pid not in (pid, 0))  # type: ignore[misc]
+    wait_until(lambda: relay._core.submitter._placer.writer.arena == "")  # type: ignore[union-attr]
+    assert list(relay.map("images", rows, durable=False)) == expected
+
+
 CLIENT = """
 import sys
 import numpy as np

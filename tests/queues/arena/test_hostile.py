@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tests.queues.arena.conftest import MIB, Server
 from torchrelay.errors import ConfigError
 from torchrelay.queues.arena import keeper as keeper_module
+from torchrelay.queues.arena.holds import blocks_in_use
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.arena.reader import ArenaReader
@@ -252,6 +254,17 @@ def test_an_idle_namespaces_folder_stays_while_it_has_a_keeper(
     home.folder.rmdir()
     own.tick()
     assert home.folder.exists()
+
+
+def test_a_list_of_odd_length_is_read_as_far_as_it_goes(home: ArenaHome, server_of_blocks: Server) -> None:
+    """Somebody alive holds it; it says nothing, and hinders nothing."""
+    with (home.folder / "CCCCCCCC.held").open("wb") as file:
+        file.write(b"x" * 13)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert blocks_in_use(home.folder) == set()
+    ArenaKeeper(home, server_of_blocks).tick()
+    assert list(home.folder.iterdir()) == []
 
 
 def test_unfinished_lists_and_files_of_the_dead_go(home: ArenaHome, server_of_blocks: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -167,6 +168,45 @@ def test_nothing_is_put_into_an_arena_that_was_closed(
     reader.close()
     server_of_blocks.unwanted = {"j.1.f.x"}
     keeper.close()
+
+
+@pytest.mark.parametrize("pattern", ["*.data", "*.lock", "*"])
+def test_a_writer_whose_files_were_removed_begins_another_arena(
+    home: ArenaHome, writer: ArenaWriter, reader: ArenaReader, server_of_blocks: Server, pattern: str
+) -> None:
+    """No keeper may take over what a living process writes to; who mapped the old one reads on."""
+    place = writer.put("j.1.f.x", 0, b"\3" * 9000, 1)
+    assert place is not None
+    view = reader.view(place, 9000)
+    assert view is not None
+    for path in home.folder.glob(pattern):
+        path.unlink()
+    writer.tend()
+    assert bytes(view) == b"\3" * 9000
+    assert reader.intact(place)
+    writer.publish([place])
+    writer.free([place])
+    assert reader.intact(place)
+    again = writer.put("j.1.f.y", 0, b"\4" * 9000, 1)
+    assert again is not None
+    assert again.arena != place.arena
+    fresh = ArenaReader(home)
+    assert fresh.view(again, 9000) is not None
+    fresh.close()
+    keeper = ArenaKeeper(home, server_of_blocks)
+    keeper.tick()
+    assert keeper.adopted == 0
+    keeper.close()
+
+
+def test_a_writer_without_its_host_puts_nothing(base: Path, home: ArenaHome, writer: ArenaWriter) -> None:
+    """Everything was cleared, and another process made a new token: readers of now are on another host."""
+    assert writer.put("j.1.f.x", 0, bytes(9000), 1) is not None
+    shutil.rmtree(home.folder.parent)
+    assert ArenaHome.open(str(base), "ns").host != home.host
+    writer.tend()
+    assert writer.put("j.1.f.y", 0, bytes(9000), 1) is None
+    assert list(home.folder.iterdir()) == []
 
 
 def test_a_copy_that_fails_leaves_no_block(
