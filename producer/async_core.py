@@ -22,6 +22,8 @@ from torchrelay.producer.waits import Waits
 
 T = TypeVar("T")
 _THREADS = 4
+# All tasks share the sending thread: while one waits for room in shared memory, nobody sends.
+_ROOM_S = 0.05
 
 
 class AsyncCore:
@@ -70,6 +72,7 @@ class AsyncCore:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.core.start)
+        self.core.submitter.room_s = _ROOM_S
         self._pool = ThreadPoolExecutor(_THREADS, "torchrelay-io")
         self._bridge = Bridge(loop)
         self._waits = Waits(loop, self.core, self.run)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrelay.errors import QueueFull, RunConflict
 from torchrelay.producer.async_core import AsyncCore
+from torchrelay.producer.encoding import kept_row, kept_rows
 from torchrelay.producer.mapping import Future, Window, accepted_of, some
 
 Rows = Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]]
@@ -54,12 +55,12 @@ class Feeder:
         if isinstance(self._rows, AsyncIterable):
             left = await self._wait_for_room()
             async for row in self._rows:
-                self._put([row])
+                self._put([kept_row(row)])
                 left -= 1
                 if not left:
                     left = await self._wait_for_room()
         else:
-            rows = iter(self._rows)
+            rows = iter(kept_rows(self._rows))
             while part := some(rows, await self._wait_for_room()):
                 self._put(part)
                 await asyncio.sleep(0)  # rows that come slowly must not keep others from running

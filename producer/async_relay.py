@@ -16,7 +16,7 @@ from torchrelay.producer.async_core import AsyncCore
 from torchrelay.producer.async_futures import AsyncJobFuture, result_of
 from torchrelay.producer.async_mapping import map_rows_async
 from torchrelay.producer.core import options_of, past_deadline
-from torchrelay.producer.encoding import Draft, JobEncoder, Options, SubmitOptions
+from torchrelay.producer.encoding import Draft, JobEncoder, Options, SubmitOptions, kept_rows
 from torchrelay.producer.futures import JobFuture, Row, Table
 from torchrelay.producer.mapping import Window, yields_errors
 
@@ -91,7 +91,7 @@ class AsyncRelay:
         **options: Unpack[Options],
     ) -> list[AsyncJobFuture[Row]]:
         """Submits many rows, each a job of its own; every row is checked before the first is sent."""
-        jobs = await self._submit_rows(pipeline, list(rows), keys, options_of(options))
+        jobs = await self._submit_rows(pipeline, list(kept_rows(rows)), keys, options_of(options))
         return [AsyncJobFuture(self._core, job) for job in jobs]
 
     async def _submit_rows(

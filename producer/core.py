@@ -78,6 +78,8 @@ class Core:
                 self.inbox = Inbox(client, self._registry.lanes)
                 limit = self.settings.results_max_bytes
                 placer = Placer(self._registry, open_writer(self._registry, self.settings))
+                if placer.writer is not None:
+                    self.inbox.tend = placer.writer.tend
                 self.submitter = Submitter(client, self._registry.lanes, self.inbox, self, limit, self._rest, placer)
                 self.submitter.start()
                 self.opened = True

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypedDict
 from zlib import crc32
 
+import numpy as np
+
 from torchrelay.config.columns import check_table, table_of_row
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.futures import JobFuture
@@ -151,11 +153,10 @@ class Draft:
 
 
 class Encoded(NamedTuple):
-    """A job ready to send: `blobs` are to be written to Redis before it, `places` hold columns in shared memory."""
+    """A job ready to send: `blobs` are to be written to Redis before it."""
 
     job: NewJob
     blobs: dict[str, Message]
-    places: list[Place]
 
 
 Store = Callable[[str, Message, Sequence[str], SubmitOptions], Place | None]
@@ -222,13 +223,10 @@ class JobEncoder:
         inline, large = split_inline(draft.columns)
         columns: dict[str, Packed] = dict(inline)
         blobs: dict[str, Message] = {}
-        places: list[Place] = []
         refs = ""
         for column, message in large.items():
             name = f"{job_id}.0.in.{column}"
             place = store(name, message, self._readers(column), options)
-            if place is not None:
-                places.append(place)
             if place is None or options.durable:
                 blobs[name] = message
             ref = Ref.of(name, len(message), place, in_redis=name in blobs)
@@ -248,12 +246,32 @@ class JobEncoder:
         boost_ms = options.priority * self._boost
         delay_ms = options.delay_s * 1000.0
         job = NewJob(job_id, payload, draft.rows, nbytes, boost_ms, delay_ms, deadline_ms, keep_s, flags, refs, digest)
-        return Encoded(job, blobs, places)
+        return Encoded(job, blobs)
 
     def _readers(self, column: str) -> list[str]:
         if column not in self._readers_of:
             self._readers_of[column] = readers_of(self._graph, self.ref, column, 0)
         return self._readers_of[column]
+
+
+def kept_rows(rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Rows that stay as they are until they are sent. Those of a list are the caller's, who waits for the call; whoever
+    makes rows one by one may fill the same array again for the next."""
+    return rows if isinstance(rows, list | tuple) else map(kept_row, rows)
+
+
+def kept_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with copies of its arrays."""
+    if not isinstance(row, Mapping):
+        return row  # whoever encodes it says so
+    return {name: _copied(value) if hasattr(value, "__array__") else value for name, value in row.items()}
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return np.array(value)
+    except Exception:  # a stranger's __array__ may raise anything; whoever checks the row says so
+        return value
 
 
 def _encoded(columns: Mapping[str, Any]) -> dict[str, Message]:

@@ -24,13 +24,15 @@ from torchrelay.queues.transitions import Transitions
 
 log = logging.getLogger("torchrelay.producer")
 RECONCILE_S = 5.0
+_TEND_EVERY_S = 1.0
 _ACK_BATCH = 256
 
 
 class Inbox:
     """Futures by job id, and the thread that settles them. `start()` runs it; `close()` ends it.
 
-    `after_settling` is called when some were settled, once for many; it must not raise.
+    `after_settling` is called when some were settled, once for many; it must not raise. `tend` is called about once a
+    second: this thread is the one that also runs in a client that only waits, or sleeps.
     """
 
     def __init__(self, client: redis.Redis, lanes: tuple[Transitions, ...]) -> None:
@@ -45,6 +47,7 @@ class Inbox:
         self._thread: threading.Thread | None = None
         self._reconnects = 0
         self.after_settling: Callable[[], object] = _nothing
+        self.tend: Callable[[], object] = _nothing
 
     def listen(self, lane: int, client: str) -> None:
         """Adds the reply list of a client name."""
@@ -132,8 +135,12 @@ class Inbox:
 
     def _run(self) -> None:
         next_look = time.monotonic() + RECONCILE_S
+        next_tend = 0.0
         while not self._stopping.is_set():
             self._attempt(self._receive)
+            if time.monotonic() > next_tend:
+                self._attempt(self.tend)
+                next_tend = time.monotonic() + _TEND_EVERY_S
             reconnected = self._channel.reconnects != self._reconnects
             if reconnected or time.monotonic() > next_look:
                 self._reconnects = self._channel.reconnects
@@ -146,7 +153,7 @@ class Inbox:
             log.debug("the last acknowledgements were not sent; the results expire by themselves")
         self._channel.close()
 
-    def _attempt(self, step: Callable[[], None]) -> None:
+    def _attempt(self, step: Callable[[], object]) -> None:
         """Whatever happens to the server or in its data, this thread goes on."""
         try:
             step()

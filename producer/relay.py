@@ -12,7 +12,7 @@ from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import JobError
 from torchrelay.producer.core import Core, options_of, past_deadline
-from torchrelay.producer.encoding import Options, SubmitOptions
+from torchrelay.producer.encoding import Options, SubmitOptions, kept_rows
 from torchrelay.producer.futures import JobFuture, Row, Table
 from torchrelay.producer.mapping import Window, map_rows, yields_errors
 from torchrelay.queues.registry import Registry
@@ -99,7 +99,7 @@ class Relay:
         Every row is checked before the first is sent. QueueFull and RunConflict carry the futures of the jobs that went
         in as `accepted`.
         """
-        return self._submit_rows(pipeline, rows, keys, options_of(options))
+        return self._submit_rows(pipeline, kept_rows(rows), keys, options_of(options))
 
     def _submit_rows(
         self,
@@ -203,7 +203,7 @@ class Relay:
         def submit(part: list[Mapping[str, Any]], first: int) -> list[JobFuture[Row]]:
             return self._submit_rows(pipeline, part, None, parsed, first)
 
-        jobs = map_rows(iter(rows), window, submit, self._core.await_any, self._core.cancel)
+        jobs = map_rows(iter(kept_rows(rows)), window, submit, self._core.await_any, self._core.cancel)
 
         def results() -> Generator[Any, None, None]:
             try:

@@ -83,7 +83,10 @@ class Parcel:
 
 
 class Submitter:
-    """Owns the producer's channel, sessions and id sources. Not thread-safe: the client holds its lock around it."""
+    """Owns the producer's channel, sessions and id sources. Not thread-safe: the client holds its lock around it.
+
+    `room_s` bounds how long a column waits for room in shared memory before it goes to Redis.
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class Submitter:
         placer: Placer,
     ) -> None:
         """`rest` sleeps so many seconds and lets others use the submitter meanwhile."""
-        self._placer = placer
+        self.room_s = _ROOM_S
         self._client = client
         self._lanes = lanes
         self._inbox = inbox
@@ -104,6 +107,9 @@ class Submitter:
         self._results_max_bytes = results_max_bytes
         self._sleep = rest
         self._channel = Channel(client)
+        self._placer = placer
+        # Others send over the same session meanwhile: what is in flight is answered first, to keep its window.
+        placer.before_waiting, placer.rest = self._channel.drain, rest
         self._ids: list[IdSource] = []
         self._sessions: list[Session] = []
         self._turn = 0
@@ -185,17 +191,30 @@ class Submitter:
                 self._turn += 1
                 lane = lane if draft.digest else turn
             parcel_lane = lane
-            items.append(self._item(encoder, lane, draft, options))
+            try:
+                items.append(self._item(encoder, lane, draft, options))
+            except BaseException:
+                self._settle_places(items, "")  # interrupted while it waited for room: nobody was told of these
+                raise
             nbytes += len(items[-1].job.payload) + items[-1].job.nbytes // _OUT_OF_BAND
         if items:
             yield Parcel(encoder, options, parcel_lane, items)
 
     def _item(self, encoder: JobEncoder, lane: int, draft: Draft, options: SubmitOptions) -> Item:
-        def store(name: str, message: Message, readers: Sequence[str], options: SubmitOptions) -> Place | None:
-            patience_s = 0.0 if options.durable else min(options.wait_s, _ROOM_S)
-            return self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
+        places: list[Place] = []
 
-        job, blobs, places = encoder.encode(self._ids[lane].take(), draft, options, store)
+        def store(name: str, message: Message, readers: Sequence[str], options: SubmitOptions) -> Place | None:
+            patience_s = 0.0 if options.durable else min(options.wait_s, self.room_s)
+            place = self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
+            places.extend(() if place is None else (place,))
+            return place
+
+        try:
+            job, blobs = encoder.encode(self._ids[lane].take(), draft, options, store)
+        except BaseException:
+            if self._placer.writer is not None:
+                self._placer.writer.free(places)
+            raise
         return Item(draft, job, JobFuture(self._source, job.id, encoder.ref), blobs, places)
 
     def _settle_places(self, items: Iterable[Item], statuses: str | None) -> None:

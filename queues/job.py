@@ -64,7 +64,7 @@ class Ref:
     @classmethod
     def of(cls, name: str, nbytes: int, place: Place | None = None, *, in_redis: bool = True) -> Ref:
         """The ref of so many bytes; in Redis they lie in chunks of CHUNK_BYTES."""
-        return cls(name, max(1, -(-nbytes // CHUNK_BYTES)) if in_redis else 0, nbytes, place)
+        return cls(name, _chunks_of(nbytes) if in_redis else 0, nbytes, place)
 
     @property
     def column(self) -> str:
@@ -97,6 +97,10 @@ class Ref:
 Packed = bytes | Ref
 
 
+def _chunks_of(nbytes: int) -> int:
+    return max(1, -(-nbytes // CHUNK_BYTES))
+
+
 def _default(value: object) -> msgpack.ExtType:
     if isinstance(value, Ref):
         return msgpack.ExtType(_REF_CODE, msgpack.packb((value.name, value.chunks, value.nbytes, *(value.place or ()))))
@@ -110,6 +114,8 @@ def _ext_hook(code: int, data: bytes) -> Ref:
     types = [type(p) for p in parts] if isinstance(parts, list) else []
     in_redis, in_arena = types[:3] == [str, int, int] and parts[1] > 0, types[3:] == [int, str, int, int, int, int]
     sound = types[:3] == [str, int, int] and (in_redis or in_arena) and (in_arena or not types[3:])
+    # As many chunks as the bytes take: whoever reads them asks for each.
+    sound = sound and parts[2] < 1 << 32 and parts[1] in (0, _chunks_of(parts[2]))
     if not sound or any(type(p) is int and p < 0 for p in parts) or (in_arena and not _BLOB.fullmatch(parts[0])):
         raise DecodeError("payload holds a malformed ref", length=len(data))
     return Ref(parts[0], parts[1], parts[2], Place(*parts[3:]) if in_arena else None)
@@ -257,6 +263,11 @@ class Entry(NamedTuple):
     @property
     def job_id(self) -> str:
         return self.packed[:-1].decode()
+
+    @property
+    def restarted(self) -> bool:
+        """Whether it was restarted since bytes of it were lost: its generation is not the first."""
+        return self.packed[-1] > 128
 
 
 def split_entries(packed: bytes) -> list[bytes]:

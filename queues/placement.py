@@ -17,7 +17,7 @@ import redis
 
 from torchrelay.config.graph import Graph
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerUnavailable, ConfigError
+from torchrelay.errors import BrokerUnavailable, ConfigError, TorchrelayError
 from torchrelay.queues.arena.home import ArenaHome, unsupported
 from torchrelay.queues.arena.segment import MAX_EDGES
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter, Wanted
@@ -30,8 +30,9 @@ HOSTS_EVERY_S = 2.0
 _PAUSE_S = 0.001
 
 Where = Literal["arena", "cache", "result", "remote", "full"]
-"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last, `remote` as a reader
-is, or may be, on another host, `full` as there was no room."""
+"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last (it is
+the result's, or of a job that lost bytes before), `remote` as a reader is, or may be, on another host, `full` as there
+was no room."""
 MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full")
 
 
@@ -63,9 +64,11 @@ def wanted_by(registry: Registry) -> Wanted:
     """Asks the lanes which blocks jobs still wait for."""
 
     def wanted(lane: int, names: Sequence[str]) -> Sequence[bool]:
+        if lane >= len(registry.lanes):
+            return [False] * len(names)  # a dead process's memory may say anything
         try:
             return run(registry.client, registry.lanes[lane].holders(names))
-        except (redis.RedisError, OSError) as error:
+        except (TorchrelayError, redis.RedisError, OSError) as error:
             raise BrokerUnavailable(str(error)) from error
 
     return wanted
@@ -74,7 +77,8 @@ def wanted_by(registry: Registry) -> Wanted:
 class Placer:
     """Finds places for the columns that one process makes. `counts` holds bytes by decision; see `Where`.
 
-    `before_waiting` is called before it waits for room: what the caller has not sent yet holds blocks, too.
+    `before_waiting` is called before it waits for room: what the caller has not sent yet holds blocks, too. `rest` is
+    how it waits, so many seconds at a time.
     """
 
     def __init__(self, registry: Registry, writer: ArenaWriter | None) -> None:
@@ -82,6 +86,7 @@ class Placer:
         self.counts: Counter[str] = Counter()
         self._registry = registry
         self.before_waiting: Callable[[], object] = int
+        self.rest: Callable[[float], object] = time.sleep
         self._hosts: dict[str, set[str]] = {}
         self._hosts_at = -HOSTS_EVERY_S
         self._impatient_until = 0.0
@@ -126,7 +131,7 @@ class Placer:
         self.before_waiting()
         deadline = time.monotonic() + patience_s
         while place is None and time.monotonic() < deadline:
-            time.sleep(_PAUSE_S)
+            self.rest(_PAUSE_S)
             place = writer.put(name, lane, message, edges)
         if place is None:
             # They do not just now: waiting for each column anew would only add up.
@@ -160,10 +165,14 @@ def readers_of(graph: Graph, ref: str, column: str, maker: int) -> list[str]:
 
 
 def edge_of(graph: Graph, column: str, maker: int, reader: int) -> int | None:
-    """Which of a block's edges is this reader's; None when it has none."""
-    consumers = graph.consumers(column, maker)
+    """Which of a block's edges is this reader's; None when it has none, or the ref that says so is forged."""
+    try:
+        consumers = graph.consumers(column, maker)
+    except (IndexError, ValueError):
+        return None
     bit = 1 << (reader - 1)
-    return (consumers & (bit - 1)).bit_count() if consumers & bit else None
+    edge = (consumers & (bit - 1)).bit_count()
+    return edge if consumers & bit and edge < MAX_EDGES else None
 
 
 def host_text(host: int) -> str:

@@ -97,6 +97,19 @@ def arena_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB in memory."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False) if os.getuid() == 0 else None
+    if made is None or made.returncode:
+        pytest.skip(f"may not mount a tmpfs here: {'not root' if made is None else made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture(autouse=True)
 def no_shared_memory_left(arena_dir: Path) -> Iterator[None]:
     """Whatever a test does, and whoever dies in it: once its processes are gone, so is their shared memory."""

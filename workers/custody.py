@@ -35,7 +35,8 @@ def makers_of(gone: Iterable[Read]) -> int:
     """The mask of the nodes that made these, as `lost` takes it; what came with the input counts for nothing there."""
     mask = 0
     for read in gone:
-        mask |= 1 << (read.maker - 1) if read.maker else 0
+        # A forged ref may name any maker; the mask has 32 bits.
+        mask |= 1 << (read.maker - 1) if 0 < read.maker <= 32 else 0
     return mask
 
 
@@ -92,10 +93,14 @@ class Custody:
             self._writer.free(made)
 
     def close(self) -> None:
-        """Frees what was made for jobs that nobody settled, and removes what this process kept in shared memory."""
-        for key in list(self._in_hand):
-            self.settle(key[0], [key[1]])
+        """Removes what this process kept in shared memory, but for what jobs wait for.
+
+        What was made for jobs that nobody settled may have been committed by a commit whose answer never came: the
+        server is asked, and its keeper later, where the server is away.
+        """
         if self._reader is not None:
             self._reader.close()
         if self._writer is not None:
+            self._writer.publish(place for entry in self._in_hand.values() for place in entry.made)
             self._writer.close()
+        self._in_hand.clear()

@@ -37,6 +37,8 @@ class StageLoop:
                     if taken.ready:
                         self._compute(taken.ready)
                 parts.committer.flush()
+                self._around.memory.tend_written()
+                self._around.memory.tend_read()
             parts.status.report(progress.DRAINING)
             parts.settler.turned_away(intake.surrender())
             parts.committer.drain()
@@ -50,8 +52,6 @@ class StageLoop:
         parts = self._parts
         parts.committer.drain()
         parts.status.report()
-        if parts.claimer.idle():
-            self._around.memory.tend()
 
     def _compute(self, works: list[Work[Held]]) -> None:
         parts = self._parts

@@ -33,7 +33,6 @@ _LEAVING = 8
 _SWITCH_S = 0.0002
 _JOIN_S = 0.005
 _IDLE_S = 0.5
-_TEND_S = 1.0
 
 Works = list[Work[Held]]
 
@@ -118,6 +117,7 @@ class OverlappedLoop:
         parts, intake = self._parts, self._parts.intake(lambda: parts.status.report())
         while not self._stopping():
             parts.load_scripts()
+            self._around.memory.tend_read()
             taken = intake.next_batch()
             if taken is None:
                 continue
@@ -218,7 +218,6 @@ class OverlappedLoop:
 
     def _let_out(self) -> None:
         parts = self._parts
-        tend_at = time.monotonic() + _TEND_S
         while not self._leaving.over:
             leaving = self._leaving.get(_JOIN_S if parts.committer.waiting else _IDLE_S)
             if leaving is None:
@@ -232,9 +231,7 @@ class OverlappedLoop:
                 parts.settler.settle(leaving.group)
             parts.commits.poll()
             parts.committer.flush()
-            if time.monotonic() >= tend_at:
-                tend_at = time.monotonic() + _TEND_S
-                self._around.memory.tend()
+            self._around.memory.tend_written()
         parts.status.report(progress.DRAINING)
         parts.committer.drain()
 

@@ -1,4 +1,5 @@
-"""Repeats plain, idempotent commands while the server is away, as the channel does with transitions."""
+"""Repeats plain, idempotent commands while the server is away, as the channel does with transitions; and what comes due
+every so often."""
 
 from __future__ import annotations
 
@@ -11,6 +12,21 @@ from torchrelay.queues.channel import LOST
 
 T = TypeVar("T")
 PATIENCE_S = 30.0
+
+
+class Every:
+    """Says, when asked often, that so many seconds are over again."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
 
 
 def patiently(act: Callable[[], T]) -> T:

@@ -59,13 +59,8 @@ class Settler:
         given_up: list[Held] = []
         lost: list[tuple[Held, int]] = []
         for work, outcome in group:
-            gone = self._custody.gone(work.job)
-            if gone:
+            if not self._intact(work.job, lost, given_up):
                 # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
-                if all(read.durable for read in gone):
-                    given_up.append(work.job)
-                else:
-                    lost.append((work.job, makers_of(gone)))
                 continue
             if isinstance(outcome, Failed):
                 failed.append(self._charge(work.job, outcome))
@@ -84,16 +79,27 @@ class Settler:
             if large:
                 blobs.setdefault(work.job.lane, {}).update(large)
                 later.append((work.job, output))
-            else:
+            elif self._intact(work.job, lost, given_up):
                 self._committer.commit(work.job, output)
         self._storage.write(blobs)
         for job, output in later:
-            self._committer.commit(job, output)
+            if self._intact(job, lost, given_up):
+                self._committer.commit(job, output)
         self._lose(lost)
         if failed:
             self._fail(failed)
         if given_up:
             self._committer.release(given_up)
+
+    def _intact(self, job: Held, lost: list[tuple[Held, int]], given_up: list[Held]) -> bool:
+        """Whether what the job read is still what it was; asked again once its outputs, which may be views of that,
+        were copied."""
+        gone = self._custody.gone(job)
+        if gone and all(read.durable for read in gone):
+            given_up.append(job)
+        elif gone:
+            lost.append((job, makers_of(gone)))
+        return not gone
 
     def _fail(self, failed: Sequence[Charge]) -> None:
         self._claimer.expect(self._committer.fail(failed))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import redis
@@ -35,12 +35,12 @@ from torchrelay.workers.claimer import Held
 from torchrelay.workers.custody import Custody, Read
 from torchrelay.workers.edge import Edge
 from torchrelay.workers.node import NodeContext
-from torchrelay.workers.patience import patiently
+from torchrelay.workers.patience import Every, patiently
 from torchrelay.workers.pins import pins_for
 from torchrelay.workers.work import Closed
 
 _ENDED_EVERY_S = 0.5
-
+_TEND_EVERY_S = 1.0
 
 # How long a full arena is waited for before a column goes to Redis.
 _PATIENCE_S = 1.0
@@ -52,6 +52,8 @@ class SharedMemory:
 
     placer: Placer
     reader: ArenaReader | None = None
+    _write_every: Every = field(default_factory=lambda: Every(_TEND_EVERY_S))
+    _read_every: Every = field(default_factory=lambda: Every(_TEND_EVERY_S))
 
     @classmethod
     def open(cls, registry: Registry, settings: Settings, pinned_for: str = "") -> SharedMemory:
@@ -72,10 +74,15 @@ class SharedMemory:
         """Bytes of columns by where they went, in the order of MOVED."""
         return tuple(self.placer.counts[where] for where in MOVED)
 
-    def tend(self) -> None:
-        """What an idle worker does for its arena."""
-        if self.placer.writer is not None:
+    def tend_written(self) -> None:
+        """What a worker does about once a second, busy or idle, for what it wrote; call it as often as you like."""
+        if self.placer.writer is not None and self._write_every.due():
             self.placer.writer.tend()
+
+    def tend_read(self) -> None:
+        """The same for what it maps, on the thread that reads."""
+        if self.reader is not None and self._read_every.due():
+            self.reader.tend()
 
 
 class Storage:
@@ -132,7 +139,9 @@ class Storage:
         blobs: dict[str, Message] = {}
         for column, message in large.items():
             name = f"{held.entry.job_id}.{node.index}.{held.fence}.{column}"
-            place = self._placer.put(name, held.lane, message, self._readers_of(column), patience_s=_PATIENCE_S)
+            # What was lost once is not entrusted to one host again: a reader elsewhere would restart it for ever.
+            readers = () if held.entry.restarted else self._readers_of(column)
+            place = self._placer.put(name, held.lane, message, readers, patience_s=_PATIENCE_S)
             if place is not None:
                 self._custody.makes(held, place)
             else:

@@ -20,7 +20,7 @@ import redis
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import BrokerError, DeviceError, StageLoadError, WorkerError
+from torchrelay.errors import BrokerError, ConfigError, DeviceError, StageLoadError, WorkerError
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.job import Failure
@@ -145,7 +145,7 @@ class Supervisor:
         self._keep_at = time.monotonic() + _KEEP_S
         try:
             self._keeper.close() if last else self._keeper.tick()
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             log.warning("shared memory of dead processes was not looked at: %s", error)
 
     def _pause(self, seconds: float) -> None:

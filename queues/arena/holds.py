@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrelay.queues.arena.locks import try_lock
+from torchrelay.queues.arena.locks import keep, let_go, try_lock
+from torchrelay.queues.arena.segment import is_own_file, remove
 from torchrelay.queues.keys import new_token
 
 MAX_HOLDS = 4096
@@ -38,10 +39,16 @@ class Holds:
         made = folder / f"{name}.new"
         self._path = folder / f"{name}{_SUFFIX}"
         self._descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try_lock(self._descriptor)
-        os.posix_fallocate(self._descriptor, 0, MAX_HOLDS * _WORDS * 8)
+        try:
+            try_lock(self._descriptor)
+            os.posix_fallocate(self._descriptor, 0, MAX_HOLDS * _WORDS * 8)
+        except OSError:
+            made.unlink()
+            os.close(self._descriptor)
+            raise
         # Under its name it is locked from the first moment: an owner that looks takes no new reader for a dead one.
         made.rename(self._path)
+        keep(self._descriptor)
         self._map = mmap.mmap(self._descriptor, 0)
         self._words = memoryview(self._map).cast("Q")
         self._free = list(range(MAX_HOLDS - 1, -1, -1))
@@ -80,22 +87,24 @@ class Holds:
         self._words.release()
         self._map.close()
         self._path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        let_go(self._descriptor)
 
 
 def blocks_in_use(folder: Path) -> set[BlockKey]:
     """What the living readers of this folder list; lists of dead readers are removed on the way."""
     found: set[BlockKey] = set()
     for path in folder.glob(f"*{_SUFFIX}"):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+        if not is_own_file(path):
             continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            continue  # its reader closed it meanwhile
         if try_lock(descriptor, shared=True):
-            path.unlink(missing_ok=True)
+            remove(path)
         else:
-            words = np.frombuffer(os.pread(descriptor, MAX_HOLDS * _WORDS * 8, 0), np.uint64)
-            pairs = words[: len(words) // _WORDS * _WORDS].reshape(-1, _WORDS)
+            listed = os.pread(descriptor, MAX_HOLDS * _WORDS * 8, 0)
+            pairs = np.frombuffer(listed[: len(listed) // (_WORDS * 8) * _WORDS * 8], np.uint64).reshape(-1, _WORDS)
             found.update((int(a), int(b)) for a, b in pairs[pairs[:, 1] != 0])
         os.close(descriptor)
     return found

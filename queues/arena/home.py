@@ -22,6 +22,7 @@ from pathlib import Path
 
 from torchrelay.errors import ConfigError
 
+_TOKEN_BYTES = 32
 ARENA_FREE_PART = 0.1
 """This part of the file system stays free, whatever is asked for."""
 
@@ -42,12 +43,25 @@ class ArenaHome:
         root = Path(base) / f"torchrelay-{os.getuid()}"
         try:
             _own_folder(root)
+            _make_token(root)
             host = _host_id(root)
             folder = root / namespace_id
             _own_folder(folder)
         except OSError as error:
             raise ConfigError(f"no arena in {root}: {error.strerror or error}; set TORCHRELAY_ARENA_BYTES=0") from error
         return cls(folder, host)
+
+    def keep(self) -> None:
+        """Says that the folder is in use, and makes it anew where it is gone: one unused for an hour is removed."""
+        _own_folder(self.folder)
+        os.utime(self.folder)
+
+    def is_there(self) -> bool:
+        """Whether the folder is there and this still is that host: somebody may have cleared the file system."""
+        try:
+            return self.folder.is_dir() and _host_id(self.folder.parent) == self.host
+        except (OSError, ConfigError):
+            return False
 
     def free_bytes(self) -> int:
         """How much more shared memory may be taken now: by the file system, and by the limit of this control group."""
@@ -79,22 +93,29 @@ def _own_folder(path: Path) -> None:
         raise ConfigError(f"{path} must be a folder of this user alone (mode 0700); remove it, or chmod 700 it")
 
 
-def _host_id(root: Path) -> int:
+def _make_token(root: Path) -> None:
     token = root / "host"
     fresh = root / f"host.{secrets.token_hex(8)}"
     if not token.exists():
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(descriptor, secrets.token_hex(16).encode())
-        os.close(descriptor)
         try:
+            os.write(descriptor, secrets.token_hex(_TOKEN_BYTES // 2).encode())
             os.link(fresh, token)  # whole or not at all, and the first one wins
         except FileExistsError:
             pass
         finally:
+            os.close(descriptor)
             fresh.unlink()
-    descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _host_id(root: Path) -> int:
+    token = root / "host"
+    descriptor = os.open(token, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         words = os.read(descriptor, 64)
+        if len(words) != _TOKEN_BYTES:
+            # Two hosts with half a token would take each other's memory for their own.
+            raise ConfigError(f"{token} is no host token; remove it")
         device = os.fstat(descriptor).st_dev
     finally:
         os.close(descriptor)
@@ -102,18 +123,25 @@ def _host_id(root: Path) -> int:
     return int.from_bytes(hashlib.blake2b(boot + words + str(device).encode(), digest_size=8).digest(), "little")
 
 
-def _control_group_headroom() -> int:
-    """Bytes below the memory limit of this control group (version 2), what it could drop at once not counted."""
-    folder = Path("/sys/fs/cgroup")
+def _control_group_headroom(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes below the memory limits of this control group (version 2) and of those above it, what they could drop at
+    once not counted."""
     try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-        # Inside a container the group's own folder is the root of what is mounted.
-        folder = folder / own if (folder / own / "memory.max").exists() else folder
-        limit = (folder / "memory.max").read_text().strip()
+        folder = root / own.read_text().strip().rpartition("::")[2].lstrip("/")
+    except (OSError, ValueError):
+        return sys.maxsize
+    # Inside a container the group's own folder is the root of what is mounted.
+    groups = [folder, *folder.parents]
+    return min(_headroom(group) for group in groups[: groups.index(root) + 1])
+
+
+def _headroom(group: Path) -> int:
+    try:
+        limit = (group / "memory.max").read_text().strip()
         if limit == "max":
             return sys.maxsize
-        used = int((folder / "memory.current").read_text())
-        stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text())
+        stats = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         # A tenth of the limit stays for everything else.
         return int(int(limit) * 0.9) - used + int(stats.get("inactive_file", 0))
     except (OSError, ValueError):

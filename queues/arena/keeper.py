@@ -12,22 +12,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrelay.queues.arena.holds import blocks_in_use
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.pool import BlockPool
-from torchrelay.queues.arena.segment import OwnerLock, Segment, segments_in
+from torchrelay.queues.arena.segment import OwnerLock, Segment, remove, segments_in
 from torchrelay.queues.arena.writer import Wanted, forget_unwanted
 
 log = logging.getLogger("torchrelay.arena")
 _ASK_EVERY_S = 1.0
 _ABANDONED_S = 3600.0
-_LOCK = re.compile(r"([0-9A-Za-z]{8})\.lock")
+_UNFINISHED_S = 60.0
+_OF_ARENA = re.compile(r"([0-9A-Za-z]{8})\.(?:lock|\d{1,6}\.ctl)")
 
 
 @dataclass(slots=True, eq=False)
 class _Adopted:
     owner: OwnerLock
     pool: BlockPool
-    ask_at: float = 0.0
+    ask_at: float
 
 
 class ArenaKeeper:
@@ -46,17 +48,22 @@ class ArenaKeeper:
     def tick(self) -> None:
         """Adopts what became ownerless, and removes what nobody waits for."""
         folder = self._home.folder
+        self._home.keep()
         for arena, numbers in segments_in(folder).items():
             if arena not in self._adopted:
                 self._adopt(arena, numbers)
         for arena, adopted in list(self._adopted.items()):
             self._drain(arena, adopted)
-        _remove_stray_locks(folder)
+        blocks_in_use(folder)  # the lists of dead readers go
+        _remove_strays(folder)
         _remove_abandoned(folder)
 
     def close(self) -> None:
         """A last look, then lets go: what is still waited for stays for the next keeper."""
         self.tick()
+        for arena, adopted in list(self._adopted.items()):
+            adopted.ask_at = 0.0
+            self._drain(arena, adopted)
         for adopted in self._adopted.values():
             adopted.owner.give(remove=False)
         self._adopted.clear()
@@ -71,12 +78,13 @@ class ArenaKeeper:
             if segment is None:
                 # Half made when its owner died, or no segment at all.
                 for path in self._home.folder.glob(f"{arena}.{number}.*"):
-                    path.unlink(missing_ok=True)
+                    remove(path)
                 continue
             pool.adopt(segment)
-        (self._home.folder / f"{arena}.orphan").unlink(missing_ok=True)
+        remove(self._home.folder / f"{arena}.orphan")
         log.info("took over the shared memory of a dead process (%d MiB)", pool.nbytes >> 20)
-        self._adopted[arena] = _Adopted(owner, pool)
+        # The owner's last commit may still lie in the server's socket: asked at once, it would know nothing of it.
+        self._adopted[arena] = _Adopted(owner, pool, time.monotonic() + _ASK_EVERY_S)
 
     def _drain(self, arena: str, adopted: _Adopted) -> None:
         pool = adopted.pool
@@ -92,21 +100,28 @@ class ArenaKeeper:
             del self._adopted[arena]
 
 
-def _remove_stray_locks(folder: Path) -> None:
-    """Locks of owners that died before their first segment, or between its removal and theirs."""
+def _remove_strays(folder: Path) -> None:
+    """What lies there of arenas without data: their owners died before their first segment, or at the end."""
     known = segments_in(folder)
-    for path in folder.glob("*.lock"):
-        match = _LOCK.fullmatch(path.name)
+    strays: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        match = _OF_ARENA.fullmatch(path.name)
         if match and match[1] not in known:
-            lock = OwnerLock(folder, match[1])
-            if lock.take(make=False):
-                lock.give(remove=match[1] not in segments_in(folder))
+            strays.setdefault(match[1], []).append(path)
+        elif path.suffix == ".new" and _age_s(path) > _UNFINISHED_S:
+            remove(path)
+    for arena, paths in strays.items():
+        lock = OwnerLock(folder, arena)
+        if lock.take():
+            for path in paths:
+                remove(path)
+            lock.give(remove=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Arenas of other namespaces that nobody has owned for an hour: their servers, or their jobs, are gone."""
     for other in folder.parent.iterdir():
-        if other == folder or not other.is_dir():
+        if other == folder or other.is_symlink() or not other.is_dir():
             continue
         for arena, numbers in segments_in(other).items():
             lock = OwnerLock(other, arena)
@@ -114,20 +129,24 @@ def _remove_abandoned(folder: Path) -> None:
                 continue
             # The first keeper that finds it without an owner notes when; a keeper of its own namespace adopts it.
             note = other / f"{arena}.orphan"
-            note.touch(mode=0o600, exist_ok=True)
-            stale = note.stat().st_mtime < time.time() - _ABANDONED_S
+            if not note.exists():
+                note.touch(mode=0o600)
+            stale = _age_s(note) > _ABANDONED_S
             for path in [p for n in numbers for p in other.glob(f"{arena}.{n}.*")] if stale else ():
-                path.unlink(missing_ok=True)
+                remove(path)
             if stale:
-                note.unlink(missing_ok=True)
+                remove(note)
             lock.give(remove=stale)
-        _remove_unused(other)
+        if _age_s(other) > _ABANDONED_S:
+            try:
+                other.rmdir()
+            except OSError:
+                pass  # something lies there
 
 
-def _remove_unused(folder: Path) -> None:
-    """A namespace's folder in which nothing has lain for an hour."""
-    if folder.stat().st_mtime < time.time() - _ABANDONED_S:
-        try:
-            folder.rmdir()
-        except OSError:
-            pass  # something lies there
+def _age_s(path: Path) -> float:
+    """Seconds since it was changed; 0 where it is gone."""
+    try:
+        return time.time() - path.lstat().st_mtime
+    except OSError:
+        return 0.0

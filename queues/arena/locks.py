@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+_kept: set[int] = set()
+
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Whether this process holds the lock now; it is gone with the last copy of the descriptor."""
@@ -13,3 +17,25 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def keep(descriptor: int) -> None:
+    """A forked child gives its copy of this lock back, so that it does not outlive the process that took it."""
+    _kept.add(descriptor)
+
+
+def let_go(descriptor: int) -> None:
+    """Closes a descriptor that was kept; nothing in a forked child, where that number may be another file's."""
+    if descriptor in _kept:
+        _kept.discard(descriptor)
+        os.close(descriptor)
+
+
+def _forked() -> None:
+    for descriptor in _kept:
+        os.close(descriptor)
+    _kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

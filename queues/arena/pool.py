@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from torchrelay.queues.arena.holds import block_key, blocks_in_use
-from torchrelay.queues.arena.segment import FIRST_RELEASE, KIND_CACHE, MAX_EDGES, READY, SLOT_WORDS, Segment
+from torchrelay.queues.arena.segment import (
+    FIRST_RELEASE,
+    KIND_CACHE,
+    MAX_EDGES,
+    MAX_NAME_BYTES,
+    READY,
+    SLOT_WORDS,
+    WRITING,
+    Segment,
+)
 from torchrelay.queues.arena.space import PAGE_BYTES, Space, pages_of
 
 _EDGES = np.arange(MAX_EDGES, dtype=np.uint64)
@@ -84,20 +93,21 @@ class BlockPool:
         self._parts.append(_Part(segment, Space(segment.nbytes // PAGE_BYTES), slots, {}))
 
     def adopt(self, segment: Segment) -> None:
-        """Takes a dead owner's segment in: blocks that it had finished live on, half-written ones go."""
+        """Takes a dead owner's segment in: blocks that it had finished live on; half-written ones, and whatever else
+        is no block (the words may hold anything), end."""
         part = _Part(segment, Space(segment.nbytes // PAGE_BYTES), [], {})
         self._parts.append(part)
         for slot in range(segment.slots - 1, -1, -1):
             generation, state, offset, size, name_length, stamp = segment.words[slot * SLOT_WORDS :][:6]
+            if generation % 2 == 0:
+                continue
             pages, first = pages_of(size + name_length), offset // PAGE_BYTES
-            if generation % 2 == 0 or not part.space.claim(first, pages):
-                part.free_slots.append(slot)
+            sound = state & 0xFF == READY and offset % PAGE_BYTES == 0 and name_length <= MAX_NAME_BYTES
+            if not sound or not part.space.claim(first, pages):
+                segment.words[slot * SLOT_WORDS] = _after(generation)
                 continue
             kind, made_ms = state >> 8 & 0xFF, stamp & (1 << 48) - 1
-            block = Block(part, slot, generation, first, pages, size, kind, stamp >> 48, made_ms, True)
-            part.live[slot] = block
-            if state & 0xFF != READY:
-                self.retire(block)
+            part.live[slot] = Block(part, slot, generation, first, pages, size, kind, stamp >> 48, made_ms, True)
 
     def take(self, nbytes: int) -> Block | None:
         """A run of pages and a slot, under a new odd generation, with nothing in it yet; None where none is free."""
@@ -109,6 +119,8 @@ class BlockPool:
             slot = part.free_slots.pop()
             at = slot * SLOT_WORDS
             generation = part.segment.words[at] + 1
+            # First: what the words say of the last block must never stand under the new generation as ready.
+            part.segment.words[at + 1] = WRITING
             part.segment.words[at] = generation
             block = Block(part, slot, generation, first, pages, 0, 0, 0, now_ms())
             part.live[slot] = block
@@ -135,7 +147,7 @@ class BlockPool:
 
     def _end(self, block: Block) -> None:
         del block.part.live[block.slot]
-        block.part.segment.words[block.slot * SLOT_WORDS] = block.generation + 1
+        block.part.segment.words[block.slot * SLOT_WORDS] = _after(block.generation)
 
     def _give(self, block: Block) -> None:
         block.part.space.give(block.first_page, block.pages)
@@ -188,6 +200,10 @@ class BlockPool:
 
     def segments(self) -> Iterable[Segment]:
         return [part.segment for part in self._parts]
+
+
+def _after(generation: int) -> int:
+    return generation + 1 & (1 << 64) - 1
 
 
 def _released(part: _Part) -> list[int]:

@@ -60,14 +60,26 @@ class ArenaReader:
         segment = self._segment(place)
         if segment is None or not _is_block(segment, place, nbytes):
             return None
-        if self._holds is None:
-            self._holds = Holds(self._home.folder)
-        if not self._holds.add(_key(place)):
-            return None
+        # Without a place on the list a block that is taken back may change sooner, which `intact` tells all the same.
+        holds = self._listing()
+        if holds is not None:
+            holds.add(_key(place))
         if not self.intact(place):
-            self._holds.drop(_key(place))
+            self.drop(place)
             return None
         return memoryview(segment.data)[place.offset : place.offset + nbytes].toreadonly()
+
+    def _listing(self) -> Holds | None:
+        if self._holds is None:
+            try:
+                self._holds = Holds(self._home.folder)
+            except OSError as error:
+                log.debug("what is read is not listed as in use: %s", error)
+        return self._holds
+
+    def tend(self) -> None:
+        """Gives back the memory of segments whose owners removed them; by the thread that calls `view`."""
+        self._forget_removed()
 
     def segment(self, place: Place) -> Segment | None:
         """The mapped segment of a block that `view` gave."""

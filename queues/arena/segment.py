@@ -20,6 +20,7 @@ whoever touches it.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrelay.queues.arena.locks import try_lock
+from torchrelay.queues.arena.locks import keep, let_go, try_lock
 from torchrelay.queues.arena.space import PAGE_BYTES
 
 MAGIC = 0x54524152454E4131
@@ -39,6 +40,7 @@ SLOT_BYTES = 128
 SLOT_WORDS = SLOT_BYTES // 8
 FIRST_RELEASE = 8
 MAX_EDGES = 8
+MAX_NAME_BYTES = 4096
 MAX_SEGMENT_BYTES = 1 << 40
 WRITING, READY = 0, 1
 KIND_ONLY, KIND_CACHE = 0, 1
@@ -70,9 +72,27 @@ def segments_in(folder: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path in folder.glob("*.data"):
         match = _NAME.fullmatch(path.name)
-        if match:
+        # A link, a folder or a pipe of such a name is nobody's segment.
+        if match and is_own_file(path):
             found.setdefault(match[1], []).append(int(match[2]))
     return found
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this very path is a regular file of this user."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+
+
+def remove(path: Path) -> None:
+    """Removes a file that may be gone already, or be none."""
+    try:
+        path.unlink()
+    except OSError:
+        pass  # gone already, or a folder that somebody else put there
 
 
 @dataclass(slots=True, eq=False)
@@ -96,13 +116,14 @@ class Segment:
         """Makes both files, with all their pages in place. Raises OSError without room for them, and leaves nothing."""
         nbytes -= nbytes % PAGE_BYTES
         slots = max(64, nbytes // (4 * PAGE_BYTES))
-        paths = (control_path(folder, arena, number), data_path(folder, arena, number))
+        # In this order, and removed in the other: there is never a control file alone, which nobody would look for.
+        paths = (data_path(folder, arena, number), control_path(folder, arena, number))
         descriptors: list[int] = []
         try:
-            for path, size in zip(paths, (HEADER_BYTES + slots * SLOT_BYTES, nbytes), strict=True):
+            for path, size in zip(paths, (nbytes, HEADER_BYTES + slots * SLOT_BYTES), strict=True):
                 descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
                 os.posix_fallocate(descriptors[-1], 0, size)
-            control, data = (mmap.mmap(descriptor, 0) for descriptor in descriptors)
+            data, control = (mmap.mmap(descriptor, 0) for descriptor in descriptors)
         except OSError:
             for path in paths[: len(descriptors)]:
                 path.unlink(missing_ok=True)
@@ -134,6 +155,9 @@ class Segment:
                 found = os.fstat(descriptors[-1])
                 if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
                     return None
+                # With holes it would kill whoever touches them when the file system is full.
+                if found.st_size > MAX_SEGMENT_BYTES or found.st_blocks * 512 < found.st_size:
+                    return None
             control = mmap.mmap(descriptors[0], 0)
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             data = mmap.mmap(descriptors[1], 0, prot=protection)
@@ -146,7 +170,7 @@ class Segment:
             return None
         with memoryview(control)[:HEADER_BYTES].cast("Q") as header:
             magic, slots, nbytes = header[0], header[1], header[2]
-        if magic != MAGIC or nbytes != len(data) or HEADER_BYTES + slots * SLOT_BYTES != len(control):
+        if magic != MAGIC or slots == 0 or nbytes != len(data) or HEADER_BYTES + slots * SLOT_BYTES != len(control):
             return None
         return cls._of(arena, number, data, control, slots)
 
@@ -161,6 +185,10 @@ class Segment:
         at = slot * SLOT_WORDS
         start = self.words[at + 2] + self.words[at + 3]
         return bytes(self.data[start : start + self.words[at + 4]]).decode("utf-8", "replace")
+
+    def is_there(self, folder: Path) -> bool:
+        """Whether who has not mapped it yet can."""
+        return data_path(folder, self.arena, self.number).exists()
 
     def unlink(self, folder: Path) -> None:
         """Removes its files; mappings of others live on."""
@@ -182,17 +210,26 @@ class OwnerLock:
             descriptor = os.open(self._path, flags, 0o600)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                return False  # no lock of ours: nobody can own that arena
+            raise
         # Its last owner may have removed it between the opening and the lock.
         if not try_lock(descriptor) or os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             return False
         self._descriptor = descriptor
+        keep(descriptor)
         return True
+
+    def is_there(self) -> bool:
+        """Whether the lock that is held still has its name: another could take one of that name else."""
+        return os.fstat(self._descriptor).st_nlink > 0
 
     def give(self, *, remove: bool) -> None:
         """Lets go; with `remove`, nothing of the arena is left to own."""
         if self._descriptor >= 0:
             if remove:
                 self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
+            let_go(self._descriptor)
             self._descriptor = -1

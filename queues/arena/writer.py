@@ -8,6 +8,7 @@ returns None, and the caller waits or writes to Redis instead.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torchrelay.queues.arena.segment import (
     KIND_CACHE,
     KIND_ONLY,
     MAX_EDGES,
+    MAX_NAME_BYTES,
     READY,
     SLOT_WORDS,
     WRITING,
@@ -38,6 +40,8 @@ _ASK_EVERY_MS = 250
 _GROW_EVERY_MS = 100
 _COLLECT_EVERY_BYTES = 4 << 20
 _ASK_AT_ONCE = 256
+# A segment may be smaller than the first one should be, where there is less room (64 MB in a container by default).
+_SMALLEST_PART = 8
 
 Wanted = Callable[[int, Sequence[str]], Sequence[bool]]
 """Of a lane's blocks, by name: whether Redis still waits for each. Raises BrokerError when it cannot be asked."""
@@ -57,6 +61,8 @@ class ArenaWriter:
 
     def __init__(self, home: ArenaHome, limits: ArenaLimits, wanted: Wanted) -> None:
         self._home = home
+        self._pid = os.getpid()
+        self._gone = False
         self._limits = limits
         self._wanted = wanted
         self._pool = BlockPool(home.folder)
@@ -65,6 +71,7 @@ class ArenaWriter:
         self._owner: OwnerLock | None = None
         self._segments_made = 0
         self._ask_again_ms = 0
+        self._look_again_ms = 0
         self._no_growth_until_ms = 0
         self._fresh_bytes = 0
 
@@ -93,8 +100,10 @@ class ArenaWriter:
             cache: whether Redis holds the same bytes: such a block may go whenever nobody is reading it.
         """
         tail = name.encode()
-        if edges > MAX_EDGES or len(message) + len(tail) > self.max_bytes:
+        if edges > MAX_EDGES or len(tail) > MAX_NAME_BYTES or len(message) + len(tail) > self.max_bytes:
             return None
+        if self._gone or os.getpid() != self._pid:
+            return None  # a forked child has a copy of this object, and no arena
         with self._lock:
             block = self._room_for(len(message) + len(tail), cache)
             if block is None:
@@ -109,8 +118,13 @@ class ArenaWriter:
                 words[at + FIRST_RELEASE + edge] = 0
         # Outside the lock: the block is this thread's alone until it is ready.
         room = memoryview(block.part.segment.data)[block.offset : block.offset + len(message) + len(tail)]
-        copy_into(message, room)
-        room[len(message) :] = tail
+        try:
+            copy_into(message, room)
+            room[len(message) :] = tail
+        except BaseException:
+            with self._lock:
+                self._pool.free(block)
+            raise
         words[at + 1] = READY | block.kind << 8 | edges << 16
         segment = block.part.segment
         return Place(self._home.host, segment.arena, segment.number, block.slot, block.generation, block.offset)
@@ -128,6 +142,8 @@ class ArenaWriter:
                 self._pool.free(block)
 
     def _mine(self, places: Iterable[Place]) -> list[Block]:
+        if os.getpid() != self._pid:
+            return []
         found = (self._pool.find(p.segment, p.slot, p.generation) for p in places if p.arena == self._arena)
         return [block for block in found if block is not None]
 
@@ -164,8 +180,8 @@ class ArenaWriter:
         size = min(limits.first_segment_bytes << self._segments_made, limits.segment_bytes)
         while size < nbytes + PAGE_BYTES:
             size *= 2
-        size = min(size, limits.segment_bytes, limits.nbytes - self._pool.nbytes)
-        if size < nbytes or size > self._home.free_bytes():
+        size = min(size, limits.segment_bytes, limits.nbytes - self._pool.nbytes, self._home.free_bytes())
+        if size < max(nbytes, limits.first_segment_bytes // _SMALLEST_PART):
             self._no_growth_until_ms = now_ms() + _GROW_EVERY_MS
             return False
         try:
@@ -194,18 +210,44 @@ class ArenaWriter:
 
     def tend(self) -> None:
         """What can wait until there is time: takes back what is old and unwanted, and gives unused segments back."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
+            if not self._is_reachable():
+                self._renounce()
             self._pool.collect()
-            old_ms = now_ms() - _OLD_MS
-            if any(block.made_ms < old_ms for block in self._pool.blocks()):
+            now = now_ms()
+            # Thousands may wait for long, and each is asked about: no more often than it takes to grow old.
+            if now >= self._look_again_ms and any(b.made_ms < now - _OLD_MS for b in self._pool.blocks()):
+                self._look_again_ms = now + _OLD_MS
                 self._forget_unwanted()
             for segment in self._pool.drop_empty(keep=1):
                 segment.unlink(self._home.folder)
 
+    def _is_reachable(self) -> bool:
+        if self._owner is None:
+            return True
+        files = self._owner.is_there() and all(s.is_there(self._home.folder) for s in self._pool.segments())
+        return files and self._home.is_there()
+
+    def _renounce(self) -> None:
+        """Somebody removed its files: who has mapped them reads on; nothing is put there, where no other could read it.
+
+        Without the lock's file a keeper would take it for a dead process's arena. So another one is begun, if this
+        still is the host that it was.
+        """
+        log.warning("files of shared memory were removed under a living process; it lets go of %s", self._arena)
+        assert self._owner is not None  # it is reachable else
+        for segment in self._pool.segments():
+            segment.unlink(self._home.folder)
+        self._owner.give(remove=self._owner.is_there())
+        self._owner, self._arena, self._pool = None, "", BlockPool(self._home.folder)
+        self._gone = not self._home.is_there()
+
     def close(self) -> None:
         """Removes what nobody waits for. The rest is left to be taken over: readers of this host go on with it."""
         with self._lock:
-            if self._owner is None:
+            if self._owner is None or os.getpid() != self._pid:
                 return
             self._pool.collect()
             for block in self._pool.blocks():
@@ -215,14 +257,15 @@ class ArenaWriter:
             for segment in self._pool.drop_empty():
                 segment.unlink(self._home.folder)
             self._owner.give(remove=not list(self._pool.segments()))
-            self._owner = None
+            # Its keeper's now: nothing may be put there any more.
+            self._owner, self._pool = None, BlockPool(self._home.folder)
 
 
 def forget_unwanted(pool: BlockPool, wanted: Wanted) -> int:
     """Retires the published blocks that Redis does not wait for; nothing while it cannot be asked. Returns how many."""
     by_lane: dict[int, list[Block]] = {}
     for block in pool.blocks():
-        if block.published and block.kind != KIND_CACHE:
+        if block.published:
             by_lane.setdefault(block.lane, []).append(block)
     gone = 0
     for lane, blocks in by_lane.items():

@@ -196,11 +196,16 @@ def test_segments_grow_within_the_limit_and_go_when_empty(home: ArenaHome, write
 def test_no_segment_is_made_that_would_fill_the_file_system(
     home: ArenaHome, server_of_blocks: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the host has less room than a segment takes, there is no arena, and nothing stays behind."""
-    monkeypatch.setattr(ArenaHome, "free_bytes", lambda self: MIB // 2)
+    """A segment is as large as there is room for; where there is next to none, there is no arena, and nothing stays."""
+    monkeypatch.setattr(ArenaHome, "free_bytes", lambda self: MIB // 16)
     writer = ArenaWriter(home, ArenaLimits(4 * MIB, MIB, 2 * MIB), server_of_blocks)
     assert writer.put("x", 0, bytes(8192), 1) is None
     assert list(home.folder.iterdir()) == []
+    monkeypatch.setattr(ArenaHome, "free_bytes", lambda self: MIB // 2)
+    writer = ArenaWriter(home, ArenaLimits(4 * MIB, MIB, 2 * MIB), server_of_blocks)
+    assert writer.put("x", 0, bytes(8192), 1) is not None
+    assert [p.stat().st_size for p in home.folder.glob("*.data")] == [MIB // 2]
+    writer.close()
 
 
 def test_a_closed_writers_wanted_blocks_live_on(
