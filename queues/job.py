@@ -61,6 +61,9 @@ class Ref:
     nbytes: int
     place: Place | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # no two are of one name, and the other fields take longer
+
     @classmethod
     def of(cls, name: str, nbytes: int, place: Place | None = None, *, in_redis: bool = True) -> Ref:
         """The ref of so many bytes; in Redis they lie in chunks of CHUNK_BYTES."""

@@ -82,11 +82,13 @@ class Assembler(Generic[J]):
         parsed: list[_Parsed[J]] = []
         for incoming in batch:
             try:
-                work = self._open_shortly(incoming) if self._short and not incoming.keep and not parsed else None
-                if work is not None:
-                    opened.ready.append(work)
-                else:
+                brief = self._brief(incoming) if self._short and not incoming.keep else None
+                if brief is None:
                     parsed.append(self._parse(incoming))
+                elif parsed or brief.refs():
+                    parsed.append(brief)
+                else:
+                    opened.ready.append(self._decode_shortly(brief, {}) or self._decode(brief, {}))
             except Exception as error:  # nothing here waits for anything: whatever it is, it is this job's
                 opened.bad.append((incoming.job, error))
         if parsed:
@@ -106,7 +108,8 @@ class Assembler(Generic[J]):
                 opened.lost.append((job.incoming.job, self._makers(gone)))
                 continue
             try:
-                opened.ready.append(self._decode(job, fetched))
+                work = self._decode_shortly(job, fetched) if self._short and not job.incoming.keep else None
+                opened.ready.append(work or self._decode(job, fetched))
             except Exception as error:
                 opened.bad.append((job.incoming.job, error))
 
@@ -115,20 +118,30 @@ class Assembler(Generic[J]):
         known = all(1 <= maker <= len(self._graph.nodes) for maker in makers)
         return sum(1 << (maker - 1) for maker in makers) if known else 0
 
-    def _open_shortly(self, incoming: Incoming[J]) -> Work[J] | None:
-        """A job of a plain chain whose columns are all inline; None for any other."""
+    def _brief(self, incoming: Incoming[J]) -> _Parsed[J] | None:
+        """A job of a plain chain, of which nothing is to be worked out; None where something is missing."""
         payload = decode_payload(incoming.payloads[0])
-        columns, rows = payload.columns, incoming.rows
-        table: dict[str, Column] = {}
-        for local, column in self._columns if self._columns is not None else zip(columns, columns, strict=True):
+        columns = payload.columns
+        if self._columns is None:
+            return _Parsed(incoming, payload, {name: (packed, ()) for name, packed in columns.items()}, {})
+        wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
+        for local, column in self._columns:
             packed = columns.get(column)
-            if type(packed) is not bytes:
-                return None
-            value: Any = codec.decode(packed)
+            if packed is None:
+                return None  # the long way says what is wrong
+            wanted[local] = (packed, ())
+        return _Parsed(incoming, payload, wanted, {})
+
+    def _decode_shortly(self, job: _Parsed[J], fetched: Mapping[Ref, _Bytes | None]) -> Work[J] | None:
+        """Of a plain chain, where all columns hold the job's rows."""
+        rows = job.incoming.rows
+        table: dict[str, Column] = {}
+        for local, (packed, _) in job.wanted.items():
+            value: Any = _value(packed, fetched)
             if not is_column(value) or len(value) != rows:
                 return None  # the long way says what is wrong
             table[local] = value
-        return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
+        return Work(job.incoming, table, rows, rows, job.all, _fields(job.all.meta), _NO_LEVELS)
 
     def _parse(self, incoming: Incoming[J]) -> _Parsed[J]:
         parts = [decode_payload(p) for p in incoming.payloads]

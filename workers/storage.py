@@ -21,7 +21,6 @@ from torchrelay.queues.job import (
     INLINE_MAX_BYTES,
     INLINE_RESULT_MAX_BYTES,
     Packed,
-    Place,
     Ref,
     encode_payload,
     split_inline,
@@ -102,19 +101,20 @@ class Storage:
 
     def fetch(self, wanted: Sequence[tuple[Held, Ref]]) -> list[bytes | memoryview | None]:
         """The bytes behind every ref, None where they are gone: views of shared memory, else a round trip per lane."""
-        found: dict[Ref, bytes | memoryview | None] = {}
-        if self._reader is not None:
-            for held, ref in wanted:
-                if ref.place is not None:
-                    found[ref] = self._view(held, ref, ref.place)
-        for number, lane in enumerate(self._context.lanes):
-            refs = [ref for held, ref in wanted if held.lane == number and ref.chunks and found.get(ref) is None]
-            if refs:
-                found.update(zip(refs, patiently(partial(fetch_blobs, self._client, lane, refs)), strict=True))
-        return [found.get(ref) for _, ref in wanted]
+        found: list[bytes | memoryview | None] = [self._view(held, ref) for held, ref in wanted]
+        left = [i for i, (_, ref) in enumerate(wanted) if found[i] is None and ref.chunks]
+        for number, lane in enumerate(self._context.lanes) if left else ():
+            mine = [i for i in left if wanted[i][0].lane == number]
+            if mine:
+                refs = [wanted[i][1] for i in mine]
+                for i, data in zip(mine, patiently(partial(fetch_blobs, self._client, lane, refs)), strict=True):
+                    found[i] = data
+        return found
 
-    def _view(self, held: Held, ref: Ref, place: Place) -> memoryview | None:
-        assert self._reader is not None  # asked by the caller
+    def _view(self, held: Held, ref: Ref) -> memoryview | None:
+        place = ref.place
+        if place is None or self._reader is None:
+            return None
         view = self._reader.view(place, ref.nbytes)
         if view is not None:
             self._custody.reads(held, Read(place, self._edge_of(ref), ref.maker or 0, ref.chunks > 0))
@@ -122,10 +122,11 @@ class Storage:
 
     def _edge_of(self, ref: Ref) -> int | None:
         key = (ref.column, ref.maker or 0)
-        if key not in self._edges:
+        edge = self._edges.get(key, -1)
+        if edge == -1:
             context = self._context
-            self._edges[key] = edge_of(context.pipeline.graph, *key, reader=context.node.index)
-        return self._edges[key]
+            edge = self._edges[key] = edge_of(context.pipeline.graph, *key, reader=context.node.index)
+        return edge
 
     def place(self, held: Held, closed: Closed, meta: bytes) -> tuple[Output, dict[str, Message]]:
         """What is committed for one job, and the blobs to write first.
