@@ -61,12 +61,12 @@ class Pair:
 
     def run(self, order: Order) -> float:
         """GB/s of one order."""
-        for _ in range(WINDOWS_AHEAD * order.window):
+        for _ in range(WINDOWS_AHEAD):
             self._slots.release()
         self._orders.send(order)
         self._sender.run(order)
         seconds: float = self._orders.recv()
-        for _ in range(WINDOWS_AHEAD * order.window):
+        for _ in range(WINDOWS_AHEAD):
             self._slots.acquire()
         return gb_per_s(order, seconds)
 

@@ -59,7 +59,7 @@ class Joint:
 
 
 class Sender:
-    """Submits arrays; `slots` bounds how many the receiver has not committed yet."""
+    """Submits arrays; `slots` bounds how many windows of them the receiver has not committed yet."""
 
     def __init__(self, joint: Joint, slots: Semaphore) -> None:
         self._joint = joint
@@ -77,8 +77,7 @@ class Sender:
         # The same array each time: what a stage has just made is in the caches as well.
         source = np.ones(order.nbytes, np.uint8)
         for _ in range(order.jobs // order.window):
-            for _ in range(order.window):
-                self._slots.acquire()
+            self._slots.acquire()
             ids = [self._ids.take() for _ in range(order.window)]
             messages = {f"{job_id}.0.in.data": message(source) for job_id in ids}
             refs = self._written(messages) if order.road == "redis" else self._placed(messages)
@@ -254,9 +253,9 @@ class Receiver:
             if statuses.strip("k"):
                 raise SystemExit(f"a commit was refused: {statuses}")
             road.release(refs)
-            for _ in refs:
-                self._slots.release()
             self._done += len(refs)
+            if self._done % order.window == 0:
+                self._slots.release()
             if self._done == order.warm:
                 self._started_s = time.perf_counter()
 
