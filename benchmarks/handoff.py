@@ -1,9 +1,9 @@
 """Arrays from one process to another of the same host: shared memory, a Redis blob, Ray's object store, plain memcpy.
 
-A hand-off here is all that the product does for one: the message, its place, submit, claim, reading each page, the
-commit and the release, one array a job, one or eight jobs per claim, two windows under way. memcpy copies one hot array
-into private buffers of the same number and size, and reads nothing. In turns on one private server; GB/s are 10^9 bytes
-a second. Prints ratio lines (name, ours, alternative, ratio), then a table with the microseconds of one hand-off.
+A hand-off here is all that the product does for one: the message, its place, submit, claim, reading each page, commit
+and release, one array a job, one or eight jobs per claim, four windows under way. memcpy copies the same hot array into
+private buffers, as many as there are blocks under way, and reads nothing. In turns on one private server; GB/s are 10^9
+bytes a second. Prints ratio lines (name, ours, alternative, ratio), then a table with the microseconds of one hand-off.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ from torchrelay.queues.arena.home import ArenaHome
 MIB = 1 << 20
 SIZES_BYTES = {"0.15MiB": int(0.15 * MIB), "1MiB": MIB, "9.6MiB": int(9.6 * MIB), "38MiB": 38 * MIB}
 WINDOWS = (1, 8)
-WINDOWS_AHEAD = 2
-# Bytes that one measurement moves, about, and how many windows at least are timed.
-ROUND_BYTES = {"arena": 2 << 30, "memcpy": 2 << 30, "ray": 1 << 30, "redis": 256 << 20}
-MIN_WINDOWS, MAX_JOBS, WARM_WINDOWS = 3, 4096, 6
+WINDOWS_AHEAD = 4
+# Bytes that one measurement moves, about, in so many windows at least and jobs at most, after those that warm up.
+ROUND_BYTES = {"arena": 4 << 30, "memcpy": 4 << 30, "ray": 1 << 30, "redis": 256 << 20}
+MIN_WINDOWS, MAX_JOBS, WARM_WINDOWS = 6, 8192, WINDOWS_AHEAD + 2
 ARENA_BYTES = 2 << 30
+RAY_STORE_BYTES = 4 << 30
 
 
 def order_of(road: str, nbytes: int, window: int, quick: bool) -> Order:
     """How many arrays this measurement takes."""
     share = 8 if quick else 1
     windows = max(MIN_WINDOWS, min(ROUND_BYTES[road] // nbytes, MAX_JOBS) // share // window)
-    return Order(road, nbytes, window, (WARM_WINDOWS + windows) * window, WARM_WINDOWS * window)
+    warm, until = WARM_WINDOWS * window, (WARM_WINDOWS + windows) * window
+    return Order(road, nbytes, window, warm, until, until + WINDOWS_AHEAD * window)
 
 
 def gb_per_s(order: Order, seconds: float) -> float:
     """10^9 bytes a second over what was timed."""
-    return order.nbytes * (order.jobs - order.warm) / seconds / 1e9
+    return order.nbytes * (order.until - order.warm) / seconds / 1e9
 
 
 class Pair:
@@ -95,7 +97,7 @@ def memcpy(order: Order) -> float:
     source = np.ones(order.nbytes, np.uint8)
     targets = [np.zeros(order.nbytes, np.uint8) for _ in range(WINDOWS_AHEAD * order.window)]
     started_s = 0.0
-    for number in range(order.jobs):
+    for number in range(order.until):
         if number == order.warm:
             started_s = time.perf_counter()
         np.copyto(targets[number % len(targets)], source)
@@ -113,8 +115,8 @@ class Ray:
     def __call__(self) -> float:
         """One session; how many cases it measured."""
         orders = [order_of("ray", nbytes, window, self._quick) for nbytes in SIZES_BYTES.values() for window in WINDOWS]
-        cases = [f"{o.nbytes}:{o.window}:{o.jobs}:{o.warm}" for o in orders]
-        argv = [*cases, "--ahead", str(WINDOWS_AHEAD), "--store-bytes", str(ARENA_BYTES)]
+        cases = [f"{o.nbytes}:{o.window}:{o.warm}:{o.until}:{o.jobs}" for o in orders]
+        argv = [*cases, "--ahead", str(WINDOWS_AHEAD), "--store-bytes", str(RAY_STORE_BYTES)]
         lines = peer_lines("ray", RAY_PYTHON, argv, cwd=self._folder)
         names = [case_name("ray", size, window) for size in SIZES_BYTES for window in WINDOWS]
         for name, line in zip(names, lines, strict=True):

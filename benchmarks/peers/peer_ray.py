@@ -17,7 +17,8 @@ from collections import deque
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# The pages of its store are in place before the clock starts, as those of a store that has been in use for a while.
+os.environ.setdefault("RAY_preallocate_plasma_memory", "1")
 
 import numpy as np
 import ray
@@ -37,13 +38,13 @@ class Receiver:
 
 @ray.remote(num_cpus=1)
 class Sender:
-    """Hands `jobs` arrays of ones over, `window` at a time."""
+    """Hands arrays of ones over."""
 
     def __init__(self, receiver: Any) -> None:
         self._receiver = receiver
 
-    def run(self, nbytes: int, window: int, jobs: int, warm: int, windows_ahead: int) -> float:
-        """Seconds from the end of the first `warm` arrays to the end of the last one."""
+    def run(self, windows_ahead: int, nbytes: int, window: int, warm: int, until: int, jobs: int) -> float:
+        """Hands `jobs` arrays over, `window` at a time: seconds from the end of the first `warm` to that of `until`."""
         source = np.ones(nbytes, np.uint8)
         pages = len(source[::PAGE_BYTES])
         flight: deque[Any] = deque()
@@ -53,18 +54,20 @@ class Sender:
             while sent < jobs and len(flight) < windows_ahead:
                 flight.append(self._receiver.take.remote(*[ray.put(source) for _ in range(window)]))
                 sent += window
-            touched, ended_s = ray.get(flight.popleft())
+            touched, now_s = ray.get(flight.popleft())
             if touched != pages * window:
                 raise ValueError(f"{touched} pages of {pages * window} were touched")
             done += window
             if done == warm:
-                started_s = ended_s
+                started_s = now_s
+            elif done == until:
+                ended_s = now_s
         return ended_s - started_s
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ray's object store as a benchmark peer")
-    parser.add_argument("cases", nargs="+", help="BYTES:WINDOW:JOBS:WARM, the last two in whole windows")
+    parser.add_argument("cases", nargs="+", help="BYTES:WINDOW:WARM:UNTIL:JOBS, the last three in whole windows")
     parser.add_argument("--ahead", type=int, default=2, help="windows under way (default 2)")
     parser.add_argument("--store-bytes", type=int, default=2 << 30, help="size of the object store (default 2 GiB)")
     args = parser.parse_args()
@@ -81,14 +84,14 @@ def main() -> None:
         try:
             sender = Sender.remote(Receiver.remote())
             for case in args.cases:
-                nbytes, window, jobs, warm = map(int, case.split(":"))
-                seconds = ray.get(sender.run.remote(nbytes, window, jobs, warm, args.ahead))
+                nbytes, window, warm, until, jobs = map(int, case.split(":"))
+                seconds = ray.get(sender.run.remote(args.ahead, nbytes, window, warm, until, jobs))
                 line = {
                     "peer": "ray",
                     "version": ray.__version__,
                     "case": f"{nbytes}:{window}",
                     "seconds": round(seconds, 6),
-                    "gb_per_s": nbytes * (jobs - warm) / seconds / 1e9,
+                    "gb_per_s": nbytes * (until - warm) / seconds / 1e9,
                 }
                 print(json.dumps(line), flush=True)
         finally:
