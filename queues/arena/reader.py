@@ -50,12 +50,13 @@ class ArenaReader:
             return None
         if self._holds is None:
             self._holds = Holds(self._home.folder)
-        if not self._holds.add(_key(place)):
+        key = _key(place)
+        if not self._holds.add(key):
             return None
-        if not self.intact(place):
-            self._holds.drop(_key(place))
+        if segment.words[place.slot * SLOT_WORDS] != place.generation:
+            self._holds.drop(key)
             return None
-        return memoryview(segment.data)[place.offset : place.offset + nbytes].toreadonly()
+        return segment.room[place.offset : place.offset + nbytes]
 
     def segment(self, place: Place) -> Segment | None:
         """The mapped segment of a block that `view` gave."""
