@@ -1,9 +1,10 @@
 """Arrays from one process to another of the same host: shared memory, a Redis blob, Ray's object store, plain memcpy.
 
 A hand-off here is all that the product does for one: the message, its place, submit, claim, reading each page, commit
-and release, one array a job, one or eight jobs per claim, four windows under way. memcpy copies the same hot array into
-private buffers, as many as there are blocks under way, and reads nothing. In turns on one private server; GB/s are 10^9
-bytes a second. Prints ratio lines (name, ours, alternative, ratio), then a table with the microseconds of one hand-off.
+and release, one array a job, one or eight jobs per claim, a few windows under way. memcpy copies the same hot array
+into private buffers, as many as there are blocks under way, and reads nothing. In turns on one private server; GB/s are
+10^9 bytes a second. Prints ratio lines (name, ours, alternative, ratio), then a table with the microseconds of one
+hand-off.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from torchrelay.queues.arena.home import ArenaHome
 MIB = 1 << 20
 SIZES_BYTES = {"0.15MiB": int(0.15 * MIB), "1MiB": MIB, "9.6MiB": int(9.6 * MIB), "38MiB": 38 * MIB}
 WINDOWS = (1, 8)
-WINDOWS_AHEAD = 4
 # Bytes that one measurement moves, about, in so many windows at least and jobs at most, after those that warm up.
 ROUND_BYTES = {"arena": 4 << 30, "memcpy": 4 << 30, "ray": 1 << 30, "redis": 256 << 20}
-MIN_WINDOWS, MAX_JOBS, WARM_WINDOWS = 6, 8192, WINDOWS_AHEAD + 2
-ARENA_BYTES = 2 << 30
+MIN_WINDOWS, MAX_JOBS = 6, 8192
+ARENA_BYTES = 4 << 30
 RAY_STORE_BYTES = 4 << 30
 
 
-def order_of(road: str, nbytes: int, window: int, quick: bool) -> Order:
+def order_of(road: str, nbytes: int, window: int, ahead: int, quick: bool) -> Order:
     """How many arrays this measurement takes."""
     share = 8 if quick else 1
-    windows = max(MIN_WINDOWS, min(ROUND_BYTES[road] // nbytes, MAX_JOBS) // share // window)
-    warm, until = WARM_WINDOWS * window, (WARM_WINDOWS + windows) * window
-    return Order(road, nbytes, window, warm, until, until + WINDOWS_AHEAD * window)
+    timed = max(MIN_WINDOWS, min(ROUND_BYTES[road] // nbytes, MAX_JOBS) // share // window)
+    warm = ahead + 2
+    until = warm + timed
+    return Order(road, nbytes, window, ahead, warm * window, until * window, (until + ahead) * window)
 
 
 def gb_per_s(order: Order, seconds: float) -> float:
@@ -63,12 +64,12 @@ class Pair:
 
     def run(self, order: Order) -> float:
         """GB/s of one order."""
-        for _ in range(WINDOWS_AHEAD):
+        for _ in range(order.ahead):
             self._slots.release()
         self._orders.send(order)
         self._sender.run(order)
         seconds: float = self._orders.recv()
-        for _ in range(WINDOWS_AHEAD):
+        for _ in range(order.ahead):
             self._slots.acquire()
         return gb_per_s(order, seconds)
 
@@ -95,7 +96,7 @@ def pair_on(server: BenchServer) -> Iterator[Pair]:
 def memcpy(order: Order) -> float:
     """GB/s of copying a hot array into as many private buffers as there are blocks under way."""
     source = np.ones(order.nbytes, np.uint8)
-    targets = [np.zeros(order.nbytes, np.uint8) for _ in range(WINDOWS_AHEAD * order.window)]
+    targets = [np.zeros(order.nbytes, np.uint8) for _ in range(order.ahead * order.window)]
     started_s = 0.0
     for number in range(order.until):
         if number == order.warm:
@@ -107,16 +108,18 @@ def memcpy(order: Order) -> float:
 class Ray:
     """Ray's figures: a session measures every size and window, since one takes seconds to start."""
 
-    def __init__(self, server: BenchServer, quick: bool) -> None:
+    def __init__(self, server: BenchServer, ahead: int, quick: bool) -> None:
         self._folder = server.sock.parent
+        self._ahead = ahead
         self._quick = quick
         self.gb_per_s: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self) -> float:
         """One session; how many cases it measured."""
-        orders = [order_of("ray", nbytes, window, self._quick) for nbytes in SIZES_BYTES.values() for window in WINDOWS]
+        sizes = SIZES_BYTES.values()
+        orders = [order_of("ray", nbytes, window, self._ahead, self._quick) for nbytes in sizes for window in WINDOWS]
         cases = [f"{o.nbytes}:{o.window}:{o.warm}:{o.until}:{o.jobs}" for o in orders]
-        argv = [*cases, "--ahead", str(WINDOWS_AHEAD), "--store-bytes", str(RAY_STORE_BYTES)]
+        argv = [*cases, "--ahead", str(self._ahead), "--store-bytes", str(RAY_STORE_BYTES)]
         lines = peer_lines("ray", RAY_PYTHON, argv, cwd=self._folder)
         names = [case_name("ray", size, window) for size in SIZES_BYTES for window in WINDOWS]
         for name, line in zip(names, lines, strict=True):
@@ -129,15 +132,15 @@ def case_name(road: str, size: str, window: int) -> str:
     return f"{road}{window}.{size}"
 
 
-def measure(rounds: int, quick: bool) -> dict[str, list[float]]:
+def measure(rounds: int, ahead: int, quick: bool) -> dict[str, list[float]]:
     """GB/s of every case, by name."""
     with BenchServer() as server, pair_on(server) as pair:
         cases: dict[str, Callable[[], float]] = {}
         for size, nbytes in SIZES_BYTES.items():
             for window in WINDOWS:
                 for road, run in (("arena", pair.run), ("redis", pair.run), ("memcpy", memcpy)):
-                    cases[case_name(road, size, window)] = partial(run, order_of(road, nbytes, window, quick))
-        ray = Ray(server, quick)
+                    cases[case_name(road, size, window)] = partial(run, order_of(road, nbytes, window, ahead, quick))
+        ray = Ray(server, ahead, quick)
         values = interleave({**cases, "ray": ray}, rounds)
         values.pop("ray")
         return {**values, **ray.gb_per_s}
@@ -163,8 +166,10 @@ def report(values: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    options = parse(parser(__doc__ or ""))
-    report(measure(options.rounds, options.quick))
+    made = parser(__doc__ or "")
+    made.add_argument("--ahead", type=int, default=4, help="windows under way (default 4)")
+    options = parse(made)
+    report(measure(options.rounds, options.ahead, options.quick))
 
 
 if __name__ == "__main__":

@@ -34,13 +34,15 @@ _LEASE_MS = 60_000
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One measurement: `jobs` arrays of so many bytes, `window` per submit and per claim, by the `road` "arena" or
-    "redis". The clock runs from the end of the first `warm` to the end of `until` arrays: those behind them keep the
-    sender as busy as before, since without them the last ones would have been sent before the clock began."""
+    """One measurement: `jobs` arrays of so many bytes by the `road` "arena" or "redis", `window` per submit and per
+    claim, at most `ahead` windows under way. The clock runs from the end of the first `warm` to the end of `until`
+    arrays: those behind them keep the sender as busy as before, since without them the last ones would have been sent
+    before the clock began."""
 
     road: str
     nbytes: int
     window: int
+    ahead: int
     warm: int
     until: int
     jobs: int
