@@ -29,7 +29,7 @@ check: $(READY) ## style, types and the rules between rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## figures against Dramatiq, Celery, RQ and arq, in the same run
+bench: $(READY) ## figures against Dramatiq, Celery, RQ, arq and Ray, in the same run
 	bash benchmarks/peers/setup.sh
 	$(BIN)/python -m benchmarks.hops
 	$(BIN)/python -m benchmarks.enqueue
