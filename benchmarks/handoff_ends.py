@@ -30,6 +30,7 @@ from torchrelay.queues.transitions import ClaimLimits, Grant, NewJob, Output, Se
 PAGE_BYTES = 4096
 NODE = 1
 _LEASE_MS = 60_000
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class Sender:
         # The same array each time: what a stage has just made is in the caches as well.
         source = np.ones(order.nbytes, np.uint8)
         for _ in range(order.jobs // order.window):
-            self._slots.acquire()
+            if not self._slots.acquire(timeout=_PATIENCE_S):
+                raise SystemExit("the receiver stopped; what it printed says why")
             ids = [self._ids.take() for _ in range(order.window)]
             messages = {f"{job_id}.0.in.data": message(source) for job_id in ids}
             refs = self._written(messages) if order.road == "redis" else self._placed(messages)
