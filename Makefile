@@ -29,7 +29,7 @@ check: $(READY) ## style, types and the rules between rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## figures against Dramatiq, Celery, RQ and arq, in the same run
+bench: $(READY) ## figures against Dramatiq, Celery, RQ, arq and Ray, in the same run
 	bash benchmarks/peers/setup.sh
 	$(BIN)/python -m benchmarks.hops
 	$(BIN)/python -m benchmarks.enqueue
@@ -37,6 +37,7 @@ bench: $(READY) ## figures against Dramatiq, Celery, RQ and arq, in the same run
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.local
 	$(BIN)/python -m benchmarks.expand
+	$(BIN)/python -m benchmarks.handoff
 
 clean: ## remove what the commands above made
 	rm -rf $(VENV) .bench build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import redis
 
@@ -34,6 +35,7 @@ PEER_PYTHON = {
     "rq": ROOT / ".bench" / "venv" / "bin" / "python",
     "arq": ROOT / ".bench" / "venv-arq" / "bin" / "python",
 }
+RAY_PYTHON = ROOT / ".bench" / "venv-ray" / "bin" / "python"
 # The peers refuse a server without it (peers/peer_common.py holds the same literal).
 MARKER = b"torchrelay:bench:private"
 
@@ -199,30 +201,41 @@ def run_peer(
     Arguments: `peer` one of PEER_PYTHON; `mode` "drain" or "enqueue"; `size` in bytes; `results` whether the peer
     stores results; `threads` the peer's concurrency, None for its fastest. Raises PeerError.
     """
-    python = PEER_PYTHON[peer]
-    if not python.exists():
-        raise PeerError(f"{peer} is not installed: run benchmarks/peers/setup.sh")
     server.restart_clean()
-    argv = [str(python), str(PEERS_DIR / f"peer_{peer}.py"), mode, "--url", server.url]
-    argv += ["--jobs", str(jobs), "--size", str(size), "--batch", str(batch)]
+    argv = [mode, "--url", server.url, "--jobs", str(jobs), "--size", str(size), "--batch", str(batch)]
     argv += [] if results else ["--no-results"]
     argv += [] if threads is None else ["--threads", str(threads)]
+    line = peer_lines(peer, PEER_PYTHON[peer], argv, cwd=server.sock.parent, timeout_s=timeout_s)[-1]
+    return float(line["per_s"])
+
+
+def peer_lines(
+    peer: str, python: Path, argv: Sequence[str], *, cwd: Path, timeout_s: float = 300
+) -> list[dict[str, Any]]:
+    """What a peer's script printed, one JSON line a measurement, at least one.
+
+    Arguments: `python` of the peer's own environment; `cwd` a directory without modules or settings files that a peer
+    might pick up. Raises PeerError.
+    """
+    if not python.exists():
+        raise PeerError(f"{peer} is not installed: run benchmarks/peers/setup.sh")
     # A caller's paths and environment must not leak into the peer's.
     env = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
+    whole = [str(python), str(PEERS_DIR / f"peer_{peer}.py"), *argv]
     try:
-        # cwd is a directory without modules or settings files that a peer might pick up.
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout_s, env=env, cwd=server.sock.parent, check=False
-        )
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=timeout_s, env=env, cwd=cwd, check=False)
     except subprocess.TimeoutExpired as error:
-        raise PeerError(f"{peer} {mode} did not end within {timeout_s:g} s") from error
+        raise PeerError(f"{peer} {argv[0]} did not end within {timeout_s:g} s") from error
     if done.returncode != 0:
         tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise PeerError(f"{peer} {mode} ended with status {done.returncode}: {' | '.join(tail)}")
+        raise PeerError(f"{peer} {argv[0]} ended with status {done.returncode}: {' | '.join(tail)}")
     try:
-        return float(json.loads(done.stdout.strip().splitlines()[-1])["per_s"])
-    except (IndexError, KeyError, ValueError) as error:
-        raise PeerError(f"{peer} {mode} printed no result line: {done.stdout[-200:]!r}") from error
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    except ValueError as error:
+        raise PeerError(f"{peer} {argv[0]} printed a broken line: {error}") from error
+    if not lines:
+        raise PeerError(f"{peer} {argv[0]} printed no result line: {done.stdout[-200:]!r}")
+    return lines
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -58,6 +58,7 @@ class BareLane:
     lane: Transitions
     number: int
     nodes: int
+    ref: str
 
     @classmethod
     def open(cls, server: BenchServer, folder: Path, nodes: int) -> BareLane:
@@ -68,7 +69,7 @@ class BareLane:
         with_channel.run(lane.init(1))
         with_channel.run(lane.define(1, pack_graph(pipeline.ref, pipeline.graph, [MARKS] * nodes)))
         with_channel.close()
-        return cls(client, lane, 1, nodes)
+        return cls(client, lane, 1, nodes, pipeline.ref)
 
     def submit(self, count: int, size: int) -> None:
         """Makes so many jobs of so many bytes ready at the first node."""

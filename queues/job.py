@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ CHUNK_BYTES = 1 << 20
 MAX_ROWS = 2**31 - 1
 
 _REF_CODE = 2
+# A packer never gives its buffer back; one that grew past this is dropped.
+_KEEP_PACKER_BYTES = 1 << 20
 _SEPARATORS = re.compile("[:,;]")
 _BLOB = re.compile(r"[0-9A-Za-z~]+\.\d{1,3}\.[^.]+\..+", re.DOTALL)
 _MAKER = re.compile(r"[0-9A-Za-z~]+\.([0-9]+)\.")
@@ -104,22 +107,41 @@ def _chunks_of(nbytes: int) -> int:
     return max(1, -(-nbytes // CHUNK_BYTES))
 
 
+_IN_REDIS: list[type] = [str, int, int]
+_IN_ARENA: list[type] = [*_IN_REDIS, int, str, int, int, int, int]
+
+
 def _default(value: object) -> msgpack.ExtType:
     if isinstance(value, Ref):
-        return msgpack.ExtType(_REF_CODE, msgpack.packb((value.name, value.chunks, value.nbytes, *(value.place or ()))))
+        return msgpack.ExtType(
+            _REF_CODE, _local.refs.pack((value.name, value.chunks, value.nbytes, *(value.place or ())))
+        )
     raise TypeError(f"{type(value).__name__} has no place in a payload")
+
+
+class _Local(threading.local):
+    """Each thread has packers of its own: a new one for each payload would take a buffer of 256 KiB from the system."""
+
+    def __init__(self) -> None:
+        self.payloads = msgpack.Packer(default=_default)
+        self.refs = msgpack.Packer()
+
+
+_local = _Local()
 
 
 def _ext_hook(code: int, data: bytes) -> Ref:
     if code != _REF_CODE:
         raise DecodeError(f"payload holds the unknown extension {code}", length=len(data))
     parts = msgpack.unpackb(data)
-    types = [type(p) for p in parts] if isinstance(parts, list) else []
-    in_redis, in_arena = types[:3] == [str, int, int] and parts[1] > 0, types[3:] == [int, str, int, int, int, int]
-    sound = types[:3] == [str, int, int] and (in_redis or in_arena) and (in_arena or not types[3:])
+    types = list(map(type, parts)) if isinstance(parts, list) else []
+    sound = in_arena = types == _IN_ARENA
+    if in_arena:
+        sound = _BLOB.fullmatch(parts[0]) is not None and min(parts[1], parts[2], parts[3], *parts[5:]) >= 0
+    elif types == _IN_REDIS:
+        sound = parts[1] > 0 and parts[2] >= 0
     # As many chunks as the bytes take: whoever reads them asks for each.
-    sound = sound and parts[2] < 1 << 32 and parts[1] in (0, _chunks_of(parts[2]))
-    if not sound or any(type(p) is int and p < 0 for p in parts) or (in_arena and not _BLOB.fullmatch(parts[0])):
+    if not sound or parts[2] >= 1 << 32 or parts[1] not in (0, _chunks_of(parts[2])):
         raise DecodeError("payload holds a malformed ref", length=len(data))
     return Ref(parts[0], parts[1], parts[2], Place(*parts[3:]) if in_arena else None)
 
@@ -156,7 +178,9 @@ class Payload(NamedTuple):
 def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"", origins: Origins | None = None) -> bytes:
     """Columns and the job's packed `meta` as one payload; `origins` where the pipeline's graph is not plain."""
     parts = (columns, meta) if origins is None else (columns, meta, origins)
-    packed: bytes = msgpack.packb(parts, default=_default)
+    packed: bytes = _local.payloads.pack(parts)
+    if len(packed) > _KEEP_PACKER_BYTES:
+        _local.payloads = msgpack.Packer(default=_default)
     return packed
 
 

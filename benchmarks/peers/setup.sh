@@ -20,4 +20,5 @@ build() { # build VENV REQUIREMENTS
 mkdir -p "$bench"
 build "$bench/venv" "$here/requirements.txt"
 build "$bench/venv-arq" "$here/requirements-arq.txt"
+build "$bench/venv-ray" "$here/requirements-ray.txt"
 exit "$status"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,12 @@ BlockKey = tuple[int, int]
 
 def block_key(arena: str, segment: int, slot: int) -> BlockKey:
     """How lists name a block."""
-    return int.from_bytes(arena.encode("ascii"), "little"), (segment << 32 | slot) + 1
+    return _arena_word(arena), (segment << 32 | slot) + 1
+
+
+@lru_cache(maxsize=1024)
+def _arena_word(arena: str) -> int:
+    return int.from_bytes(arena.encode("ascii"), "little")
 
 
 class Holds:

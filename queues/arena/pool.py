@@ -25,6 +25,8 @@ from torchrelay.queues.arena.segment import (
 )
 from torchrelay.queues.arena.space import PAGE_BYTES, Space, pages_of
 
+# So many unreleased blocks are passed over before younger ones are not looked at.
+_OLDEST_LEFT = 4
 _EDGES = np.arange(MAX_EDGES, dtype=np.uint64)
 
 
@@ -162,6 +164,24 @@ class BlockPool:
                 freed += 1
         return freed + self.empty_limbo()
 
+    def collect_oldest(self) -> int:
+        """What `collect` frees, as far as it is among the oldest blocks, where it nearly always is: much cheaper."""
+        freed = 0
+        for part in self._parts:
+            done: list[Block] = []
+            left = _OLDEST_LEFT
+            for block in part.live.values():
+                if _is_released(block):
+                    done.append(block)
+                elif left:
+                    left -= 1
+                else:
+                    break
+            for block in done:
+                self.free(block)
+            freed += len(done)
+        return freed
+
     def empty_limbo(self) -> int:
         """Frees blocks in limbo that no living reader lists."""
         if not self._limbo:
@@ -204,6 +224,15 @@ class BlockPool:
 
 def _after(generation: int) -> int:
     return generation + 1 & (1 << 64) - 1
+
+
+def _is_released(block: Block) -> bool:
+    words, at = block.part.segment.words, block.slot * SLOT_WORDS
+    state = words[at + 1]
+    edges, at = state >> 16, at + FIRST_RELEASE
+    if edges == 0 or state & 0xFF != READY:
+        return False
+    return words[at : at + edges].tolist() == [block.generation] * edges
 
 
 def _released(part: _Part) -> list[int]:

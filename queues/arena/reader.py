@@ -61,13 +61,13 @@ class ArenaReader:
         if segment is None or not _is_block(segment, place, nbytes):
             return None
         # Without a place on the list a block that is taken back may change sooner, which `intact` tells all the same.
-        holds = self._listing()
+        key, holds = _key(place), self._listing()
         if holds is not None:
-            holds.add(_key(place))
-        if not self.intact(place):
+            holds.add(key)
+        if segment.words[place.slot * SLOT_WORDS] != place.generation:
             self.drop(place)
             return None
-        return memoryview(segment.data)[place.offset : place.offset + nbytes].toreadonly()
+        return segment.room[place.offset : place.offset + nbytes]
 
     def _listing(self) -> Holds | None:
         if self._holds is None:

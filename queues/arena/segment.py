@@ -97,11 +97,13 @@ def remove(path: Path) -> None:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """A mapped segment. `words` are the control slots' words as integers, `table` the same words as an array."""
+    """A mapped segment: `room` is its data, writable for its owner alone. `words` are the control slots' words as
+    integers, `table` the same words as an array."""
 
     arena: str
     number: int
     data: mmap.mmap
+    room: memoryview
     control: mmap.mmap
     words: memoryview
     table: Words
@@ -139,7 +141,7 @@ class Segment:
         header[1], header[2] = slots, nbytes
         header[0] = MAGIC
         header.release()
-        return cls._of(arena, number, data, control, slots)
+        return cls._of(arena, number, data, memoryview(data), control, slots)
 
     @classmethod
     def attach(cls, folder: Path, arena: str, number: int, *, writable: bool = False) -> Segment | None:
@@ -172,13 +174,13 @@ class Segment:
             magic, slots, nbytes = header[0], header[1], header[2]
         if magic != MAGIC or slots == 0 or nbytes != len(data) or HEADER_BYTES + slots * SLOT_BYTES != len(control):
             return None
-        return cls._of(arena, number, data, control, slots)
+        return cls._of(arena, number, data, memoryview(data).toreadonly(), control, slots)
 
     @classmethod
-    def _of(cls, arena: str, number: int, data: mmap.mmap, control: mmap.mmap, slots: int) -> Segment:
+    def _of(cls, arena: str, number: int, data: mmap.mmap, room: memoryview, control: mmap.mmap, slots: int) -> Segment:
         words = memoryview(control)[HEADER_BYTES:].cast("Q")
         table: Words = np.frombuffer(control, np.uint64, offset=HEADER_BYTES).reshape(slots, SLOT_WORDS)
-        return cls(arena, number, data, control, words, table, slots)
+        return cls(arena, number, data, room, control, words, table, slots)
 
     def name_of(self, slot: int) -> str:
         """The name of the block in this slot."""

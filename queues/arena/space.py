@@ -1,14 +1,17 @@
 """Gives out runs of pages inside a segment. Pure.
 
-Free pages are the ones of an integer; a run of n is found by folding that integer onto itself, about log2(n) operations
-of a few microseconds. So neighbours join by themselves when they are freed, no block is rounded up to a size class, and
-one block that stays long holds up nothing but its own pages. The lowest run that fits is taken: what was freed last and
-lies low is used again soon, while the processor's caches still hold it.
+A run that was given back is the first to be taken again by a block of its length, the latest first: that costs next to
+nothing, and the processor's caches still hold it. Only so many runs wait for that; the other free pages are the ones of
+an integer, where neighbours join by themselves, and the lowest run that fits is found by folding that integer onto
+itself, about log2(n) operations of a few microseconds. So no block is rounded up to a size class, and one block that
+stays long holds up nothing but its own pages.
 """
 
 from __future__ import annotations
 
 PAGE_BYTES = 4096
+# Beyond these the runs that wait join the others: fewer would miss, more would spread small blocks over cold memory.
+_RECENT_RUNS, _RECENT_PAGES = 256, (32 << 20) // PAGE_BYTES
 
 
 class Space:
@@ -18,28 +21,32 @@ class Space:
         self.pages = pages
         self.free_pages = pages
         self._free = (1 << pages) - 1
+        # Length -> first pages of free runs that are not in `_free`.
+        self._recent: dict[int, list[int]] = {}
+        self._recent_runs = self._recent_pages = 0
 
     def take(self, pages: int) -> int | None:
         """The first page of a run of so many, None where there is none."""
-        if pages > self.free_pages:
-            return None
-        starts, length = self._free, 1
-        # Bit i of `starts`: the pages from i on are free, `length` of them.
-        while length < pages and starts:
-            step = min(length, pages - length)
-            starts &= starts >> step
-            length += step
-        if not starts:
-            return None
-        first = (starts & -starts).bit_length() - 1
-        self._free &= ~(((1 << pages) - 1) << first)
-        self.free_pages -= pages
+        recent = self._recent.get(pages)
+        if recent:
+            self._recent_runs -= 1
+            self._recent_pages -= pages
+            self.free_pages -= pages
+            return recent.pop()
+        first = self._lowest(pages)
+        if first is None and self._recent_runs and pages <= self.free_pages:
+            self._join_recent()
+            first = self._lowest(pages)
+        if first is not None:
+            self._free &= ~(((1 << pages) - 1) << first)
+            self.free_pages -= pages
         return first
 
     def claim(self, first: int, pages: int) -> bool:
         """Takes this very run; False when it does not lie in the segment, or part of it is taken."""
         if first < 0 or pages < 1 or first + pages > self.pages:
             return False
+        self._join_recent()
         run = ((1 << pages) - 1) << first
         if self._free & run != run:
             return False
@@ -49,8 +56,31 @@ class Space:
 
     def give(self, first: int, pages: int) -> None:
         """Gives a run back."""
-        self._free |= ((1 << pages) - 1) << first
+        self._recent.setdefault(pages, []).append(first)
+        self._recent_runs += 1
+        self._recent_pages += pages
         self.free_pages += pages
+        if self._recent_runs > _RECENT_RUNS or self._recent_pages > _RECENT_PAGES:
+            self._join_recent()
+
+    def _lowest(self, pages: int) -> int | None:
+        if pages > self.free_pages - self._recent_pages:
+            return None
+        starts, length = self._free, 1
+        # Bit i of `starts`: the pages from i on are free, `length` of them.
+        while length < pages and starts:
+            step = min(length, pages - length)
+            starts &= starts >> step
+            length += step
+        return (starts & -starts).bit_length() - 1 if starts else None
+
+    def _join_recent(self) -> None:
+        for pages, firsts in self._recent.items():
+            run = (1 << pages) - 1
+            for first in firsts:
+                self._free |= run << first
+        self._recent.clear()
+        self._recent_runs = self._recent_pages = 0
 
 
 def pages_of(nbytes: int) -> int:

@@ -99,35 +99,35 @@ class ArenaWriter:
             edges: how many nodes will read and release it, 0 to 8.
             cache: whether Redis holds the same bytes: such a block may go whenever nobody is reading it.
         """
-        tail = name.encode()
-        if edges > MAX_EDGES or len(tail) > MAX_NAME_BYTES or len(message) + len(tail) > self.max_bytes:
+        tail, nbytes = name.encode(), len(message)
+        if edges > MAX_EDGES or len(tail) > MAX_NAME_BYTES or nbytes + len(tail) > self.max_bytes:
             return None
         if self._gone or os.getpid() != self._pid:
             return None  # a forked child has a copy of this object, and no arena
         with self._lock:
-            block = self._room_for(len(message) + len(tail), cache)
+            block = self._room_for(nbytes + len(tail), cache)
             if block is None:
                 return None
             block.kind = KIND_CACHE if cache else KIND_ONLY
-            block.lane, block.nbytes = lane, len(message)
-            words, at = block.part.segment.words, block.slot * SLOT_WORDS
+            block.lane, block.nbytes = lane, nbytes
+            segment, offset = block.part.segment, block.offset
+            words, at = segment.words, block.slot * SLOT_WORDS
             words[at + 1] = WRITING | block.kind << 8 | edges << 16
-            words[at + 2], words[at + 3], words[at + 4] = block.offset, block.nbytes, len(tail)
+            words[at + 2], words[at + 3], words[at + 4] = offset, nbytes, len(tail)
             words[at + 5] = lane << 48 | block.made_ms
             for edge in range(edges):
                 words[at + FIRST_RELEASE + edge] = 0
         # Outside the lock: the block is this thread's alone until it is ready.
-        room = memoryview(block.part.segment.data)[block.offset : block.offset + len(message) + len(tail)]
+        room = segment.room[offset : offset + nbytes + len(tail)]
         try:
             copy_into(message, room)
-            room[len(message) :] = tail
+            room[nbytes:] = tail
         except BaseException:
             with self._lock:
                 self._pool.free(block)
             raise
         words[at + 1] = READY | block.kind << 8 | edges << 16
-        segment = block.part.segment
-        return Place(self._home.host, segment.arena, segment.number, block.slot, block.generation, block.offset)
+        return Place(self._home.host, segment.arena, segment.number, block.slot, block.generation, offset)
 
     def publish(self, places: Iterable[Place]) -> None:
         """Redis knows these now: from here on it decides whether they are wanted."""
@@ -153,17 +153,19 @@ class ArenaWriter:
         if self._fresh_bytes > _COLLECT_EVERY_BYTES:
             # Space that was given back a moment ago is still in the processor's caches.
             self._fresh_bytes = 0
-            self._pool.collect()
+            if not self._pool.collect_oldest():
+                self._pool.collect()
+        block = self._pool.take(nbytes)
+        if block is not None:
+            return block
         ways: tuple[Callable[[int], object], ...] = (self._collect, self._grow)
         if not cache:
             # What is only a cache makes room for what has no other place.
             ways += (self._evict, self._forget_unwanted)
-        block = self._pool.take(nbytes)
         for way in ways:
+            block = self._pool.take(nbytes) if way(nbytes) else None
             if block is not None:
                 break
-            if way(nbytes):
-                block = self._pool.take(nbytes)
         return block
 
     def _collect(self, nbytes: int) -> int:

@@ -13,8 +13,9 @@ from torchrelay.errors import ConfigError
 from torchrelay.queues import codec
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
+from torchrelay.queues.arena.pool import BlockPool
 from torchrelay.queues.arena.reader import ArenaReader
-from torchrelay.queues.arena.segment import segments_in
+from torchrelay.queues.arena.segment import FIRST_RELEASE, READY, SLOT_WORDS, Segment, segments_in
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
 from torchrelay.queues.job import Place
 
@@ -59,6 +60,35 @@ def test_a_block_comes_back_when_every_edge_released_it(writer: ArenaWriter, rea
     assert (again.segment, again.offset) == (places[0].segment, places[0].offset)
     assert not reader.intact(places[0])
     assert reader.view(places[0], MIB - 8192) is None
+
+
+def test_collecting_the_oldest_stops_where_blocks_are_still_read(home: ArenaHome) -> None:
+    """The cheap look frees what was released among the oldest blocks, and leaves younger ones to the whole look."""
+    segment = Segment.create(home.folder, "aaaaaaaa", 0, MIB)
+    pool = BlockPool(home.folder)
+    pool.add(segment)
+    blocks = [block for _ in range(12) if (block := pool.take(100)) is not None]
+    for number, block in enumerate(blocks):
+        at = block.slot * SLOT_WORDS
+        segment.words[at + 1] = READY | 1 << 16
+        segment.words[at + FIRST_RELEASE] = block.generation if number in (0, 2, 11) else 0
+    assert pool.collect_oldest() == 2
+    assert pool.collect_oldest() == 0
+    assert pool.collect() == 1
+    assert len(pool.blocks()) == 9
+
+
+def test_space_is_used_again_soon_although_older_blocks_stay(home: ArenaHome, reader: ArenaReader) -> None:
+    """Long before its arena is full, a writer finds what was released behind blocks that nobody releases."""
+    writer = ArenaWriter(home, ArenaLimits(16 * MIB, 16 * MIB, 16 * MIB), lambda lane, names: [True] * len(names))
+    for number in range(8):
+        put(writer, f"j.1.f.old{number}", 100)
+    early = put(writer, "j.1.f.early", MIB)
+    assert reader.view(early, MIB) is not None
+    reader.release(early, 0)
+    offsets = [put(writer, f"j.1.f.{number}", MIB).offset for number in range(5)]
+    assert early.offset in offsets
+    writer.close()
 
 
 def test_a_late_release_frees_nothing_of_the_next_block(writer: ArenaWriter, reader: ArenaReader) -> None:
