@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torchrelay.config.flow import Report, check_columns
+from torchrelay.config.fusing import check_fuse
 from torchrelay.config.graph import Graph, Node
 from torchrelay.config.row_rules import check_rows
 from torchrelay.config.spec import PipelineSpec, StageConfig
@@ -25,6 +26,7 @@ def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> 
     lined_up = check_rows(spec, graph, report)
     if columns:
         check_columns(spec, graph, report)
+    check_fuse(spec, graph, report)
     return graph if lined_up else None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from torchrelay.config.digest import version_of
+from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph
 from torchrelay.config.graph_build import build_graph
 from torchrelay.config.imports import import_named
@@ -37,6 +38,7 @@ class Pipeline:
         input: column -> type of a row; without it, anything is taken as it comes.
         output: the columns of the result; default what the last stages return.
         limits: rows_per_job, what one job may grow to.
+        fuse: lists of consecutive stages, by name, that one worker runs without leaving its device's memory.
         base_dir: the folder that files are relative to; default that of the file that calls this, else the current one.
 
     `path` is its file, `source` the text that loads it anew in a worker: a file, or module.py:name. Both are None for
@@ -63,11 +65,12 @@ class Pipeline:
         input: Mapping[str, str] | None = None,
         output: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
+        fuse: Sequence[Sequence[str]] | None = None,
         base_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         folder = Path(base_dir) if base_dir is not None else _folder_of(sys._getframe(1).f_globals.get("__file__"))
         source = PythonSource(f"pipeline {name!r:.80}")
-        given = {"input": input, "output": output, "limits": limits}
+        given = {"input": input, "output": output, "limits": limits, "fuse": fuse}
         try:
             top = {key: plain(value, key) for key, value in given.items() if value is not None}
         except ConfigError as error:
@@ -181,6 +184,20 @@ class Pipeline:
     def problem(self, place: Place, text: str) -> str:
         """A problem that was found later, as a line like those of ConfigError."""
         return f"{self.where(*place)}: {text if self._marks else in_stage(text, self._data, place)}"
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """What one worker serves each: a stage, or several that are fused. In the order of the file."""
+        fused = {name: names for names in self.spec.fuse for name in names}
+        found = {name: fused.get(name, [name]) for name in (s.name for s in self.spec.stages)}
+        return tuple(Group.of(self.spec, self.graph, names) for name, names in found.items() if name == names[0])
+
+    def group_of(self, stage: str) -> Group:
+        """The group that this stage is in; KeyError when there is no such stage."""
+        for group in self.groups:
+            if stage in group.names:
+                return group
+        raise KeyError(stage)
 
     @cached_property
     def input(self) -> dict[str, ColumnType]:

@@ -26,7 +26,7 @@ MAX_STAGES = 30
 # More would sort better, and hold back from other workers what this one computes only later.
 _SORTED_BATCHES = 4
 # Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
-COMING = frozenset({"shards", "fuse", "resources", "hosts"})
+COMING = frozenset({"shards", "resources", "hosts"})
 
 
 def _type_text(text: Any) -> str:
@@ -237,10 +237,12 @@ def _few(stages: list[StageConfig]) -> list[StageConfig]:
 
 
 class PipelineSpec(_Model):
-    """A pipeline file. `input` declares the columns of a row; without it, anything is taken as it comes."""
+    """A pipeline file. `input` declares the columns of a row; without it, anything is taken as it comes. Each list of
+    `fuse` names consecutive stages that one worker runs."""
 
     pipeline: Name
     input: dict[Column, TypeText] = {}
     output: Annotated[list[Column], Field(min_length=1)] | None = None
     limits: LimitsSpec = LimitsSpec()
     stages: Annotated[list[StageConfig], AfterValidator(_few)]
+    fuse: list[list[str]] = []

@@ -199,7 +199,7 @@ def live_versions(
     registry: Registry, standing: dict[str, Standing], workers: Sequence[WorkerReport]
 ) -> list[LiveVersion]:
     """Every version with jobs that have not ended, with the stages that would let them wait for ever."""
-    served = {w.node for w in workers if w.state != "failed"}
+    served = {node for w in workers if w.state != "failed" for node in w.nodes}
     current = set(registry.current().values())
     sources = registry.sources()
     totals: dict[str, Standing] = {}
@@ -250,8 +250,8 @@ def wait_loaded(registry: Registry, ref: str, stages: Sequence[str], timeout_s: 
     deadline = time.monotonic() + timeout_s
     while True:
         workers = registry.workers()
-        ready = {w.node for w in workers if w.state == "ready"}
-        loading = {w.node for w in workers if w.state == "loading"}
+        ready = {node for w in workers if w.state == "ready" for node in w.nodes}
+        loading = {node for w in workers if w.state == "loading" for node in w.nodes}
         missing = [s for s in stages if f"{ref}/{s}" not in ready]
         if any(f"{ref}/{s}" not in loading for s in missing) or not missing or time.monotonic() > deadline:
             return missing

@@ -151,7 +151,8 @@ class Placer:
             self._hosts = {}
             for report in found:
                 if report.state != "failed":
-                    self._hosts.setdefault(report.node, set()).add(report.host_id)
+                    for node in report.nodes:
+                        self._hosts.setdefault(node, set()).add(report.host_id)
         mine = {host_text(self.writer.host)}
         return all(self._hosts.get(node) == mine for node in readers)
 

@@ -48,7 +48,8 @@ class WorkerReport:
     """What a worker tells of itself with each heartbeat. Times are seconds of the worker's own clock.
 
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
-    `device_idle_s` is how long a GPU stood still between forwards, by its own events.
+    `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
+    serves beside `node`.
     """
 
     worker: str
@@ -67,6 +68,12 @@ class WorkerReport:
     host_id: str = ""
     moved: dict[str, int] = field(default_factory=dict)
     device_idle_s: float = 0.0
+    fused: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[str]:
+        """Every node that it serves."""
+        return [self.node, *self.fused]
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -235,14 +242,14 @@ class Registry:
 
     def unserved(self, pipeline: Pipeline) -> list[str]:
         """Stages of this version without a live worker."""
-        served = {r.node for r in self.workers() if r.state != "failed"}
+        served = {node for r in self.workers() if r.state != "failed" for node in r.nodes}
         return [n.name for n in pipeline.graph.nodes if f"{pipeline.ref}/{n.name}" not in served]
 
     def wait_served(self, pipeline: Pipeline, timeout_s: float) -> Sequence[str]:
         """Waits until every stage has a ready worker; returns the stages still without one."""
         deadline = time.monotonic() + timeout_s
         while True:
-            ready = {r.node for r in self.workers() if r.state == "ready"}
+            ready = {node for r in self.workers() if r.state == "ready" for node in r.nodes}
             missing = [n.name for n in pipeline.graph.nodes if f"{pipeline.ref}/{n.name}" not in ready]
             if not missing or time.monotonic() > deadline:
                 return missing

@@ -126,6 +126,10 @@ def pack_graph(ref: str, graph: Graph, marks: Sequence[tuple[int, int]]) -> byte
     return packed
 
 
+def _first_and_last(nodes: int | tuple[int, int]) -> tuple[int, int]:
+    return nodes if isinstance(nodes, tuple) else (nodes, nodes)
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -173,8 +177,16 @@ class Transitions:
         return self._operation("submit", session, args, _submitted)
 
     def claim(
-        self, session: Session, fence: str, incarnation: str, number: int, node: int, limits: ClaimLimits
+        self,
+        session: Session,
+        fence: str,
+        incarnation: str,
+        number: int,
+        nodes: int | tuple[int, int],
+        limits: ClaimLimits,
     ) -> Call[Grant]:
+        """`nodes` is the node to claim at, or with the last one that the worker runs."""
+        node, last = _first_and_last(nodes)
         args: list[Arg] = [
             fence,
             incarnation,
@@ -184,16 +196,20 @@ class Transitions:
             limits.rows,
             limits.nbytes,
             limits.lease_ms,
+            last,
         ]
         return self._operation("claim", session, args, _grant)
 
-    def commit(self, session: Session, fence: str, number: int, node: int, outputs: Sequence[Output]) -> Call[str]:
+    def commit(
+        self, session: Session, fence: str, number: int, nodes: int | tuple[int, int], outputs: Sequence[Output]
+    ) -> Call[str]:
+        """`nodes` is the node that was claimed, or with the last one that its worker ran."""
         entries = b"".join([o.token for o in outputs])
         rows: bytes = b""
         if any(o.rows is not None for o in outputs):
             rows = b"".join([(_MOST if o.rows is None else o.rows).to_bytes(4, "little") for o in outputs])
         refs = "".join([o.refs + ";" for o in outputs]) if any(o.refs for o in outputs) else ""
-        args: list[Arg] = [fence, number, node, entries, rows, refs]
+        args: list[Arg] = [fence, number, *_first_and_last(nodes), entries, rows, refs]
         args += [o.payload for o in outputs]
         return self._operation("commit", session, args)
 

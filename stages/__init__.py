@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torchrelay.errors import ConfigError
 from torchrelay.stages.batch import Batch
 from torchrelay.stages.checking import check_stages
+from torchrelay.stages.fusing import make_group_runner
 from torchrelay.stages.loading import make_stage
 from torchrelay.stages.outputs import Expand, Made
 from torchrelay.stages.runner import Runner, make_runner
@@ -27,6 +28,7 @@ __all__ = [
     "StageContext",
     "TorchStage",
     "check_stages",
+    "make_group_runner",
     "make_runner",
     "make_stage",
 ]

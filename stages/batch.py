@@ -17,7 +17,18 @@ from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded, mask_of, pad_rows
 
-__all__ = ["Batch", "Pieces", "as_pieces", "assemble", "join_rows"]
+__all__ = ["Batch", "Pieces", "Refusal", "as_pieces", "assemble", "join_rows", "read_only"]
+
+
+class Refusal(str):
+    """Why a row was rejected; `stage` says by whom, where several stages run as one."""
+
+    stage: str
+
+    def __new__(cls, why: str, stage: str) -> Refusal:
+        made = super().__new__(cls, why)
+        made.stage = stage
+        return made
 
 
 class Pieces(NamedTuple):
@@ -186,7 +197,7 @@ def assemble(
             if len(pieces) > 1:
                 fresh.add(name)
         if isinstance(joined[name], np.ndarray):
-            joined[name] = _read_only(joined[name])
+            joined[name] = read_only(joined[name])
         elif len(pieces) == 1 and not isinstance(joined[name], Pieces):
             # The stage may change its list, and the job's own is needed again when this forward fails.
             joined[name] = list(joined[name])
@@ -226,7 +237,8 @@ def _number(row: Any) -> int:
         return -1
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
+    """The array, or a view of it that cannot be written to."""
     if array.flags.writeable:
         array = array.view()
         array.flags.writeable = False

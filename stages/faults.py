@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torchrelay.errors import DeviceError
 
-__all__ = ["DeviceLost", "is_device_lost", "is_out_of_memory", "let_go"]
+__all__ = ["DeviceLost", "blame", "blamed", "is_device_lost", "is_out_of_memory", "let_go"]
 
 _LIBRARIES = ("torch", "triton", "cupy", "jaxlib")
 _MEMORY_TYPES = ("OutOfMemoryError", "OutOfResources")
@@ -101,3 +101,17 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(e))
             yield e
             todo += [e.__cause__, e.__context__]
+
+
+_BLAMED = "_torchrelay_stage"
+
+
+def blame(error: BaseException, stage: str) -> None:
+    """Notes which of the stages that run as one raised it, unless that is known."""
+    # Not setattr: a class may have one of its own.
+    error.__dict__.setdefault(_BLAMED, stage)
+
+
+def blamed(error: BaseException | None) -> str:
+    """The stage that raised it, '' where only one could have."""
+    return "" if error is None else str(error.__dict__.get(_BLAMED, ""))

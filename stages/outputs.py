@@ -16,7 +16,7 @@ from torchrelay.config.columns import Column, check_outputs, describe
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Expand", "Made", "empty_outputs", "own", "split"]
+__all__ = ["Expand", "Made", "as_arrays", "as_mapping", "empty_outputs", "own", "pick", "split"]
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 MAX_COUNT = 2**31 - 1
@@ -84,13 +84,11 @@ def split(
 def _same(
     outputs: object, total: int, stage: str, types: Mapping[str, ColumnType], refused: Mapping[int, str]
 ) -> dict[str, Column]:
-    if isinstance(outputs, Expand):
-        raise InputError(f"stage {stage!r} returned Expand; declare `rows: expand` for it, or return a mapping")
-    plain = _plain(outputs, stage)
+    plain = as_arrays(outputs, stage)
     if not refused:
         return check_outputs(stage, types, plain, total)
     kept = [i for i in range(total) if i not in refused]
-    return check_outputs(stage, types, {n: _pick(stage, n, c, kept, total) for n, c in plain.items()}, len(kept))
+    return check_outputs(stage, types, {n: pick(stage, n, c, kept, total) for n, c in plain.items()}, len(kept))
 
 
 def _expanded(
@@ -102,11 +100,11 @@ def _expanded(
             "return Expand(columns, counts)"
         )
     counts = _counts(outputs.counts, total, stage)
-    plain = _plain(outputs.columns, stage)
+    plain = as_arrays(outputs.columns, stage)
     made = int(counts.sum())
     if refused and counts[list(refused)].any():
         keep = np.repeat(~np.isin(np.arange(total), list(refused)), counts)
-        plain = {n: _pick(stage, n, c, np.flatnonzero(keep).tolist(), made) for n, c in plain.items()}
+        plain = {n: pick(stage, n, c, np.flatnonzero(keep).tolist(), made) for n, c in plain.items()}
         counts[list(refused)] = 0
     return check_outputs(stage, types, plain, int(counts.sum())), counts
 
@@ -125,17 +123,24 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) <= MAX_COUNT
 
 
-def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
-    """Arrays in place of tensors."""
+def as_mapping(outputs: object, stage: str) -> Mapping[str, Any]:
+    """What a stage returned that keeps its rows; raises InputError for anything but columns."""
+    if isinstance(outputs, Expand):
+        raise InputError(f"stage {stage!r} returned Expand; declare `rows: expand` for it, or return a mapping")
     if not isinstance(outputs, Mapping):
         raise InputError(
             f"stage {stage!r} returned a {type(outputs).__name__}; return a mapping of column to its values"
         )
-    plain: Mapping[str, Any] = outputs
+    return outputs
+
+
+def as_arrays(outputs: object, stage: str) -> Mapping[str, Any]:
+    """Columns with arrays in place of tensors; raises InputError for what has no rows axis, or is masked."""
+    plain = as_mapping(outputs, stage)
     if sys.modules.get("torch") is not None:
         from torchrelay.stages.torch_tensors import numpy_outputs
 
-        plain = numpy_outputs(stage, outputs)
+        plain = numpy_outputs(stage, plain)
     for name, column in plain.items():
         if isinstance(column, np.ma.MaskedArray):
             raise InputError(f"stage {stage!r}: column {name!r}: masks are not carried; fill it first: .filled(0)")
@@ -144,11 +149,14 @@ def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
     return plain
 
 
-def _pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
+def pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
+    """The rows that were not rejected; raises InputError for a column that does not hold all of them."""
     if not isinstance(column, Collection) or isinstance(column, str | bytes | Mapping | Set) or len(column) != total:
         came = f"{describe(column)} came"
         raise InputError(f"stage {stage!r}: column {name!r} needs {total} rows, rejected ones included; {came}")
     if isinstance(column, np.ndarray):
+        return column[kept]
+    if sys.modules.get("torch") is not None and isinstance(column, sys.modules["torch"].Tensor):
         return column[kept]
     values = list(column)
     return [values[i] for i in kept]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from torchrelay.config.spec import BatchSpec, StageConfig, TorchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import Batch, as_pieces, assemble, join_rows
-from torchrelay.stages.faults import DeviceLost, is_device_lost, is_out_of_memory, let_go
+from torchrelay.stages.faults import DeviceLost, blame, is_device_lost, is_out_of_memory, let_go
 from torchrelay.stages.loading import Identity, make_stage
-from torchrelay.stages.outputs import Made, empty_outputs, own, split
+from torchrelay.stages.outputs import Expand, Made, empty_outputs, own, split
 from torchrelay.stages.stage import Stage, StageContext
 from torchrelay.stages.warm_up import Unknown, row_buckets, shapes_of, table_of
 
@@ -93,6 +93,15 @@ class Runner:
         self._last: Departure | None = None
         self.idle_s = 0.0
         self.on_device_lost: Callable[[BaseException], None] = lambda error: None
+
+    @property
+    def members(self) -> Sequence[Runner]:
+        """The stages that it runs one behind the other: itself, unless several are fused."""
+        return (self,)
+
+    def behind(self, passed: int) -> Runner:
+        """What runs jobs that passed so many of its members."""
+        return self.members[passed]
 
     def load(self, context: StageContext) -> None:
         """Load the stage's model.
@@ -183,7 +192,7 @@ class Runner:
     def overlap(self) -> None:
         """From here on `prepare`, `launch` and `finish` are called by three threads, each ahead of the next."""
         self._overlaps = True
-        if is_torch_stage(self.stage) and self._device.startswith("cuda"):
+        if takes_tensors(self.stage) and self._device.startswith("cuda"):
             from torchrelay.stages.feeding import Feeder
 
             self._feeder = Feeder(self._device)
@@ -216,7 +225,7 @@ class Runner:
             if feeder is not None:
                 fed = feeder.feed(batch)
                 return Prepared(rows, fed.batch, fed)
-            if is_torch_stage(self.stage):
+            if takes_tensors(self.stage):
                 batch = self.stage.tensors(batch, self._device)
             return Prepared(rows, batch)
 
@@ -226,10 +235,10 @@ class Runner:
         if batch is None:
             nothing = np.zeros(0, np.int64) if self._expands else None
             return Launched([Made(empty_outputs(self._outputs), nothing) for _ in rows])
-        with self._watched():
-            if fed is not None and is_torch_stage(self.stage):
+        with self._watched(self.name):
+            if fed is not None and takes_tensors(self.stage):
                 return self._launch_fed(rows, batch, fed, self.stage)
-            outputs = self.stage.infer(batch) if is_torch_stage(self.stage) else self.stage.forward(batch)
+            outputs = self.stage.infer(batch) if takes_tensors(self.stage) else self.stage.forward(batch)
             made = self._split(outputs, rows, batch)
         # The stage may use its own buffers again while these are on their way.
         return Launched([own(m) for m in made] if self._overlaps else made)
@@ -237,7 +246,7 @@ class Runner:
     def _split(self, outputs: object, rows: Sequence[int], batch: Batch) -> list[Made]:
         return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
 
-    def _launch_fed(self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TorchStage) -> Launched:
+    def _launch_fed(self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TensorStage) -> Launched:
         from torchrelay.stages.feeding import Departure, begin
 
         ended: Any = None
@@ -255,17 +264,20 @@ class Runner:
         departure = launched.departure
         if departure is None or launched.split is None:
             return launched.made or []
-        with self._watched():
+        with self._watched(self.name):
             outputs = departure.arrived()
             self.idle_s = departure.idle_s(self._last)
             self._last = departure
             return launched.split(outputs)
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, stage: str = "") -> Iterator[None]:
+        """`stage` is to blame, unless what it consists of says better."""
         try:
             yield
         except Exception as error:
+            if stage:
+                blame(error, stage)
             if is_device_lost(error):
                 self.on_device_lost(error)
                 what = f"stage {self.name!r}: device {self._device} is of no more use to this process: {error}"
@@ -286,6 +298,18 @@ class Runner:
         if self._loaded:
             self._loaded = False
             self.stage.close()
+
+
+class TensorStage(Protocol):
+    """A stage whose batches hold tensors."""
+
+    def tensors(self, batch: Batch, device: str) -> Batch: ...
+    def infer(self, batch: Batch) -> Mapping[str, Any] | Expand: ...
+
+
+def takes_tensors(stage: Any) -> TypeGuard[TensorStage]:
+    """Whether its batches are brought to its device."""
+    return bool(stage._takes_tensors)
 
 
 def is_torch_stage(stage: Stage) -> TypeGuard[TorchStage]:

@@ -43,6 +43,9 @@ class Stage:
     process and thread that then calls `forward`.
     """
 
+    # Whether its batches hold tensors on its device, and `infer` calls it: see TorchStage.
+    _takes_tensors: bool = False
+
     def load(self, context: StageContext) -> None:
         """Get ready: read models and tables. Whatever it raises becomes a StageLoadError; no job is charged."""
 

@@ -54,6 +54,7 @@ class TorchStage(Stage):
     device: torch.device = torch.device("cpu")
     # What `torch: {dtype}` says; None if it says nothing.
     dtype: torch.dtype | None = None
+    _takes_tensors = True
     _options: TorchOptions = TorchOptions()
     _weights: str | None = None
 

@@ -6,7 +6,8 @@ way, so nothing is converted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,19 @@ from torchrelay.stages.padding import Padded
 if TYPE_CHECKING:
     from torchrelay.stages.batch import Batch
 
-__all__ = ["carried", "host_array", "numpy_outputs", "to_host", "torch_batch", "torch_dtype"]
+__all__ = [
+    "carried",
+    "host_array",
+    "join_tensors",
+    "numpy_outputs",
+    "private",
+    "real",
+    "stand_ins",
+    "tensor_rows",
+    "to_host",
+    "torch_batch",
+    "torch_dtype",
+]
 
 _CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     1: (np.dtype(np.uint8), torch.uint8),
@@ -62,9 +75,11 @@ def torch_batch(batch: Batch, device: str, *, share: bool = False) -> Batch:
 def _to_torch(column: Any, device: torch.device, fresh: bool, share: bool) -> Any:
     if isinstance(column, np.ndarray):
         return _tensor(column, device, fresh, share)
-    if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
+    if isinstance(column, torch.Tensor):
+        return column.to(device)
+    if isinstance(column, list) and any(isinstance(value, np.ndarray | torch.Tensor) for value in column):
         # The rows are views of what the jobs hold, also where the list itself is new.
-        return [_tensor(value, device, False, share) if isinstance(value, np.ndarray) else value for value in column]
+        return [_to_torch(v, device, False, share) if isinstance(v, np.ndarray | torch.Tensor) else v for v in column]
     return column
 
 
@@ -147,6 +162,15 @@ def to_host(stage_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
     Raises InputError for one that is sparse, quantised, nested, or of a dtype that numpy lacks.
     """
+    tensor = dense(stage_name, name, tensor)
+    if tensor.is_cuda:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def dense(stage_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, where it is, as its plain values; raises InputError for one that is not carried: see `to_host`."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout)
         raise InputError(f"stage {stage_name!r}: column {name!r} is a {kind} tensor; return a dense one")
@@ -154,11 +178,7 @@ def to_host(stage_name: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise InputError(
             f"stage {stage_name!r}: column {name!r} has dtype {tensor.dtype}, which is not carried; convert it"
         )
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    if tensor.is_cuda:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+    return _plain(tensor)
 
 
 def host_array(tensor: torch.Tensor) -> np.ndarray:
@@ -168,3 +188,89 @@ def host_array(tensor: torch.Tensor) -> np.ndarray:
         return tensor.contiguous().view(_CARRIER[ours.itemsize][1]).numpy().view(ours)
     array: np.ndarray = tensor.numpy()
     return array
+
+
+def stand_ins(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of the same dtypes and shapes in place of tensors, also in lists: enough to check types by, and no copy.
+
+    Raises InputError as `to_host` does.
+    """
+
+    def standing(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return np.broadcast_to(_zero(dense(stage_name, name, value).dtype), tuple(value.shape))
+
+    return {
+        name: [standing(name, row) for row in value] if isinstance(value, list | tuple) else standing(name, value)
+        for name, value in outputs.items()
+    }
+
+
+@cache
+def _zero(dtype: torch.dtype) -> np.ndarray:
+    ours = _TO_NUMPY.get(dtype)
+    return np.zeros((), torch.empty(0, dtype=dtype).numpy().dtype if ours is None else ours)
+
+
+def real(value: Any, standing: Any, checked: Any) -> Any:
+    """The column itself, as the check of what stands for it said it is; None where the check converted a tensor.
+
+    Args:
+        value: a tensor, an array, or a list of values that may be tensors.
+        standing: its stand-in.
+        checked: what the check of the stand-in returned.
+    """
+    if isinstance(value, torch.Tensor):
+        if isinstance(checked, np.ndarray):
+            return _plain(value) if checked.dtype == standing.dtype else None
+        same = all(isinstance(row, np.ndarray) and row.dtype == standing.dtype for row in checked)
+        return list(_plain(value).unbind(0)) if same else None
+    if not (isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value)):
+        return checked
+    if isinstance(checked, np.ndarray) or not all(map(_unchanged, value, standing, checked)):
+        return None
+    return [_plain(row) if isinstance(row, torch.Tensor) else seen for row, seen in zip(value, checked, strict=True)]
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _unchanged(value: Any, standing: Any, checked: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or (isinstance(checked, np.ndarray) and checked.dtype == standing.dtype)
+
+
+def private(batch: Batch, others: Sequence[Any]) -> Batch:
+    """The batch with copies of those tensors whose memory another column of it, or of `others`, has a part in."""
+    used = Counter(key for column in (*batch.columns.values(), *others) for key in _memory(column))
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list):
+            return [own(row) for row in value]
+        shared = isinstance(value, torch.Tensor) and any(used[key] > 1 for key in _memory(value))
+        return value.clone() if shared else value
+
+    return replace(batch, columns={name: own(column) for name, column in batch.columns.items()})
+
+
+def _memory(column: Any) -> set[tuple[str, int]]:
+    """The blocks of memory that a column's tensors lie in."""
+    values = column if isinstance(column, list) else [column]
+    return {(str(v.device), v.untyped_storage().data_ptr()) for v in values if isinstance(v, torch.Tensor)}
+
+
+def tensor_rows(tensor: torch.Tensor, rows: Any) -> torch.Tensor:
+    """These rows, copied."""
+    return tensor.index_select(0, torch.as_tensor(np.asarray(rows, np.int64), device=tensor.device))
+
+
+def join_tensors(parts: Sequence[Any]) -> Any:
+    """Rows behind rows: one tensor where all are tensors of one dtype and row shape, else a list of rows."""
+    first = parts[0]
+    if all(
+        isinstance(p, torch.Tensor) and (p.dtype, p.device, p.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        for p in parts
+    ):
+        return torch.cat(list(parts))
+    return [row for part in parts for row in part]

@@ -12,6 +12,7 @@ from typing import Any, Generic
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph, Node
 from torchrelay.errors import BytesLost, DecodeError, InputError
 from torchrelay.queues import codec
@@ -59,21 +60,32 @@ _Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[_Bytes | None]]
 
 
 class Assembler(Generic[J]):
-    """Opens and closes the jobs of one node. `fetch` reads the bytes behind refs, None for those that are gone."""
+    """Opens and closes the jobs of one node, or of several that are fused, `group`, of which `node` is the first.
+    `fetch` reads the bytes behind refs, None for those that are gone."""
 
-    def __init__(self, graph: Graph, node: Node, fetch: _Fetch[J] | None = None, rows_per_job: int = 2**31 - 1) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        node: Node,
+        fetch: _Fetch[J] | None = None,
+        rows_per_job: int = 2**31 - 1,
+        group: Group | None = None,
+    ) -> None:
         self._graph = graph
         self._node = node
+        self._group = group
+        # What it leaves of a job is as the last one would leave it.
+        self._last = last = node if group is None else group.last
         self._fetch = fetch
         self._rows_per_job = rows_per_job
         self._ranks = {n.name: n.rank for n in graph.nodes} | {"input": 0}
         # One chain on which rows stay as many as they are needs no origins; most jobs of it take a short way.
         self._plain = graph.plain
         self._short = graph.plain and node.when is None
-        columns = None if node.inputs is None else [(n, s.rpartition(".")[2]) for n, s in node.inputs.items()]
-        self._columns = columns
-        self._ends = not node.succs and graph.result is None
-        self._edge = Edge.of(graph, node)
+        self._inputs = (node.inputs or {}) if group is None else group.inputs
+        self._columns = [(name, source.rpartition(".")[2]) for name, source in self._inputs.items()]
+        self._ends = not last.succs and graph.result is None
+        self._edge = Edge.of(graph, last)
         self._before = {n.rank: {a.rank for a in graph.ancestors(n)} for n in graph.nodes}
 
     def open_all(self, batch: Iterable[Incoming[J]]) -> Opened[J]:
@@ -122,9 +134,9 @@ class Assembler(Generic[J]):
         """A job of a plain chain, of which nothing is to be worked out; None where something is missing."""
         payload = decode_payload(incoming.payloads[0])
         columns = payload.columns
-        if self._columns is None:
-            return _Parsed(incoming, payload, {name: (packed, ()) for name, packed in columns.items()}, {})
         wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
+        if self._node.inputs is None:
+            wanted = {name: (packed, ()) for name, packed in columns.items()}
         for local, column in self._columns:
             packed = columns.get(column)
             if packed is None:
@@ -167,10 +179,11 @@ class Assembler(Generic[J]):
 
     def _wanted(self, parts: Sequence[Payload], merged: Payload) -> dict[str, tuple[Packed, tuple[int, ...]]]:
         node = self._node
+        wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
         if node.inputs is None:
             wanted = {c: self._unique(parts, merged, c) for c in merged.columns if not is_hidden(c)}
-        else:
-            wanted = {local: self._source(parts, merged, source) for local, source in node.inputs.items()}
+        for local, source in self._inputs.items():
+            wanted[local] = self._source(parts, merged, source)
         if node.when is not None:
             wanted[_WHEN] = self._source(parts, merged, node.when)
         if node.keeps_older:
@@ -260,14 +273,14 @@ class Assembler(Generic[J]):
         if total > self._rows_per_job:
             raise too_many_rows(node.name, total, self._rows_per_job)
         if output.rejected:
-            made[f"{REJECTED}{node.index}"] = codec.encode(self._failures(work, output.rejected))
+            made[f"{REJECTED}{self._last.index}"] = codec.encode(self._failures(work, output.rejected))
         self._encode(columns, made)
         riding = self._riding(work.riding, made)
         return Closed(made, riding, None if self._plain else self._origins(work.riding.origins, made, riding), total)
 
     def _close_shortly(self, work: Work[J], output: Output) -> Closed:
         """Of a plain chain, without rejected rows."""
-        keeps = self._node.keeps
+        keeps = self._last.keeps
         made: dict[str, codec.Message] = {}
         self._encode(output.columns, made)
         riding: dict[str, Packed] = {}
@@ -279,10 +292,14 @@ class Assembler(Generic[J]):
 
     def _encode(self, columns: Mapping[str, Column], made: dict[str, codec.Message]) -> None:
         """Adds the columns that stay in the job, as they travel."""
-        keeps, edge = self._node.keeps, self._edge
+        keeps, edge = self._last.keeps, self._edge
         for name, column in columns.items():
             if keeps is None or name in keeps:
-                made[name] = _encoded(name, column if edge is None else edge.narrowed(name, column))
+                mine = edge is not None and self._maker(name) is self._last
+                made[name] = _encoded(name, edge.narrowed(name, column) if edge is not None and mine else column)
+
+    def _maker(self, column: str) -> Node:
+        return self._last if self._group is None else self._group.maker_of(column)
 
     def _spread(self, work: Work[J], output: Output) -> dict[str, Column]:
         """Columns of the rows that were made, as columns of all: others keep what they had, or are null."""
@@ -296,10 +313,12 @@ class Assembler(Generic[J]):
     def _failures(self, work: Work[J], rejected: Mapping[int, Rejection]) -> list[list[Any]]:
         entry = work.entry_rows()
         by_row = {int(entry[i]): why for i, why in sorted(rejected.items(), reverse=True)}
-        return [list(RowFailure(row, self._node.name, *_carried(why))) for row, why in sorted(by_row.items())]
+        return [
+            list(RowFailure(row, why.stage or self._node.name, *_carried(why))) for row, why in sorted(by_row.items())
+        ]
 
     def _riding(self, payload: Payload, made: Mapping[str, object]) -> dict[str, Packed]:
-        node = self._node
+        node = self._last
         kept: dict[str, Packed] = {}
         stacks = set(node.stack)
         # Without an `output` list the result is what the last stages return; one that only regroups returns that.
@@ -315,9 +334,9 @@ class Assembler(Generic[J]):
         return kept
 
     def _origins(self, old: Origins, made: Mapping[str, object], riding: Mapping[str, Packed]) -> Origins:
-        node = self._node
+        node = self._last
         origins = {name: origin for name, origin in old.items() if name in riding and not is_hidden(name)}
-        origins.update((name, (node.rank, *node.stack)) for name in made if not is_hidden(name))
+        origins.update((name, (self._maker(name).rank, *node.stack)) for name in made if not is_hidden(name))
         if not node.succs:
             origins[AT] = (0, *node.stack)
         return origins
@@ -340,10 +359,10 @@ def _value(packed: Packed, fetched: Mapping[Ref, _Bytes | None]) -> Any:
     return codec.decode((packed if isinstance(packed, bytes) else fetched[packed]) or b"")
 
 
-def _carried(why: Rejection) -> Rejection:
+def _carried(why: Rejection) -> tuple[str, str, int]:
     """Short enough for a table of many, and Unicode: a stage's words may be anything."""
-    kind, message = (text[:_MAX_WHY].encode("utf-8", "replace").decode() for text in why[:2])
-    return Rejection(kind, message, why.attempts)
+    kind, message = (text[:_MAX_WHY].encode("utf-8", "replace").decode() for text in (why.error_type, why.message))
+    return kind, message, why.attempts
 
 
 def _encoded(name: str, column: object) -> codec.Message:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import redis
 
 from torchrelay.config.flow import columns_of
+from torchrelay.config.fusing import Group
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
@@ -29,7 +30,7 @@ from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, Stage
 from torchrelay.queues.connection import connect
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import WorkerRetired
-from torchrelay.stages import StageContext, make_runner
+from torchrelay.stages import StageContext, make_group_runner
 from torchrelay.workers.device import pick_device
 from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.logs import set_up_logs
@@ -54,7 +55,7 @@ class Orders:
     pipeline: str
     ref: str
     overrides: dict[str, str]
-    stage: str
+    stages: list[str]
     url: str
     namespace: str
     lanes: int
@@ -120,29 +121,27 @@ def serve(orders: Orders, stop: _Stop) -> None:
             f"{orders.pipeline} or its code changed since this worker was started: it was {orders.ref} and is "
             f"{pipeline.ref} now; restart the worker to serve the new version"
         )
-    node = next(n for n in pipeline.graph.nodes if n.name == orders.stage)
-    spec = pipeline.spec.stages[node.index - 1]
-    check_codecs(pipeline.graph, node)
+    # What is fused is tuning: it is as the supervisor read it, and told in its reports, whatever the file says now.
+    group = Group.of(pipeline.spec, pipeline.graph, orders.stages)
+    spec = group.stages[0]
+    check_codecs(pipeline.graph, group.last)
     device = pick_device(spec, orders.device)
-    runner = make_runner(
-        spec.use and import_use(spec.use, pipeline.base_dir),
-        spec,
-        types=pipeline.graph.types_of(node),
-        outputs=node.outputs,
-    )
+    runner = make_group_runner(lambda s: s.use and import_use(s.use, pipeline.base_dir), group)
     runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
-    runner.warm_up(columns_of(pipeline.graph, node))
+    for member, node in zip(runner.members, group.nodes, strict=True):
+        member.warm_up(columns_of(pipeline.graph, node))
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
     registry.open()
     registered = registry.register(pipeline, current=False)
     context = NodeContext(
-        pipeline, registered.number, node, spec, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms
+        pipeline, registered.number, group, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms
     )
     page = ProgressPage(Path(orders.page))
     # Both sides hold it by now; its name would outlive a supervisor that is killed.
     page.path.unlink(missing_ok=True)
-    runner.on_device_lost = _end_at_once
+    for passed in range(len(group.nodes)):
+        runner.behind(passed).on_device_lost = _end_at_once
     try:
         log.info("ready on %s", device)
         settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)
@@ -157,7 +156,7 @@ def serve(orders: Orders, stop: _Stop) -> None:
 def main() -> int:
     """Runs one child; returns its exit status."""
     orders = _read_orders()
-    set_up_logs(orders.log, worker=orders.worker, stage=orders.stage)
+    set_up_logs(orders.log, worker=orders.worker, stage="+".join(orders.stages))
     stop = _Stop()
     signal.signal(signal.SIGTERM, stop.set)
     # A terminal sends Ctrl-C to the whole group; the supervisor decides what it means.
@@ -174,7 +173,7 @@ def main() -> int:
         log.error("%s", error)
         return EXIT_CONFIG
     except SystemExit as error:
-        log.error("stage %r ended the process with status %s while it loaded", orders.stage, error.code)
+        log.error("stage %r ended the process with status %s while it loaded", "+".join(orders.stages), error.code)
         return EXIT_LOAD
     except StageLoadError as error:
         log.error("%s", error, exc_info=error.__cause__)

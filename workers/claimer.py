@@ -16,18 +16,21 @@ from torchrelay.queues.transitions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL,
 from torchrelay.workers.node import NodeContext
 
 _POLL_S = 1.0
+# A job stands at a later node of fused ones only if it came there without them: there, it is looked so often.
+_LATER_EVERY_S = 0.5
 # A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
 _WINDOW_S = 0.05
 
 
 @dataclass(slots=True)
 class Held:
-    """One granted job in this worker's hands."""
+    """One granted job in this worker's hands; it passed so many of the worker's nodes before it was claimed."""
 
     lane: int
     fence: str
     entry: Entry
     claimed_at: float
+    passed: int = 0
 
 
 def weight(entry: Entry) -> int:
@@ -36,8 +39,9 @@ def weight(entry: Entry) -> int:
 
 
 class _Asked(NamedTuple):
-    """A claim under way, and time.monotonic() when it was sent."""
+    """A claim under way, at which of the worker's nodes, and time.monotonic() when it was sent."""
 
+    passed: int
     lane: int
     fence: str
     at: float
@@ -53,6 +57,10 @@ class Claimer:
         """`opened` hears of jobs that were taken into the window."""
         self._opened = opened
         self._context = context
+        self._entrances = context.entrances()
+        self._later = [(k, lane) for lane in range(len(context.lanes)) for k in range(1, len(self._entrances))]
+        self._next_later = 0
+        self._later_at = 0.0
         self._channel = channel
         self._session = session
         self._numbers = count(1)
@@ -75,15 +83,28 @@ class Claimer:
         """Sends a claim unless one is under way or the window holds what is taken next."""
         if self._pending or self.window_rows >= self._context.spec.batch.window_rows:
             return
-        lane = self._next_lane
-        self._next_lane = (lane + 1) % len(self._context.lanes)
-        rows = max(self._context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
+        passed, lane = self._next_place()
+        context = self._entrances[passed]
+        rows = max(context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(
-            self._session, fence, self._context.incarnation, self._context.number, self._context.node.index, limits
+            self._session, fence, context.incarnation, context.number, context.nodes, limits
         )
-        self._pending.append(_Asked(lane, fence, time.monotonic(), self._channel.send(call)))
+        self._pending.append(_Asked(passed, lane, fence, time.monotonic(), self._channel.send(call)))
+
+    def _next_place(self) -> tuple[int, int]:
+        """Where to claim: at the first node in each lane in turn; at the later ones where that is empty, and now and
+        then, so that nothing waits there for ever."""
+        now = time.monotonic()
+        nothing = self._empty_lanes >= len(self._context.lanes)
+        if self._later and (nothing or now - self._later_at >= _LATER_EVERY_S):
+            self._later_at = now
+            self._next_later = (self._next_later + 1) % len(self._later)
+            return self._later[self._next_later]
+        lane = self._next_lane
+        self._next_lane = (lane + 1) % len(self._context.lanes)
+        return 0, lane
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
@@ -95,8 +116,9 @@ class Claimer:
         # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
         self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - asked.at * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
-        self.ready_left = 0 if grant.gated else grant.left
-        held = [Held(asked.lane, grant.fence, entry, now) for entry in grant.entries]
+        if grant.entries or not asked.passed:
+            self.ready_left = 0 if grant.gated else grant.left
+        held = [Held(asked.lane, grant.fence, entry, now, asked.passed) for entry in grant.entries]
         self._opened(held)
         self.window.extend(held)
         self.window_rows += sum(map(weight, grant.entries))
@@ -118,12 +140,12 @@ class Claimer:
         self._expected_at = min(self._expected_at, time.monotonic() + wait_s + 0.001)
 
     def idle(self) -> bool:
-        """Whether every lane was found empty in turn."""
-        return self._empty_lanes >= len(self._context.lanes)
+        """Whether every lane was found empty in turn, at every node."""
+        return self._empty_lanes >= len(self._context.lanes) + len(self._later)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
-        keys = [lane.keys.wake(self._context.key) for lane in self._context.lanes]
+        keys = [lane.keys.wake(key) for lane in self._context.lanes for key in self._context.keys]
         limit = min(self._next_due_s, self._expected_at - time.monotonic())
         self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
         if time.monotonic() >= self._expected_at:
@@ -132,12 +154,15 @@ class Claimer:
         self.ready_left = 1
 
     def take(self, rows: int) -> list[Held]:
-        """Up to so many rows from the head of the window, in order; at least one job. A suspect comes alone."""
+        """Up to so many rows from the head of the window, in order; at least one job. All were claimed at one node; a
+        suspect comes alone."""
         taken: list[Held] = []
         total = 0
         while self.window:
             head = self.window[0]
             if taken and (total + weight(head.entry) > rows or head.entry.suspect or taken[-1].entry.suspect):
+                break
+            if taken and head.passed != taken[0].passed:
                 break
             taken.append(self.window.popleft())
             total += weight(head.entry)

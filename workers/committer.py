@@ -32,6 +32,18 @@ class Charge(NamedTuple):
     after_s: float | None = None
 
 
+class _Grant(NamedTuple):
+    """Jobs that were claimed together, at one node."""
+
+    lane: int
+    fence: str
+    passed: int
+
+
+def _grant_of(held: Held) -> _Grant:
+    return _Grant(held.lane, held.fence, held.passed)
+
+
 class Committer:
     """Sends commits without waiting for each, eight at most; `flush()` and `drain()` bound what waits here."""
 
@@ -44,12 +56,12 @@ class Committer:
     ) -> None:
         """`settled(fence, tokens, statuses)` hears what became of jobs; statuses are commit's, '' when given back."""
         self._settled = settled
-        self._context = context
+        self._entrances = context.entrances()
         self._channel = channel
         self._session = session
         self._lock = threading.Lock()
-        self._open: Counter[tuple[int, str]] = Counter()
-        self._outputs: dict[tuple[int, str], list[Output]] = {}
+        self._open: Counter[_Grant] = Counter()
+        self._outputs: dict[_Grant, list[Output]] = {}
         self._oldest = 0.0
         self._sent: deque[tuple[Pending[str], list[bytes], str]] = deque()
         self.failures = 0
@@ -58,7 +70,7 @@ class Committer:
     def fences(self) -> tuple[str, ...]:
         """Grants with jobs that were not given back yet, as far as the server answered."""
         with self._lock:
-            return tuple({fence for _, fence in self._open} | {fence for _, _, fence in self._sent})
+            return tuple({grant.fence for grant in self._open} | {fence for _, _, fence in self._sent})
 
     @property
     def waiting(self) -> bool:
@@ -68,13 +80,13 @@ class Committer:
     def opened(self, held: Iterable[Held]) -> None:
         """Notes jobs that were taken into the window; may be called by another thread than the rest."""
         with self._lock:
-            self._open.update((h.lane, h.fence) for h in held)
+            self._open.update(map(_grant_of, held))
 
     def commit(self, held: Held, output: Output) -> None:
         """Queues one job's output; `flush()` decides when it goes."""
         if not self._outputs:
             self._oldest = time.monotonic()
-        self._outputs.setdefault((held.lane, held.fence), []).append(output)
+        self._outputs.setdefault(_grant_of(held), []).append(output)
 
     def flush(self, *, everything: bool = False) -> None:
         """Sends grants that are complete, and all of them once the oldest output has waited."""
@@ -85,29 +97,28 @@ class Committer:
         while self._sent and self._sent[0][0].done:
             self._settle()
 
-    def _send(self, grant: tuple[int, str], outputs: list[Output]) -> None:
-        lane, fence = grant
+    def _send(self, grant: _Grant, outputs: list[Output]) -> None:
         part: list[Output] = []
         size = 0
         for output in outputs:
             if part and size + len(output.payload) > _MAX_COMMIT_BYTES:
-                self._send_part(lane, fence, part)
+                self._send_part(grant, part)
                 part, size = [], 0
             part.append(output)
             size += len(output.payload)
-        self._send_part(lane, fence, part)
+        self._send_part(grant, part)
         self._closed(grant, len(outputs))
 
-    def _send_part(self, lane: int, fence: str, outputs: list[Output]) -> None:
-        context = self._context
+    def _send_part(self, grant: _Grant, outputs: list[Output]) -> None:
+        context, fence = self._entrances[grant.passed], grant.fence
         while len(self._sent) >= _IN_FLIGHT:
             self._settle()
-        call = context.lanes[lane].commit(self._session, fence, context.number, context.node.index, outputs)
+        call = context.lanes[grant.lane].commit(self._session, fence, context.number, context.nodes, outputs)
         sent = (self._channel.send(call), [o.token for o in outputs], fence)
         with self._lock:
             self._sent.append(sent)
 
-    def _closed(self, grant: tuple[int, str], jobs: int) -> None:
+    def _closed(self, grant: _Grant, jobs: int) -> None:
         with self._lock:
             self._open[grant] -= jobs
             if self._open[grant] <= 0:
@@ -132,11 +143,11 @@ class Committer:
 
         Returns the shortest of those waits, in seconds.
         """
-        attempts = self._context.spec.retry.attempts
-        shortest_s = self._context.spec.retry.backoff_s[1]
-        context = self._context
-        for grant, final in {((c.held.lane, c.held.fence), c.final) for c in failed}:
-            mine = [c for c in failed if (c.held.lane, c.held.fence) == grant and c.final == final]
+        shortest_s = self._entrances[0].spec.retry.backoff_s[1]
+        for grant, final in {(_grant_of(c.held), c.final) for c in failed}:
+            context = self._entrances[grant.passed]
+            attempts = context.spec.retry.attempts
+            mine = [c for c in failed if _grant_of(c.held) == grant and c.final == final]
             charges = []
             for held, why, _, after_s in mine:
                 wait_s = self._wait_s(held) if after_s is None else after_s
@@ -144,17 +155,17 @@ class Committer:
                 charges.append((held.entry.packed, wait_s * 1000.0, why))
                 fields = {"job": held.entry.job_id, "attempt": held.entry.attempts + 1, "error": why.error_type}
                 log.warning("job failed: %s", why.message[:300], extra={"fields": fields})
-            call = context.lanes[grant[0]].fail(
-                self._session, grant[1], context.number, context.node.index, charges, 1 if final else attempts
+            call = context.lanes[grant.lane].fail(
+                self._session, grant.fence, context.number, context.node.index, charges, 1 if final else attempts
             )
             self._channel.run(call)
-            self._settled(grant[1], [c.held.entry.packed for c in mine], "")
+            self._settled(grant.fence, [c.held.entry.packed for c in mine], "")
             self._closed(grant, len(mine))
         self.failures += len(failed)
         return shortest_s
 
     def _wait_s(self, held: Held) -> float:
-        base_s, cap_s = self._context.spec.retry.backoff_s
+        base_s, cap_s = self._entrances[held.passed].spec.retry.backoff_s
         return random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(held.entry.attempts, 30)))
 
     def lose(self, lost: Sequence[tuple[Held, int]], why: Failure) -> None:
@@ -172,10 +183,10 @@ class Committer:
         self._give_back(held, lambda lane, fence, tokens: lane.release(self._session, fence, tokens))
 
     def _give_back(self, held: Sequence[Held], call: object) -> None:
-        for grant in {(h.lane, h.fence) for h in held}:
-            tokens = [h.entry.packed for h in held if (h.lane, h.fence) == grant]
-            self._channel.run(call(self._context.lanes[grant[0]], grant[1], tokens))  # type: ignore[operator]
-            self._settled(grant[1], tokens, "")
+        for grant in set(map(_grant_of, held)):
+            tokens = [h.entry.packed for h in held if _grant_of(h) == grant]
+            self._channel.run(call(self._entrances[0].lanes[grant.lane], grant.fence, tokens))  # type: ignore[operator]
+            self._settled(grant.fence, tokens, "")
             self._closed(grant, len(tokens))
 
     def drain(self) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from torchrelay.config.columns import Column
 from torchrelay.errors import DecodeError, InputError, RetryLater
 from torchrelay.stages import Made
-from torchrelay.stages.batch import join_rows
-from torchrelay.stages.faults import DeviceLost
+from torchrelay.stages.batch import Refusal, join_rows
+from torchrelay.stages.faults import DeviceLost, blamed
 from torchrelay.stages.outputs import own
 from torchrelay.workers.batching import Planner
 from torchrelay.workers.forwards import Forwards, Meter, NoRoom, Runs, told
@@ -32,13 +32,15 @@ _HOPELESS_ROWS = 8
 
 
 class Failed(NamedTuple):
-    """Why a job has no output. `final`: trying it again is of no use; `after_s`: try it no sooner."""
+    """Why a job has no output. `final`: trying it again is of no use; `after_s`: try it no sooner; `stage`: who is at
+    fault, '' where only one could be."""
 
     error: BaseException | None
     final: bool = False
     after_s: float | None = None
     error_type: str = ""
     message: str = ""
+    stage: str = ""
 
 
 class GivenUp(NamedTuple):
@@ -89,7 +91,7 @@ def _batch(
             raise known
         made = forwards.run(works, [w.table for w in works], rows, again=again)
     except RetryLater as later:
-        yield [(w, Failed(later, after_s=later.after_s)) for w in works]
+        yield [(w, Failed(later, after_s=later.after_s, stage=blamed(later))) for w in works]
         return
     except DeviceLost:
         raise
@@ -116,16 +118,21 @@ def _batch(
 
 def _failed(fault: BaseException) -> Failed:
     if isinstance(fault, NoRoom):
-        return Failed(fault.error, error_type=type(fault.error).__name__, message=str(fault))
-    return Failed(fault)
+        error = fault.error
+        return Failed(error, error_type=type(error).__name__, message=str(fault), stage=blamed(error))
+    return Failed(fault, stage=blamed(fault))
 
 
 def judged(work: Work[J], made: Made) -> Outcome:
     """What becomes of a job of which this was made."""
     if not made.rejected:
         return Output(made.columns, made.counts, {})
-    rejected = {i: Rejection("Rejected", why, 1) for i, why in made.rejected.items()}
+    rejected = {i: _rejection(why) for i, why in made.rejected.items()}
     return _unless_refused(work, Output(made.columns, made.counts, rejected))
+
+
+def _rejection(why: str) -> Rejection:
+    return Rejection("Rejected", why, 1, why.stage if isinstance(why, Refusal) else "")
 
 
 def _unless_refused(work: Work[J], output: Output) -> Outcome:
@@ -138,7 +145,8 @@ def _unless_refused(work: Work[J], output: Output) -> Outcome:
         except DecodeError as error:
             return Failed(error)
         where = f"row {row}: " if work.submitted > 1 or work.rows > 1 else ""
-        return Failed(None, final=True, error_type=first.error_type, message=where + first.message)
+        message = where + first.message
+        return Failed(None, final=True, error_type=first.error_type, message=message, stage=first.stage)
     return output
 
 
@@ -180,7 +188,7 @@ class _Rows(Generic[J]):
         except _Stop:
             return GivenUp()
         except RetryLater as later:
-            return Failed(later, after_s=later.after_s)
+            return Failed(later, after_s=later.after_s, stage=blamed(later))
         except DeviceLost:
             raise
         except _Hopeless:
@@ -234,7 +242,7 @@ class _Rows(Generic[J]):
 
     def _reject(self, row: int, tries: int, fault: BaseException) -> None:
         error = fault.error if isinstance(fault, NoRoom) else fault
-        self._raised[row] = Rejection(type(error).__name__, told(fault), tries)
+        self._raised[row] = Rejection(type(error).__name__, told(fault), tries, blamed(error))
         if not self._pieces and not self._work.incoming.last and len(self._raised) >= _HOPELESS_ROWS:
             raise _Hopeless
 
@@ -245,7 +253,7 @@ class _Rows(Generic[J]):
             self._pieces.append(_Piece(0, 0, nothing))
         rejected = dict(self._raised)
         for piece in self._pieces:
-            rejected.update((piece.start + i, Rejection("Rejected", why, 1)) for i, why in piece.made.rejected.items())
+            rejected.update((piece.start + i, _rejection(why)) for i, why in piece.made.rejected.items())
         if len(self._pieces) == 1:
             columns: dict[str, Column] = self._pieces[0].made.columns
         else:

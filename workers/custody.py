@@ -17,10 +17,10 @@ from torchrelay.workers.claimer import Held
 
 
 class Read(NamedTuple):
-    """A block that a job reads: by which edge, which node made it, and whether its bytes are in Redis too."""
+    """A block that a job reads: by which edges, which node made it, and whether its bytes are in Redis too."""
 
     place: Place
-    edge: int | None
+    edges: tuple[int, ...]
     maker: int
     durable: bool
 
@@ -78,8 +78,8 @@ class Custody:
     def _end(self, entry: _InHand, accepted: bool) -> None:
         if self._reader is not None:
             for read in entry.read:
-                if accepted and read.edge is not None:
-                    self._reader.release(read.place, read.edge)
+                if accepted and read.edges:
+                    self._reader.release(read.place, *read.edges)
                 else:
                     self._reader.drop(read.place)
         if self._writer is not None and entry.made:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torchrelay.workers.assemble import Assembler
@@ -23,25 +23,26 @@ class Taken:
 
 
 class Intake:
-    """Claims and opens. `rest` is called before each wait for more."""
+    """Claims and opens; `assemblers` are those of each node at which it claims. `rest` is called before each wait for
+    more."""
 
     def __init__(
         self,
         context: NodeContext,
         claimer: Claimer,
-        assembler: Assembler[Held],
+        assemblers: Sequence[Assembler[Held]],
         stopping: Callable[[], bool],
         rest: Callable[[], object],
     ) -> None:
         self._context = context
         self._claimer = claimer
-        self._assembler = assembler
+        self._assemblers = assemblers
         self._stopping = stopping
         self._rest = rest
 
     def next_batch(self) -> Taken | None:
         """Jobs for one forward: a full batch, or what came within `max_wait_ms`. None after an idle second."""
-        rules, claimer = self._context.spec.batch, self._claimer
+        claimer = self._claimer
         if not claimer.window:
             claimer.top_up()
             if not claimer.window:
@@ -49,6 +50,7 @@ class Intake:
                 if claimer.idle():
                     claimer.wait()
                 return None
+        rules = self._context.group.stages[claimer.window[0].passed].batch
         deadline = claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
         while claimer.window_rows < rules.max_rows and not self._stopping():
             if claimer.ready_left and claimer.top_up():
@@ -68,8 +70,9 @@ class Intake:
         late = [h for h in batch if 0 < h.entry.deadline_ms <= now_ms]
         if late:
             batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
-        last = self._context.spec.retry.attempts - 1
-        opened = self._assembler.open_all(
+        passed = batch[0].passed if batch else 0
+        last = self._context.group.stages[passed].retry.attempts - 1
+        opened = self._assemblers[passed].open_all(
             Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
         )
         return Taken(opened.ready, opened.bad, opened.lost, late)

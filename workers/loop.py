@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import time
 
+from torchrelay.stages import Runner
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
-from torchrelay.workers.compute import Runs, compute
+from torchrelay.workers.compute import compute
 from torchrelay.workers.parts import Meter, Parts, Surroundings
 from torchrelay.workers.work import Work
 
@@ -15,9 +16,9 @@ _SLOW_S = 0.02
 
 
 class StageLoop:
-    """Serves one node until `around.stopping()` says so, then gives back what it holds."""
+    """Serves one node, or several that are fused, until `around.stopping()` says so, then gives back what it holds."""
 
-    def __init__(self, around: Surroundings, runner: Runs) -> None:
+    def __init__(self, around: Surroundings, runner: Runner) -> None:
         self._around = around
         self._runner = runner
         self._parts = Parts(around, threads=False)
@@ -59,7 +60,8 @@ class StageLoop:
             # What is finished must not wait for a long forward to end.
             parts.committer.drain()
         started = time.monotonic()
-        for group in compute(works, self._runner, parts.planner, self._meter):
+        runner = self._runner.behind(works[0].job.passed)
+        for group in compute(works, runner, parts.planner(works), self._meter):
             parts.settler.settle(group)
         parts.measured(sum(w.job.entry.rows for w in works), time.monotonic() - started)
         parts.status.ended(len(works))

@@ -123,7 +123,7 @@ class OverlappedLoop:
                 continue
             if taken.bad or taken.lost or taken.given_back:
                 self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
-            for works in parts.planner.batches(taken.ready):
+            for works in parts.planner(taken.ready).batches(taken.ready):
                 batch = self._prepared(works)
                 if not self._ready.put(batch):
                     self._give_up(batch)
@@ -131,11 +131,11 @@ class OverlappedLoop:
         self._ready.close()
 
     def _prepared(self, works: Works) -> _Batch:
-        planner = self._parts.planner
+        planner = self._parts.planner(works)
         if len(works) == 1 and (works[0].incoming.keep or planner.too_large(works[0])):
             return _Batch(works, alone=True)
         try:
-            prepared = self._runner.prepare(
+            prepared = self._runner_of(works).prepare(
                 [w.table for w in works],
                 [w.rows for w in works],
                 [w.fields for w in works],
@@ -145,6 +145,9 @@ class OverlappedLoop:
             # Whose fault it is, `compute` finds out, on the thread that may call the stage.
             return _Batch(works, alone=True)
         return _Batch(works, prepared)
+
+    def _runner_of(self, works: Works) -> Runner:
+        return self._runner.behind(works[0].job.passed)
 
     def _stopping(self) -> bool:
         return self._error is not None or self._around.stopping()
@@ -188,7 +191,7 @@ class OverlappedLoop:
         batch.number = self._parts.status.started([w.job for w in batch.works])
         batch.started_at = time.monotonic()
         try:
-            batch.launched = self._runner.launch(prepared)
+            batch.launched = self._runner_of(batch.works).launch(prepared)
         except _FAULTS as error:
             batch.fault = _remembered(error)
             batch.prepared = None
@@ -204,7 +207,8 @@ class OverlappedLoop:
         """One step after the other, with nothing else on the device."""
         self._all_finished()
         rows, started = sum(w.rows for w in batch.works), time.monotonic()
-        for group in compute(batch.works, self._runner, self._parts.planner, self._meter, batch.fault):
+        runner, planner = self._runner_of(batch.works), self._parts.planner(batch.works)
+        for group in compute(batch.works, runner, planner, self._meter, batch.fault):
             self._leaving.put(_Leaving(group=group))
         self._parts.status.ended(len(batch.works))
         self._parts.measured(rows, time.monotonic() - started)
@@ -236,10 +240,10 @@ class OverlappedLoop:
         parts.committer.drain()
 
     def _finish(self, batch: _Batch) -> None:
-        parts, launched = self._parts, batch.launched
+        parts, launched, runner = self._parts, batch.launched, self._runner_of(batch.works)
         assert launched is not None  # put there by the device thread
         try:
-            made = self._runner.finish(launched)
+            made = runner.finish(launched)
         except _FAULTS as error:
             parts.status.stopped(batch.number, 0)
             batch.alone, batch.fault = True, _remembered(error)
@@ -247,14 +251,14 @@ class OverlappedLoop:
             self._room.release()
             return
         rows = sum(w.rows for w in batch.works)
-        parts.status.stopped(batch.number, rows, self._runner.idle_s)
+        parts.status.stopped(batch.number, rows, runner.idle_s)
         self._room.release()
         now = time.monotonic()
         parts.measured(rows, now - max(batch.started_at, self._finished_at))
         self._finished_at = now
         parts.settler.settle(_outcomes(batch.works, made))
         parts.status.ended(len(batch.works))
-        parts.planner.cap.fitted(rows)
+        parts.planner(batch.works).cap.fitted(rows)
 
 
 def _remembered(fault: BaseException) -> BaseException | None:

@@ -53,8 +53,12 @@ class Parts:
         self.claimer = Claimer(context, self.claims, session, self.committer.opened)
         self.storage = Storage(context, around.client, around.memory, self.custody)
         graph, limit = context.pipeline.graph, context.pipeline.spec.limits.rows_per_job
-        self.assembler: Assembler[Held] = Assembler(graph, context.node, self.storage.fetch, limit)
-        self.settler = Settler(context, self.assembler, self.storage, self.committer, self.custody, self.claimer)
+        groups = [entrance.group for entrance in context.entrances()]
+        self._assemblers: list[Assembler[Held]] = [
+            Assembler(graph, group.first, self.storage.fetch, limit, group) for group in groups
+        ]
+        self._planners: list[Planner[Held]] = [Planner(group.batch, group.types) for group in groups]
+        self.settler = Settler(context, self._assemblers, self.storage, self.committer, self.custody, self.claimer)
         self.status = Status(
             around.page,
             lambda: (*self.committer.fences, *self.claimer.asked_fences),
@@ -62,12 +66,15 @@ class Parts:
             lambda: self.committer.failures,
         )
         around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
-        self.planner: Planner[Held] = Planner(context.spec.batch, graph.types_of(context.node))
         self._loaded_at = -1
 
     def intake(self, rest: Callable[[], object]) -> Intake:
         """The side on which jobs come in; `rest` is called before each wait for more."""
-        return Intake(self.around.context, self.claimer, self.assembler, self.around.stopping, rest)
+        return Intake(self.around.context, self.claimer, self._assemblers, self.around.stopping, rest)
+
+    def planner(self, works: Sequence[Work[Held]]) -> Planner[Held]:
+        """What cuts these jobs, claimed at one node, into batches."""
+        return self._planners[works[0].job.passed if works else 0]
 
     def load_scripts(self) -> None:
         """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""

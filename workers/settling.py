@@ -21,19 +21,20 @@ from torchrelay.workers.work import Work
 
 
 class Settler:
-    """Settles jobs with the server, through one committer. One thread calls it."""
+    """Settles jobs with the server, through one committer; `assemblers` are those of each node at which jobs are
+    claimed. One thread calls it."""
 
     def __init__(
         self,
         context: NodeContext,
-        assembler: Assembler[Held],
+        assemblers: Sequence[Assembler[Held]],
         storage: Storage,
         committer: Committer,
         custody: Custody,
         claimer: Claimer,
     ) -> None:
         self._context = context
-        self._assembler = assembler
+        self._assemblers = assemblers
         self._storage = storage
         self._committer = committer
         self._custody = custody
@@ -69,7 +70,7 @@ class Settler:
                 given_up.append(work.job)
                 continue
             try:
-                closed = self._assembler.close(work, outcome)
+                closed = self._assemblers[work.job.passed].close(work, outcome)
                 output, large = self._storage.place(work.job, closed, work.riding.meta)
             except Exception as error:
                 # The stage returned something that cannot travel: its failure, as if it had raised. Nothing of this
@@ -107,14 +108,15 @@ class Settler:
     def _lose(self, lost: Sequence[tuple[Held, int]]) -> None:
         if lost:
             gone = Failed(None, error_type="BytesLost", message="the bytes of an input column are gone")
-            self._committer.lose(lost, self._failure(gone))
+            self._committer.lose(lost, self._failure(lost[0][0], gone))
 
     def _charge(self, held: Held, failed: Failed) -> Charge:
-        return Charge(held, self._failure(failed), failed.final, failed.after_s)
+        return Charge(held, self._failure(held, failed), failed.final, failed.after_s)
 
-    def _failure(self, failed: Failed) -> Failure:
+    def _failure(self, held: Held, failed: Failed) -> Failure:
         error = failed.error
         trace = "".join(traceback.format_exception(error)) if error else ""
         kind = failed.error_type or type(error).__name__
         message = failed.message or (told(error) if error else "")
-        return Failure(self._context.node.name, kind, message, trace, self._context.worker)
+        stage = failed.stage or self._context.group.nodes[held.passed].name
+        return Failure(stage, kind, message, trace, self._context.worker)

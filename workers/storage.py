@@ -85,7 +85,7 @@ class SharedMemory:
 
 
 class Storage:
-    """Columns and liveness of the jobs of one node. `custody` knows which shared memory each job in hand uses."""
+    """Columns and liveness of the jobs of one worker. `custody` knows which shared memory each job in hand uses."""
 
     def __init__(self, context: NodeContext, client: redis.Redis, memory: SharedMemory, custody: Custody) -> None:
         self._context = context
@@ -93,8 +93,8 @@ class Storage:
         self._placer = memory.placer
         self._reader = memory.reader
         self._custody = custody
-        self._edge = Edge.of(context.pipeline.graph, context.node)
-        self._edges: dict[tuple[str, int], int | None] = {}
+        self._edge = Edge.of(context.pipeline.graph, context.group.last)
+        self._edges: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self._readers: dict[str, list[str]] = {}
         self._ended_at = 0.0
         self._ended: set[bytes] = set()
@@ -117,23 +117,25 @@ class Storage:
             return None
         view = self._reader.view(place, ref.nbytes)
         if view is not None:
-            self._custody.reads(held, Read(place, self._edge_of(ref), ref.maker or 0, ref.chunks > 0))
+            self._custody.reads(held, Read(place, self._edges_of(held, ref), ref.maker or 0, ref.chunks > 0))
         return view
 
-    def _edge_of(self, ref: Ref) -> int | None:
-        key = (ref.column, ref.maker or 0)
-        edge = self._edges.get(key, -1)
-        if edge == -1:
-            context = self._context
-            edge = self._edges[key] = edge_of(context.pipeline.graph, *key, reader=context.node.index)
-        return edge
+    def _edges_of(self, held: Held, ref: Ref) -> tuple[int, ...]:
+        """Those of all the nodes that this worker runs for the job: its commit is theirs."""
+        key = (ref.column, ref.maker or 0, held.passed)
+        edges = self._edges.get(key)
+        if edges is None:
+            group, graph = self._context.group, self._context.pipeline.graph
+            found = [edge_of(graph, *key[:2], reader=node.index) for node in group.nodes[held.passed :]]
+            edges = self._edges[key] = tuple(edge for edge in found if edge is not None)
+        return edges
 
     def place(self, held: Held, closed: Closed, meta: bytes) -> tuple[Output, dict[str, Message]]:
         """What is committed for one job, and the blobs to write first.
 
         Raises InputError for a large column whose name no ref can hold.
         """
-        node, graph = self._context.node, self._context.pipeline.graph
+        node, graph = self._context.group.last, self._context.pipeline.graph
         inline, large = split_inline(closed.made, INLINE_MAX_BYTES if node.succs else INLINE_RESULT_MAX_BYTES)
         columns: dict[str, Packed] = {**closed.riding, **inline}
         refs = ""
@@ -158,7 +160,7 @@ class Storage:
     def _readers_of(self, column: str) -> list[str]:
         if column not in self._readers:
             pipeline = self._context.pipeline
-            self._readers[column] = readers_of(pipeline.graph, pipeline.ref, column, self._context.node.index)
+            self._readers[column] = readers_of(pipeline.graph, pipeline.ref, column, self._context.group.last.index)
         return self._readers[column]
 
     def write(self, blobs: dict[int, dict[str, Message]]) -> None:

@@ -18,6 +18,7 @@ from typing import IO, TextIO
 
 import redis
 
+from torchrelay.config.fusing import Group
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, DeviceError, StageLoadError, WorkerError
@@ -45,12 +46,22 @@ _DEVICE_PAUSE_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker to run: which stage of which pipeline, and where."""
+    """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well."""
 
     pipeline: Pipeline
     stage: str
     device: str = "auto"
     overrides: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def group(self) -> Group:
+        """All that the worker serves."""
+        return self.pipeline.group_of(self.stage)
+
+    @property
+    def nodes(self) -> list[str]:
+        """`pipeline@version/stage` of each of these stages."""
+        return [f"{self.pipeline.ref}/{name}" for name in self.group.names]
 
 
 class Supervisor:
@@ -76,14 +87,15 @@ class Supervisor:
         self._next_beat = 0.0
         self._next_renewal = 0.0
         self._keep_at = 0.0
-        stage = next(s for s in plan.pipeline.spec.stages if s.name == plan.stage)
-        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[stage.device]
+        group = plan.group
+        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[group.stages[0].device]
         self._device = chosen if plan.device.startswith("auto") else plan.device
-        self._timeout_s = stage.timeout_s
-        self._max_rows = stage.batch.max_rows
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
-        self.node = f"{plan.pipeline.ref}/{plan.stage}"
-        self._window_rows = stage.batch.window_rows
+        # Of all entrances: a job that stands at a later stage may come in larger batches than the first one's.
+        self._timeout_s = max(group.behind(passed).timeout_s for passed in range(len(group.nodes)))
+        self._max_rows = group.stages[0].batch.max_rows
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{'+'.join(group.names)}-{new_token(4)}"
+        self.nodes = plan.nodes
+        self._window_rows = max(stage.batch.window_rows for stage in group.stages)
         self._deaths = DeviceDeaths()
         self.error: WorkerError | None = None
 
@@ -192,7 +204,7 @@ class Supervisor:
             pipeline=plan.pipeline.source or "",
             ref=plan.pipeline.ref,
             overrides=plan.overrides,
-            stage=plan.stage,
+            stages=plan.group.names,
             url=self._url,
             namespace=self._settings.namespace,
             lanes=self._settings.lanes,
@@ -287,7 +299,8 @@ class Supervisor:
             worker=self.name,
             host=socket.gethostname(),
             pid=self.child_pid,
-            node=self.node,
+            node=self.nodes[0],
+            fused=self.nodes[1:],
             device=self._plan.device,
             state=state,
             started_at=self._started_at,

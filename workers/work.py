@@ -63,11 +63,12 @@ class Work(Generic[J]):
 
 
 class Rejection(NamedTuple):
-    """Why one row goes no further."""
+    """Why one row goes no further. `stage` is '' where only one could have refused it."""
 
     error_type: str
     message: str
     attempts: int
+    stage: str = ""
 
 
 class Output(NamedTuple):

@@ -90,11 +90,12 @@ class ArenaReader:
         segment = self._segments.get((place.arena, place.segment))
         return segment is not None and segment.words[place.slot * SLOT_WORDS] == place.generation
 
-    def release(self, place: Place, edge: int) -> None:
-        """This edge needs the block no longer: its commit was accepted. Takes it off the list, too."""
+    def release(self, place: Place, *edges: int) -> None:
+        """These edges need the block no longer: their commit was accepted. Takes it off the list, too."""
         segment = self._segments.get((place.arena, place.segment))
         if segment is not None and self.intact(place):
-            segment.words[place.slot * SLOT_WORDS + FIRST_RELEASE + edge] = place.generation
+            for edge in edges:
+                segment.words[place.slot * SLOT_WORDS + FIRST_RELEASE + edge] = place.generation
         self.drop(place)
 
     def drop(self, place: Place) -> None:

@@ -2,6 +2,7 @@
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] worker incarnation  ARGV[4] pipeline number  ARGV[5] node
 -- ARGV[6] max jobs  ARGV[7] max rows  ARGV[8] max inline bytes  ARGV[9] lease_ms
+-- ARGV[10] last node that the worker runs, as for commit: what stands behind that one is what gates
 -- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left,
 --   1 when gated, 2 when the node is paused}.
 --   A record of a forking pipeline is {header and input payload, own entry, predecessors' outputs...}.
@@ -17,6 +18,8 @@ local g = graph(pid)
 if not g then return refuse('TRNOPIPE', ARGV[4]) end
 local node = g.nodes[tonumber(ARGV[5])]
 if not node then return refuse('TRARGS', 'node ' .. ARGV[5] .. ' of ' .. g.ref) end
+local steps, last = chain(g, node, tonumber(ARGV[10]))
+if not steps then return refuse('TRARGS', 'node ' .. ARGV[10] .. ' of ' .. g.ref .. ' is not fused to ' .. ARGV[5]) end
 
 local function with_inputs(ids, recs)
   if g.linear then return recs end
@@ -46,12 +49,12 @@ local RETIRED, PAUSED, paused = T .. 'retired:' .. ARGV[3], T .. 'paused', false
 -- One look for both: neither is there as a rule.
 if call('EXISTS', RETIRED, PAUSED) > 0 then
   if call('EXISTS', RETIRED) == 1 then return refuse('TRRETIRED', ARGV[3]) end
-  paused = call('HGET', PAUSED, node.key) == '1'
+  for _, n in ipairs(steps) do paused = paused or call('HGET', PAUSED, n.key) == '1' end
 end
 
 check_types({GRANTS, LOAD, DONE}, {LEASE, DELAYED, DEADLINE, DONEQ})
 local only_high, gated = false, false
-for _, s in ipairs(node.succs) do
+for _, s in ipairs(last.succs) do
   local n = g.nodes[s]
   local l = call('HMGET', LOAD, n.key .. '.ready_rows', n.key .. '.ready_bytes')
   local r, b = tonumber(l[1] or 0), tonumber(l[2] or 0)

@@ -1,8 +1,11 @@
 -- commit: records one node's outputs and releases the successors, or ends the job.
 -- KEYS[12] the worker's session
--- ARGV[1] operation  ARGV[2] fence  ARGV[3] pipeline number  ARGV[4] node  ARGV[5] entries
--- ARGV[6] '' or rows of each job's output (4 bytes each, ffffffff to leave them)  ARGV[7] '' or refs texts of the new blobs, each with ';'
--- ARGV[8..] payloads, one a job
+-- ARGV[1] operation  ARGV[2] fence  ARGV[3] pipeline number  ARGV[4] node that was claimed
+-- ARGV[5] last node: the same, or where the worker ran the nodes up to this one as well; each must follow the one
+--   before and nothing else. All of them are then done, and what the last one left stands for all: the others have no
+--   entry of their own, by which a restart (lost.lua) knows that they can only run again together.
+-- ARGV[6] entries  ARGV[7] '' or rows of each job's output (4 bytes each, ffffffff to leave them)
+-- ARGV[8] '' or refs texts of the new blobs, each with ';'  ARGV[9..] payloads, one a job
 -- Returns one letter a job: k committed; s stale fence, generation or record (nothing written for it); d past its
 -- deadline (ended so); b its blobs are incomplete (it stays in the grant). Never refused for capacity (rule 4);
 -- refused, with nothing written: TRNOPIPE, TRARGS.
@@ -18,15 +21,17 @@ local g = graph(tonumber(ARGV[3]))
 if not g then return refuse('TRNOPIPE', ARGV[3]) end
 local node = g.nodes[tonumber(ARGV[4])]
 if not node then return refuse('TRARGS', 'node ' .. ARGV[4] .. ' of ' .. g.ref) end
-local list, whole = held_entries(fence, grant, ARGV[5])
+local steps, last = chain(g, node, tonumber(ARGV[5]))
+if not steps then return refuse('TRARGS', 'node ' .. ARGV[5] .. ' of ' .. g.ref .. ' is not fused to ' .. ARGV[4]) end
+local list, whole = held_entries(fence, grant, ARGV[6])
 local new_refs = {}
-for r in string.gmatch(ARGV[7], '([^;]*);') do new_refs[#new_refs + 1] = r end
-local fits = #ARGV == 7 + #list and (#ARGV[6] == 0 or #ARGV[6] == 4 * #list) and (#ARGV[7] == 0 or #new_refs == #list)
+for r in string.gmatch(ARGV[8], '([^;]*);') do new_refs[#new_refs + 1] = r end
+local fits = #ARGV == 8 + #list and (#ARGV[7] == 0 or #ARGV[7] == 4 * #list) and (#ARGV[8] == 0 or #new_refs == #list)
 if not fits then
   return refuse('TRARGS', #list .. ' entries do not match what came with them')
 end
 check_types({LOAD, DONE}, {LEASE, DEADLINE, DELAYED, DONEQ})
-for _, i in ipairs(node.succs) do check_ready({g.nodes[i]}) end
+for _, i in ipairs(last.succs) do check_ready({g.nodes[i]}) end
 local incomplete = {}
 for i, e in ipairs(list) do
   local added = new_refs[i] or ''
@@ -38,6 +43,8 @@ end
 
 local status, taken, taken_rows, committed = {}, {}, 0, 0
 local ids, values = {}, {}
+local bits = 0
+for _, n in ipairs(steps) do bits = bor(bits, n.bit) end
 
 -- Drops the refs whose consumers are all done, and adds the new ones. Returns the text, and whether bytes stand in it
 -- that only this record's past can bring back.
@@ -58,7 +65,7 @@ end
 -- A linear record is overwritten in place; its last self-contained form is kept beside it as long as it needs one.
 local function advance_linear(e, rows, payload, added)
   local h = e.h
-  local mask, derived = bor(h.mask, node.bit), false
+  local mask, derived = bor(h.mask, bits), false
   if #h.refs > 0 or #added > 0 then
     local refs
     refs, derived = next_refs(h.refs, added, mask)
@@ -79,16 +86,20 @@ local function advance_linear(e, rows, payload, added)
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
   ids[#ids + 1] = e.id
   values[#values + 1] = build(h)
-  for _, i in ipairs(node.succs) do make_ready(g.nodes[i], e.id, h.rank, rows, h.bytes) end
+  for _, i in ipairs(last.succs) do make_ready(g.nodes[i], e.id, h.rank, rows, h.bytes) end
 end
 
 local function advance_fork(e, rows, payload, added)
   local h = e.h
-  h.mask = bor(h.mask, node.bit)
+  h.mask = bor(h.mask, bits)
   if #h.refs > 0 or #added > 0 then h.refs = next_refs(h.refs, added, h.mask) end
-  put_fork(e.id, node, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = #payload, payload = payload})
+  if last ~= node then
+    local key, field = extra(e.id, node.index)
+    call('HDEL', key, field)
+  end
+  put_fork(e.id, last, {attempts = 0, strikes = 0, releases = 0, suspect = 0, rows = rows, bytes = #payload, payload = payload})
   put_fields({e.id}, {build(h)})
-  for _, i in ipairs(node.succs) do
+  for _, i in ipairs(last.succs) do
     local n = g.nodes[i]
     if band(h.mask, n.needs) == n.needs then
       local bytes = #payload
@@ -104,12 +115,12 @@ local function complete(e, rows, payload, added)
   if not g.linear then
     local parts = {}
     for i, n in ipairs(g.nodes) do
-      if #n.succs == 0 then parts[#parts + 1] = n == node and payload or fork_state(e.id, n).payload end
+      if #n.succs == 0 then parts[#parts + 1] = n == last and payload or fork_state(e.id, n).payload end
     end
     payload = table.concat(parts)
   end
   local refs = (#h.refs > 0 or #added > 0) and doom_refs(h.refs .. added, true) or ''
-  finish(g, e.id, h, 'k', node.index, rows, refs, payload)
+  finish(g, e.id, h, 'k', last.index, rows, refs, payload)
 end
 
 for i, e in ipairs(list) do
@@ -124,7 +135,7 @@ for i, e in ipairs(list) do
     local h = e.h
     taken[e.packed] = true
     local had = state_of(g, e.id, h, node).rows
-    local rows = #ARGV[6] > 0 and unpackb('<I4', ARGV[6], 4 * i - 3) or MOST
+    local rows = #ARGV[7] > 0 and unpackb('<I4', ARGV[7], 4 * i - 3) or MOST
     if rows == MOST then rows = had end
     taken_rows = taken_rows + had
     if #added > 0 then persist_refs(added) end
@@ -135,16 +146,15 @@ for i, e in ipairs(list) do
     else
       status[i] = 'k'
       committed = committed + 1
-      local last = bor(h.mask, node.bit) == g.all
-      if last then complete(e, rows, ARGV[7 + i], added)
-      elseif g.linear then advance_linear(e, rows, ARGV[7 + i], added)
-      else advance_fork(e, rows, ARGV[7 + i], added) end
+      if bor(h.mask, bits) == g.all then complete(e, rows, ARGV[8 + i], added)
+      elseif g.linear then advance_linear(e, rows, ARGV[8 + i], added)
+      else advance_fork(e, rows, ARGV[8 + i], added) end
     end
   end
 end
 if grant then shrink_grant(fence, grant, node, taken, whole, taken_rows) end
 if #ids > 0 then put_fields(ids, values) end
-count(node.key .. '.committed', committed)
+for _, n in ipairs(steps) do count(n.key .. '.committed', committed) end
 flush()
 local result = table.concat(status)
 remember(SESS, seq, result)

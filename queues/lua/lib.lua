@@ -127,6 +127,18 @@ local function graph(pid)
   return g
 end
 
+-- The nodes from this one to the last, each of which follows the one before and nothing else; nil where they do not.
+local function chain(g, node, last)
+  local steps = {node}
+  while node.index ~= last do
+    local n = #node.succs == 1 and g.nodes[node.succs[1]]
+    if not n or #n.preds ~= 1 then return nil end
+    steps[#steps + 1] = n
+    node = n
+  end
+  return steps, node
+end
+
 -- Load counters and ready entries are gathered, then written once by flush().
 local loads, readies, ready_order = {}, {}, {}
 local function count(field, delta) loads[field] = (loads[field] or 0) + delta end

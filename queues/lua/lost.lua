@@ -4,8 +4,8 @@
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] entries  ARGV[4] error (msgpack), for a job that nothing can restart
 -- ARGV[5] '' or per job the mask of the nodes that made what is gone (4 bytes each), 0 where that is unknown: all
 -- A linear job restarts from its last self-contained form, whoever made the bytes. A forking one reruns the makers and
--- every node behind them: a stage need not give the same twice, so nothing that was computed from the lost bytes may
--- meet what is computed anew. Other branches keep their outputs and their places; what is held there is stale, and
+-- every node behind them, and with a node those that were committed together with it (commit.lua): a stage need not
+-- give the same twice, so nothing that was computed from the lost bytes may meet what is computed anew. Other branches keep their outputs and their places; what is held there is stale, and
 -- ready again. If a maker's own input is gone too, its worker finds out and calls again: so the restart walks back.
 -- A job none of whose nodes is done (its own input is missing), or that restarted 100 times, fails for good.
 -- Returns one letter a job: g restarted, f failed for good, s stale. Refused, with nothing written: TRARGS.
@@ -64,11 +64,24 @@ local function with_descendants(mask)
   return found
 end
 
+-- What was done as one is undone as one: a done node without an entry was committed with its successor.
+local function with_fused(id, h, mask)
+  for i, n in ipairs(g.nodes) do
+    local at = n
+    while band(mask, n.bit) > 0 and #at.preds == 1 and at.preds[1] > 0 do
+      at = g.nodes[at.preds[1]]
+      if band(h.mask, at.bit) == 0 or fork_state(id, at) then break end
+      mask = bor(mask, at.bit)
+    end
+  end
+  return mask
+end
+
 local function restart_fork(e, makers)
   local h = e.h
   if h.mask == 0 then return false end
   makers = band(makers, h.mask)
-  local cleared = with_descendants(makers > 0 and makers or h.mask)
+  local cleared = with_descendants(with_fused(e.id, h, makers > 0 and makers or h.mask))
   for _, n in ipairs(open_nodes(g, h.mask)) do
     if cleared[n.index] then leave_queue(g, e.id, h, n)
     elseif not waits(n, e.id) then

@@ -36,7 +36,7 @@ from torchrelay.queues.job import (
     split_inline,
 )
 from torchrelay.queues.levels import failures_of, result_rows
-from torchrelay.stages import Runner, StageContext, make_runner
+from torchrelay.stages import Runner, StageContext, make_group_runner
 from torchrelay.workers.assemble import Assembler, in_order, too_many_rows
 from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import Failed, GivenUp, compute, told
@@ -45,9 +45,9 @@ from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.work import Closed, Incoming, Work
 
 if TYPE_CHECKING:
+    from torchrelay.config.fusing import Group
     from torchrelay.config.graph import Graph, Node
     from torchrelay.config.pipeline import Pipeline
-    from torchrelay.config.spec import StageConfig
 
 __all__ = ["run_local"]
 
@@ -128,10 +128,9 @@ def _drain(chunks: list[Chunk]) -> Iterator[Chunk]:
 
 
 class _Step(NamedTuple):
-    """One node, ready to work."""
+    """One node, or several that are fused, ready to work."""
 
-    node: Node
-    spec: StageConfig
+    group: Group
     runner: Runner
     assembler: Assembler[Blobs]
     planner: Planner[Blobs]
@@ -178,7 +177,8 @@ class _Fault(Exception):
         error = self.failed.error
         trace = "".join(traceback.format_exception(error)) if error else ""
         kind = self.failed.error_type or type(error).__name__
-        failure = Failure(self.step.node.name, kind, self.failed.message or (told(error) if error else ""), trace)
+        stage = self.failed.stage or self.step.group.first.name
+        failure = Failure(stage, kind, self.failed.message or (told(error) if error else ""), trace)
         why = Failure.decode(failure.encode())
         made = JobFailed(
             why.message,
@@ -207,7 +207,9 @@ class LocalRun:
 
     def __enter__(self) -> LocalRun:
         try:
-            self._steps = [self._load(node) for node in self._graph.ordered]
+            order = {node.name: node.rank for node in self._graph.nodes}
+            groups = sorted(self._pipeline.groups, key=lambda group: order[group.first.name])
+            self._steps = [self._load(group) for group in groups]
         except BaseException:
             self._closing.close()
             raise
@@ -216,16 +218,15 @@ class LocalRun:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._closing.close()
 
-    def _load(self, node: Node) -> _Step:
-        pipeline, spec = self._pipeline, self._pipeline.spec.stages[node.index - 1]
-        check_codecs(self._graph, node)
-        found = spec.use and import_use(spec.use, pipeline.base_dir)
-        types = self._graph.types_of(node)
-        runner = make_runner(found, spec, types=types, outputs=node.outputs)
-        device = pick_device(spec, self._device)
+    def _load(self, group: Group) -> _Step:
+        pipeline = self._pipeline
+        check_codecs(self._graph, group.last)
+        runner = make_group_runner(lambda s: s.use and import_use(s.use, pipeline.base_dir), group)
+        device = pick_device(group.stages[0], self._device)
         self._closing.callback(runner.close)
         runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
-        return _Step(node, spec, runner, Assembler(self._graph, node, _fetch), Planner(spec.batch, types))
+        assembler: Assembler[Blobs] = Assembler(self._graph, group.first, _fetch, group=group)
+        return _Step(group, runner, assembler, Planner(group.batch, group.types))
 
     def results(self, chunk: Chunk) -> list[Any]:
         """Per row its result, or with `keep_errors` its JobFailed. Else the first row that fails raises it."""
@@ -251,9 +252,9 @@ class LocalRun:
         payloads = {0: encode_payload(blobs.put(0, chunk.columns), self._meta)}
         rows = {0: chunk.rows}
         for step in self._steps:
-            node = step.node
-            came = [payloads[p] for p in node.preds]
-            closed = self._serve(step, Incoming(blobs, came, rows[node.preds[0]], keep, last=True), chunk.rows)
+            node, preds = step.group.last, step.group.first.preds
+            came = [payloads[p] for p in preds]
+            closed = self._serve(step, Incoming(blobs, came, rows[preds[0]], keep, last=True), chunk.rows)
             packed = {**closed.riding, **blobs.put(node.index, closed.made)}
             packed = packed if node.succs else in_order(packed, self._pipeline.output)
             payloads[node.index] = encode_payload(packed, self._meta, closed.origins)
@@ -264,7 +265,7 @@ class LocalRun:
 
     def _serve(self, step: _Step, incoming: Incoming[Blobs], entry_rows: int) -> Closed:
         """One node's work; a chunk of one row is tried as often as its job would be."""
-        most = step.spec.retry.attempts if entry_rows == 1 else 1
+        most = step.group.stages[0].retry.attempts if entry_rows == 1 else 1
         attempts, failed = 0, Failed(None)
         while attempts < most and not failed.final:
             attempts += 1
@@ -279,7 +280,7 @@ class LocalRun:
                 continue
             try:
                 closed = step.assembler.close(work, outcome)
-                self._check_growth(step.node, work, closed)
+                self._check_growth(step.group.first, work, closed)
             except InputError as error:
                 failed = Failed(error)
             else:

@@ -95,7 +95,9 @@ def graph_view(pipeline: Pipeline) -> RenderableType:
         rows.append((spec.name, after, reads, gives, entering, spec.device, replicas, spec.batch.max_rows))
     inputs = ", ".join(f"{c}: {t}" for c, t in pipeline.input.items()) or "any columns"
     head = Text.assemble((pipeline.ref, "bold"), f"   input: {inputs}")
-    return Group(head, table(["stage", "after", "reads", "returns", "rows", "device", "#workers", "#batch rows"], rows))
+    shown = table(["stage", "after", "reads", "returns", "rows", "device", "#workers", "#batch rows"], rows)
+    fused = [Text(f"one worker runs {' and '.join(names)}") for names in pipeline.spec.fuse]
+    return Group(head, shown, *fused)
 
 
 def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]:
@@ -127,7 +129,8 @@ def _node_rows(
     paused = operate.paused_nodes(registry)
     serving: dict[str, list[WorkerReport]] = {}
     for report in workers:
-        serving.setdefault(report.node, []).append(report)
+        for served in report.nodes:
+            serving.setdefault(served, []).append(report)
     current = set(registry.current().values())
     rows = []
     for ref in registry.versions():

@@ -71,7 +71,7 @@ class Fleet:
         stage: str | None = None,
         device: str = "auto",
     ) -> None:
-        """Adds one stage, or every stage with `replicas.min` workers each."""
+        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker."""
         if pipeline.source is None:
             raise ConfigError(
                 f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
@@ -85,10 +85,10 @@ class Fleet:
         if device == "auto" and self._allow_cpu:
             device = "auto-cpu"
         self._pipelines.append(pipeline)
-        for spec in pipeline.spec.stages:
-            if stage in (None, spec.name):
-                count = 1 if stage is not None else max(1, spec.replicas.min)
-                self._plans += [WorkerPlan(pipeline, spec.name, device, overrides or {}) for _ in range(count)]
+        for group in pipeline.groups:
+            if stage is None or stage in group.names:
+                count = 1 if stage is not None else group.replicas
+                self._plans += [WorkerPlan(pipeline, group.first.name, device, overrides or {}) for _ in range(count)]
 
     def start(self) -> None:
         """Connects, registers the pipelines and starts the workers."""
@@ -107,7 +107,7 @@ class Fleet:
     @property
     def nodes(self) -> set[str]:
         """`name@version/stage` of every stage that its workers serve."""
-        return {f"{plan.pipeline.ref}/{plan.stage}" for plan in self._plans}
+        return {node for plan in self._plans for node in plan.nodes}
 
     def not_current(self) -> list[str]:
         """`name@version` of the pipelines here that new jobs do not take."""
@@ -185,7 +185,7 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
 
 def _status_line(fleet: Fleet) -> str:
     """The nodes that this fleet serves; what else the namespace holds is for `status`."""
-    mine = {s.node for s in fleet.supervisors}
+    mine = fleet.nodes
     rows = [r for r in terminal.status_of(fleet.registry, 1)["nodes"] if r["node"] in mine]
     return "; ".join(f"{r['node']} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows)
 

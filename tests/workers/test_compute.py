@@ -266,7 +266,7 @@ def test_an_error_without_words_is_told_by_its_type(keep: bool) -> None:
 
     done, _ = results([job(0, [""], keep=keep, last=True)], Act(act))
     if keep:
-        assert done[0].rejected[0] == ("Mute", "(its text cannot be made: RuntimeError)", 1)
+        assert done[0].rejected[0] == ("Mute", "(its text cannot be made: RuntimeError)", 1, "act")
     else:
         assert isinstance(done[0].error, Mute)
 

@@ -21,7 +21,7 @@ from torchrelay.workers.custody import Custody, Read, makers_of
 from torchrelay.workers.settling import Settler
 
 MIB = 1 << 20
-HELD: Any = SimpleNamespace(fence="f.1", lane=0, entry=SimpleNamespace(packed=b"a" * 16 + b"\x80"))
+HELD: Any = SimpleNamespace(fence="f.1", lane=0, passed=0, entry=SimpleNamespace(packed=b"a" * 16 + b"\x80"))
 
 
 class Arena:
@@ -78,7 +78,7 @@ def test_a_commit_whose_answer_never_came_keeps_its_blocks(arena: Arena) -> None
 def test_masks_of_makers_hold_whatever_a_ref_says() -> None:
     """`lost` takes 32 bits; the input and makers that cannot be count for nothing."""
     place = Place(1, "aaaaaaaa", 0, 0, 1, 0)
-    reads = [Read(place, 0, maker, False) for maker in (0, 1, 3, 32, 33, 999)]
+    reads = [Read(place, (0,), maker, False) for maker in (0, 1, 3, 32, 33, 999)]
     assert makers_of(reads) == 0b101 | 1 << 31
 
 
@@ -89,7 +89,7 @@ def test_an_output_copied_from_bytes_that_changed_is_not_committed(arena: Arena,
     job begins anew, or is given back where Redis has the input too."""
     place = arena.put("input")
     assert arena.reader.view(place, 5000) is not None
-    arena.custody.reads(HELD, Read(place, 0, 1, durable))
+    arena.custody.reads(HELD, Read(place, (0,), 1, durable))
     told: list[tuple[str, object]] = []
 
     def reuse() -> None:
@@ -102,8 +102,8 @@ def test_an_output_copied_from_bytes_that_changed_is_not_committed(arena: Arena,
         return "output", {"blob": b"x"} if large else {}
 
     given: dict[str, Any] = {
-        "context": SimpleNamespace(node=SimpleNamespace(name="s"), worker="w"),
-        "assembler": SimpleNamespace(close=lambda work, outcome: "closed"),
+        "context": SimpleNamespace(group=SimpleNamespace(nodes=[SimpleNamespace(name="s")]), worker="w"),
+        "assemblers": [SimpleNamespace(close=lambda work, outcome: "closed")],
         "storage": SimpleNamespace(place=put, write=lambda blobs: reuse()),
         "committer": SimpleNamespace(
             commit=lambda job, output: told.append(("commit", job)),

@@ -74,7 +74,7 @@ def await_ready(fleet: Fleet, ready_s: float) -> None:
     """Waits until every worker of a started fleet has loaded its stage. Raises StageLoadError and NoWorkers."""
     deadline = time.monotonic() + ready_s
     while True:
-        ready = {report.node for report in fleet.registry.workers() if report.state == "ready"}
+        ready = {node for report in fleet.registry.workers() if report.state == "ready" for node in report.nodes}
         if not (missing := fleet.nodes - ready):
             return
         if fleet.failed():
