@@ -126,9 +126,7 @@ class Fused(Stage):
         if len(rows) < total:
             flow.keep(rows)
         names = made[0] if made else ()
-        flow.columns = {
-            source: column for source, column in flow.columns.items() if self._until.get(source, -1) > number
-        }
+        flow.columns = {source: column for source, column in flow.columns.items() if self._needed(source, number)}
         flow.columns.update((Source(number, name), join_columns([part[name] for part in made])) for name in names)
 
     def _view(self, flow: _Flow, number: int, member: Member) -> Batch:
@@ -155,8 +153,11 @@ class Fused(Stage):
         batch = cast(Batch, member.stage.tensors(batch, str(member.stage.device)))
         if member.stage.share:
             return batch
-        later = [column for source, column in flow.columns.items() if self._until.get(source, -1) > number]
-        return private(batch, later)
+        return private(batch, [column for source, column in flow.columns.items() if self._needed(source, number)])
+
+    def _needed(self, source: Source, number: int) -> bool:
+        """Whether a stage behind this one reads the column, or it leaves the group."""
+        return self._until.get(source, -1) > number
 
 
 def _call(flow: _Flow, member: Member, batch: Batch, start: int) -> tuple[Mapping[str, Any], Rows]:

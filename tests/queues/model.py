@@ -22,7 +22,8 @@ class Spot:
 
 @dataclass
 class Job:
-    """A live job. `blobs` are (name, consumers) of what stages made, `restart` the mask to restart from."""
+    """A live job. `blobs` are (name, consumers) of what stages made, `restart` the mask to restart from, `fused` the
+    nodes that were committed together with the next one."""
 
     id: str
     pipeline: int
@@ -35,6 +36,7 @@ class Job:
     restart: int | None = None
     blobs: list[tuple[str, int]] = field(default_factory=list)
     spots: dict[int, Spot] = field(default_factory=dict)
+    fused: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -118,18 +120,28 @@ class Model:
         job = self.live.get(entry[0])
         return job if job is not None and job.gen == entry[1] and job.spots[grant.node].at == fence else None
 
-    def commit(self, fence: str, node: int, entry: tuple[str, int], blob: tuple[str, int] | None) -> str:
+    def chain(self, pipeline: int, node: int, most: int) -> list[int]:
+        """The node and at most so many behind it that one worker could run with it."""
+        nodes, chain = self.graphs[pipeline].nodes, [node]
+        while len(chain) <= most and len(succs := nodes[chain[-1] - 1].succs) == 1:
+            if len(nodes[succs[0] - 1].preds) > 1:
+                break
+            chain.append(succs[0])
+        return chain
+
+    def commit(self, fence: str, nodes: list[int], entry: tuple[str, int], blob: tuple[str, int] | None) -> str:
         job = self.give_back(fence, entry)
         if job is None:
             return "s"
         if job.overdue:
             self.end(job, "expired")
             return "d"
-        self.commits.append((*entry, node))
+        self.commits += [(*entry, node) for node in nodes]
         graph = self.graphs[job.pipeline]
         before = job.mask
-        job.mask |= 1 << (node - 1)
-        del job.spots[node]
+        job.mask |= sum(1 << (node - 1) for node in nodes)
+        job.fused.update(zip(nodes, nodes[1:], strict=False))
+        del job.spots[nodes[0]]
         blobs = job.blobs + ([blob] if blob else [])
         if job.mask == (1 << len(graph.nodes)) - 1:
             self.end(job, "done", kept=[name for name, consumers in blobs if consumers == 0])
@@ -183,9 +195,12 @@ class Model:
     def rerun(self, job: Job, makers: int) -> None:
         """Clears these nodes of a fork and all behind them; what is held elsewhere is ready again."""
         cleared = makers
+        for _ in job.fused:
+            cleared |= sum(1 << (i - 1) for i, behind in job.fused.items() if cleared >> (behind - 1) & 1)
         for node in self.graphs[job.pipeline].nodes:  # each stands behind its predecessors
             cleared |= node.bit * any(p and cleared >> (p - 1) & 1 for p in node.preds)
         job.mask &= ~cleared
+        job.fused = {i: behind for i, behind in job.fused.items() if not cleared >> (i - 1) & 1}
         job.blobs = [(name, c) for name, c in job.blobs if not cleared >> (int(name.split(".")[1]) - 1) & 1]
         job.spots = {n: spot for n, spot in job.spots.items() if not cleared >> (n - 1) & 1}
         for spot in job.spots.values():

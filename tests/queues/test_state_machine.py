@@ -34,7 +34,7 @@ def subset(items: list[Any], mask: int) -> list[Any]:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """One lane with a chain and a diamond; two live workers at a time."""
+    """One lane with a chain, a diamond and a fork with a chain in it; two live workers at a time."""
 
     make_lane: ClassVar[Any]
 
@@ -43,14 +43,15 @@ class LaneMachine(RuleBasedStateMachine):
         self.lane = type(self).make_lane()
         self.lane.define(self.lane.CHAIN)
         self.lane.define(self.lane.DIAMOND)
+        self.lane.define(self.lane.SIDES)
         self.model = Model(self.lane.graphs)
         self.workers = [self.lane.worker(1) for _ in range(2)]
         self.given: list[tuple[Any, Grant, int, int]] = []
         self.answered: list[tuple[Any, Any, Any]] = []
         self.submits = 0
         self.names: set[str] = set()
-        for number in (1, 2, 1, 2):
-            kinds = [(0.0, "", False), (100_000.0, "ab"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
+        for number in (1, 2, 3, 1, 2, 3):
+            kinds = [(0.0, "", False), (100_000.0, "abc"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
             self.submitted(number, kinds, "x", False, False)
 
     def teardown(self) -> None:
@@ -77,10 +78,12 @@ class LaneMachine(RuleBasedStateMachine):
         return answer
 
     @rule(
-        number=st.sampled_from([1, 2]),
+        number=st.sampled_from([1, 2, 3]),
         kinds=st.lists(
             st.tuples(
-                st.sampled_from([0.0, 100_000.0, 200_000.0]), st.sampled_from(["", "", "", "a", "b"]), st.booleans()
+                st.sampled_from([0.0, 100_000.0, 200_000.0]),
+                st.sampled_from(["", "", "", "a", "b", "c"]),
+                st.booleans(),
             ),
             min_size=1,
             max_size=4,
@@ -152,13 +155,13 @@ class LaneMachine(RuleBasedStateMachine):
         number, node = self.places()[which % len(self.places())]
         self.granted(which, number, node, most, again)
 
-    @rule(number=st.sampled_from([1, 2]), node=st.integers(1, 3))
+    @rule(number=st.sampled_from([1, 2, 3]), node=st.integers(1, 3))
     def claim_anywhere(self, number: int, node: int) -> None:
         self.granted(0, number, node, 2, False)
 
     @precondition(lambda self: self.places())
-    @rule(which=PICK, most=st.integers(1, 5), blob=BLOBS, rounds=st.integers(1, 4))
-    def work(self, which: int, most: int, blob: str, rounds: int) -> None:
+    @rule(which=PICK, most=st.integers(1, 5), blob=BLOBS, rounds=st.integers(1, 4), fused=st.integers(0, 2))
+    def work(self, which: int, most: int, blob: str, rounds: int, fused: int) -> None:
         """Several hops without a mishap, so that jobs get far."""
         for turn in range(rounds):
             if places := self.places():
@@ -166,7 +169,7 @@ class LaneMachine(RuleBasedStateMachine):
                 before = len(self.given)
                 self.granted(which, number, node, most, False)
                 if len(self.given) > before:
-                    self.committed(*self.given[-1], self.given[-1][1].entries, blob, False)
+                    self.committed(*self.given[-1], self.given[-1][1].entries, blob, False, fused=fused)
 
     @precondition(lambda self: self.places())
     @rule(which=PICK, most=st.sampled_from([1, 1, 3]), times=st.integers(1, 4))
@@ -202,26 +205,36 @@ class LaneMachine(RuleBasedStateMachine):
         blob: str,
         again: bool,
         rows: int | None = None,
+        fused: int = 0,
     ) -> None:
+        """By a worker that ran up to `fused` nodes more."""
         outputs, expected = [], ""
+        nodes = self.model.chain(number, node, fused)
         for made in worker.outputs(node, entries):
             added, ref = None, ""
             if blob:
                 job_id = made.token[:-1].decode()
-                later = sum(1 << (s - 1) for s in self.lane.graphs[number].nodes[node - 1].succs)
-                added = (f"{job_id}.{node}.{grant.fence}.{len(self.answered)}", later if blob == "next" else 0)
+                later = sum(1 << (s - 1) for s in self.lane.graphs[number].nodes[nodes[-1] - 1].succs)
+                added = (f"{job_id}.{nodes[-1]}.{grant.fence}.{len(self.answered)}", later if blob == "next" else 0)
                 self.lane.blob(added[0])
                 ref = f"{added[0]}:1:5:{added[1]},"
             outputs.append(Output(made.token, made.payload, rows, ref))
-            expected += self.model.commit(grant.fence, node, (made.token[:-1].decode(), made.token[-1] - 128), added)
-        call = self.lane.t.commit(worker.session, grant.fence, number, node, outputs)
+            expected += self.model.commit(grant.fence, nodes, (made.token[:-1].decode(), made.token[-1] - 128), added)
+        call = self.lane.t.commit(worker.session, grant.fence, number, (node, nodes[-1]), outputs)
         assert self.run(worker.session, call, again) == expected
 
     @precondition(lambda self: self.given)
-    @rule(which=PICK, mask=FEW, blob=BLOBS, again=st.booleans(), rows=st.sampled_from([None, None, 0, 1, 7]))
-    def commit(self, which: int, mask: int, blob: str, again: bool, rows: int | None) -> None:
-        """An expanding or regrouping node leaves another number of rows."""
-        self.committed(*self.pick(which, mask), blob, again, rows)
+    @rule(
+        which=PICK,
+        mask=FEW,
+        blob=BLOBS,
+        again=st.booleans(),
+        rows=st.sampled_from([None, None, 0, 1, 7]),
+        fused=st.integers(0, 2),
+    )
+    def commit(self, which: int, mask: int, blob: str, again: bool, rows: int | None, fused: int) -> None:
+        """An expanding or regrouping node leaves another number of rows; nodes that follow may be fused to it."""
+        self.committed(*self.pick(which, mask), blob, again, rows, fused)
 
     @precondition(lambda self: self.given)
     @rule(which=PICK, mask=FEW, most=st.integers(1, 3), delayed=st.booleans(), again=st.booleans())
