@@ -58,15 +58,16 @@ class Claimer:
         self._opened = opened
         self._context = context
         self._entrances = context.entrances()
-        self._later = [(k, lane) for lane in range(len(context.lanes)) for k in range(1, len(self._entrances))]
-        self._next_later = 0
-        self._later_at = 0.0
+        lanes = range(len(context.lanes))
+        # Where to claim next, each as (nodes that jobs there have passed, lane).
+        self._first = deque((0, lane) for lane in lanes)
+        self._later = deque((passed, lane) for passed in range(1, len(self._entrances)) for lane in lanes)
+        self._later_at = -math.inf
+        self._found_empty: set[tuple[int, int]] = set()
         self._channel = channel
         self._session = session
         self._numbers = count(1)
         self._pending: deque[_Asked] = deque()
-        self._empty_lanes = 0
-        self._next_lane = 0
         self._clock_offset_ms = 0.0
         self._next_due_s = _POLL_S
         self._expected_at = math.inf
@@ -95,16 +96,17 @@ class Claimer:
 
     def _next_place(self) -> tuple[int, int]:
         """Where to claim: at the first node in each lane in turn; at the later ones where that is empty, and now and
-        then, so that nothing waits there for ever."""
+        then before it is, so that nothing waits there for ever."""
         now = time.monotonic()
-        nothing = self._empty_lanes >= len(self._context.lanes)
-        if self._later and (nothing or now - self._later_at >= _LATER_EVERY_S):
-            self._later_at = now
-            self._next_later = (self._next_later + 1) % len(self._later)
-            return self._later[self._next_later]
-        lane = self._next_lane
-        self._next_lane = (lane + 1) % len(self._context.lanes)
-        return 0, lane
+        for places, due in ((self._later, now - self._later_at >= _LATER_EVERY_S), (self._first, True)):
+            for _ in range(len(places) if due else 0):
+                places.rotate(-1)
+                if places[-1] not in self._found_empty:
+                    self._later_at = now if places is self._later else self._later_at
+                    return places[-1]
+        places = self._later or self._first
+        places.rotate(-1)
+        return places[-1]
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
@@ -122,7 +124,10 @@ class Claimer:
         self._opened(held)
         self.window.extend(held)
         self.window_rows += sum(map(weight, grant.entries))
-        self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
+        if grant.entries:
+            self._found_empty.clear()
+        else:
+            self._found_empty.add((asked.passed, asked.lane))
         return bool(grant.entries)
 
     def top_up(self) -> bool:
@@ -141,7 +146,7 @@ class Claimer:
 
     def idle(self) -> bool:
         """Whether every lane was found empty in turn, at every node."""
-        return self._empty_lanes >= len(self._context.lanes) + len(self._later)
+        return len(self._found_empty) == len(self._first) + len(self._later)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
@@ -150,7 +155,7 @@ class Claimer:
         self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
         if time.monotonic() >= self._expected_at:
             self._expected_at = math.inf
-        self._empty_lanes = 0
+        self._found_empty.clear()
         self.ready_left = 1
 
     def take(self, rows: int) -> list[Held]:
