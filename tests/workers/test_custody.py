@@ -75,6 +75,18 @@ def test_a_commit_whose_answer_never_came_keeps_its_blocks(arena: Arena) -> None
     assert list(arena.home.folder.iterdir()) == []
 
 
+def test_a_commit_of_fused_stages_releases_the_edges_of_all(arena: Arena) -> None:
+    """A block that two stages of one worker read is free once their commit was accepted, with nobody asked."""
+    place = arena.writer.put("both", 0, b"x" * 4000, 2)
+    assert place is not None
+    assert arena.reader.view(place, 4000) is not None
+    arena.custody.reads(HELD, Read(place, (0, 1), 1, False))
+    arena.wanted = {"both"}
+    arena.custody.settle(HELD.fence, [HELD.entry.packed], "k")
+    arena.writer.tend()
+    assert not arena.reader.intact(place)
+
+
 def test_masks_of_makers_hold_whatever_a_ref_says() -> None:
     """`lost` takes 32 bits; the input and makers that cannot be count for nothing."""
     place = Place(1, "aaaaaaaa", 0, 0, 1, 0)

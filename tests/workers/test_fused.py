@@ -174,12 +174,11 @@ def test_results_are_those_of_stages_apart(make: Make, relay: Relay, workers: Wo
     assert '"workers": 0' not in shown.stdout
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_tables_that_keep_what_they_can(make: Make, relay: Relay, workers: Workers, ahead: int) -> None:
+def test_tables_that_keep_what_they_can(make: Make, relay: Relay, workers: Workers) -> None:
     """Rows that either stage rejects or raises on carry its name; the others are whole."""
     orders = ["", "embed:reject", "head:reject", "", "head:raise", "embed:raise", ""]
     apart = expected(make("[]"), given := rows(*orders))
-    relay.register(path := make(ahead=ahead))
+    relay.register(path := make())
     workers.start(path)
     table = {name: [row[name] for row in given] for name in given[0]}
     result = relay.submit_table("sums", table, on_error="keep")
@@ -188,16 +187,18 @@ def test_tables_that_keep_what_they_can(make: Make, relay: Relay, workers: Worke
     assert columns["out"].tolist() == [apart[i]["out"] for i in kept]
     assert columns["peak"].tolist() == [apart[i]["peak"] for i in kept]
     told = [(row, e.stage, e.error_type) for row, e in sorted(result.errors.items())]
-    assert told == [(1, "embed", "Rejected"), (2, "head", "Rejected"), (4, "head", "ValueError"), (5, "embed", "ValueError")]
+    assert told == [
+        (1, "embed", "Rejected"),
+        (2, "head", "Rejected"),
+        (4, "head", "ValueError"),
+        (5, "embed", "ValueError"),
+    ]
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_a_failure_names_the_stage_that_raised(
-    make: Make, relay: Relay, workers: Workers, tmp_path: Path, ahead: int
-) -> None:
+def test_a_failure_names_the_stage_that_raised(make: Make, relay: Relay, workers: Workers, tmp_path: Path) -> None:
     """In the client's error and in the dead letter; attempts are the first stage's, and a redrive runs both again."""
     apart = expected(make("[]"), given := rows("", f"head:raise-unless {tmp_path / 'mended'}", "head:reject", ""))
-    relay.register(path := make(ahead=ahead))
+    relay.register(path := make(ahead=2))
     workers.start(path)
     futures = relay.submit_many("sums", given)
     for number, kind, attempts in ((1, "ValueError", 2), (2, "Rejected", 1)):
@@ -244,7 +245,9 @@ def test_jobs_between_the_stages_are_not_stranded(
     futures = relay.submit_many("sums", given[:20])
     for stage in ("scale", "embed"):
         worker = spawn(alone, stage=stage).ready()
-        wait_until(lambda stage=stage: relay.registry.loads().get(f"{Pipeline.load(alone).ref}/{stage}.committed") == 20)
+        wait_until(
+            lambda stage=stage: relay.registry.loads().get(f"{Pipeline.load(alone).ref}/{stage}.committed") == 20
+        )
         worker.process.terminate()
         assert worker.process.wait(20) == 0
     spawn(path, stage="head").ready()
@@ -271,3 +274,87 @@ def test_check_shows_what_is_fused(make: Make) -> None:
     """`torchrelay check` names the stages that share a worker."""
     done = run_cli("check", str(make()))
     assert (done.returncode, "one worker runs embed and head" in done.stdout) == (0, True)
+
+
+FORK = """
+pipeline: fork
+input: {{n: int64, do: str}}
+output: [words, total, x]
+stages:
+  - {{name: pages, use: "fork.py:pages", after: input, inputs: [n], outputs: {{page: int64}}, rows: expand}}
+  - {{name: one, use: "fork.py:one", after: pages, inputs: [page, do], outputs: {{x: int64, both: int64}}}}
+  - name: two
+    use: fork.py:two
+    after: one
+    inputs: {{first: one.x, page: page, both: both, do: do}}
+    outputs: {{both: int64, words: str}}
+    batch: {{max_rows: 2}}
+  - {{name: side, use: "fork.py:side", after: pages, inputs: [page], outputs: {{both: int64}}}}
+  - name: join
+    use: fork.py:join
+    after: [two, side]
+    inputs: {{a: one.x, b: two.both, c: side.both}}
+    outputs: {{total: int64}}
+  - {{name: regroup, after: join, rows: {{collapse: pages}}}}
+fuse: {fuse}
+"""
+FORKED = """
+from torchrelay import Expand
+
+
+def pages(batch):
+    counts = [int(n) % 4 for n in batch["n"]]
+    return Expand({"page": [100 * int(n) + i for n, count in zip(batch["n"], counts) for i in range(count)]}, counts)
+
+
+def one(batch):
+    for row, (page, do) in enumerate(zip(batch["page"], batch["do"])):
+        if do == "one" and page % 100 == 1:
+            batch.reject(row, "not this one")
+    return {"x": batch["page"] + 1, "both": batch["page"] * 2}
+
+
+def two(batch):
+    for row, (page, do) in enumerate(zip(batch["page"], batch["do"])):
+        if do == "two" and page % 100 == 0:
+            batch.reject(row, "not this two")
+    return {"both": batch["both"] + batch["first"], "words": [f"w{p}" for p in batch["page"]]}
+
+
+def side(batch):
+    return {"both": -batch["page"]}
+
+
+def join(batch):
+    return {"total": batch["a"] + 10 * batch["b"] + 1000 * batch["c"]}
+"""
+
+
+def plainly(results: list[Any]) -> list[Any]:
+    """Results and errors as values that can be compared."""
+    return [
+        (r.row, r.stage, r.message) if isinstance(r, JobFailed) else {n: np.asarray(v).tolist() for n, v in r.items()}
+        for r in results
+    ]
+
+
+def test_fused_stages_of_a_branch(make_pipeline: MakePipeline, relay: Relay, workers: Workers, tmp_path: Path) -> None:
+    """In a fork, inside an expansion, with columns selected by their stage: who made a column is known as ever."""
+    (tmp_path / "fork.py").write_text(FORKED)
+    orders = ["", "", "one", "two", "", "one", "", "two", ""]
+    given = [{"n": n, "do": do} for n, do in enumerate(orders)]
+    apart = plainly(Pipeline.load(make_pipeline(FORK.format(fuse="[]"))).run_local(given, on_error="return"))
+    path = make_pipeline(FORK.format(fuse="[[one, two]]"))
+    assert plainly(Pipeline.load(path).run_local(given, on_error="return")) == apart
+    assert [r[1] for r in apart if isinstance(r, tuple)] == ["one", "two", "two"]
+    relay.register(path)
+    workers.start(path)
+    futures = relay.submit_many("fork", given)
+    found = [f.exception(timeout=30) or f.result() for f in futures]
+    assert [r[1] if isinstance(r, tuple) else r for r in plainly(found)] == [
+        r[1] if isinstance(r, tuple) else r for r in apart
+    ]
+    done = len([r for r in apart if not isinstance(r, tuple)])
+    loads = relay.registry.loads()
+    committed = {k.rpartition("/")[2]: v for k, v in loads.items() if k.endswith(".committed")}
+    assert (committed["one.committed"], committed["two.committed"], committed["join.committed"]) == (done,) * 3
