@@ -241,6 +241,10 @@ def _unchanged(value: Any, standing: Any, checked: Any) -> bool:
     return not isinstance(value, torch.Tensor) or (isinstance(checked, np.ndarray) and checked.dtype == standing.dtype)
 
 
+# What follows is made in inference mode, as all tensors of batches are: compiled code is for such, or for others.
+
+
+@torch.inference_mode()
 def private(batch: Batch, others: Sequence[Any]) -> Batch:
     """The batch with copies of those tensors whose memory another column of it, or of `others`, has a part in."""
     used = Counter(key for column in (*batch.columns.values(), *others) for key in _memory(column))
@@ -260,11 +264,13 @@ def _memory(column: Any) -> set[tuple[str, int]]:
     return {(str(v.device), v.untyped_storage().data_ptr()) for v in values if isinstance(v, torch.Tensor)}
 
 
+@torch.inference_mode()
 def tensor_rows(tensor: torch.Tensor, rows: Any) -> torch.Tensor:
     """These rows, copied."""
     return tensor.index_select(0, torch.as_tensor(np.asarray(rows, np.int64), device=tensor.device))
 
 
+@torch.inference_mode()
 def join_tensors(parts: Sequence[Any]) -> Any:
     """Rows behind rows: one tensor where all are tensors of one dtype and row shape, else a list of rows."""
     first = parts[0]

@@ -108,7 +108,7 @@ def test_in_python(folder: Path) -> None:
     ]
     made = Pipeline("p", stages=stages, input={"t": "str"}, fuse=[("a", "b")], base_dir=folder)
     assert [g.names for g in made.groups] == [["a", "b"]]
-    with pytest.raises(ConfigError, match="pipeline 'p': .*unknown stage 'bb'; did you mean 'b'"):
+    with pytest.raises(ConfigError, match=r"pipeline 'p': .*unknown stage 'bb'; did you mean 'b'"):
         Pipeline("p", stages=stages, input={"t": "str"}, fuse=[["a", "bb"]], base_dir=folder)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -140,7 +141,7 @@ class Model:
         graph = self.graphs[job.pipeline]
         before = job.mask
         job.mask |= sum(1 << (node - 1) for node in nodes)
-        job.fused.update(zip(nodes, nodes[1:], strict=False))
+        job.fused.update(pairwise(nodes))
         del job.spots[nodes[0]]
         blobs = job.blobs + ([blob] if blob else [])
         if job.mask == (1 << len(graph.nodes)) - 1:

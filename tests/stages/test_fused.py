@@ -77,7 +77,7 @@ def column(values: Any, dtype: Any = np.float32) -> np.ndarray:
 
 
 def test_a_tensor_is_handed_over_as_it_is() -> None:
-    """The next stage gets the very tensor; a plain stage behind reads an array over the same memory, without writing."""
+    """The next stage gets the very tensor; a plain stage behind reads an array over the same memory."""
     a, b = Torch(lambda batch: {"y": batch["x"] + 1}), Torch(lambda batch: {"z": batch["y"] * 2})
     c = Plain(lambda batch: {"w": batch["z"] + 0.5})
     runner = fused(
