@@ -70,11 +70,14 @@ class Fused(Stage):
     Args:
         members: the stages, which are loaded before the first batch comes.
         group: where each finds its columns.
+
+    `device` is where they were loaded.
     """
 
     def __init__(self, members: Sequence[Member], group: Group) -> None:
         self._members = members
         self._group = group
+        self.device = "cpu"
         # The last member that needs a column; those that leave are needed to the end.
         self._until = {s: i for i, reads in enumerate(group.reads) for s in (reads or {}).values()}
         self._until.update((Source(maker, column), len(members)) for column, maker in group.leaving.items())
@@ -150,7 +153,7 @@ class Fused(Stage):
             return batch
         from torchrelay.stages.torch_tensors import private
 
-        batch = cast(Batch, member.stage.tensors(batch, str(member.stage.device)))
+        batch = cast(Batch, member.stage.tensors(batch, self.device))
         if member.stage.share:
             return batch
         return private(batch, [column for source, column in flow.columns.items() if self._needed(source, number)])
@@ -167,7 +170,7 @@ def _call(flow: _Flow, member: Member, batch: Batch, start: int) -> tuple[Mappin
     refused = dict(batch.rejected)
     for row, why in refused.items():
         flow.batch.rejected[int(flow.rows[start + row])] = Refusal(why, name)
-    left = np.asarray([row for row in range(len(batch)) if row not in refused], np.int64)
+    left = np.delete(np.arange(len(batch)), list(refused)) if refused else np.arange(len(batch))
     return handed_over(outputs, name, member.outputs, len(batch), left), start + left
 
 

@@ -27,7 +27,8 @@ class FusedRunner(Runner):
             for member, stage, node in zip(members, group.stages, group.nodes, strict=True)
         ]
         # What is wrong with what leaves it is the last one's fault: of the others, it was checked before.
-        super().__init__(Fused(parts, group), group.last.name, group.types, group.outputs, group.batch)
+        self._fused = Fused(parts, group)
+        super().__init__(self._fused, group.last.name, group.types, group.outputs, group.batch)
         self._members = tuple(members)
         self._behind = [self._from(i, group.behind(i)) for i in range(1, len(members))]
 
@@ -46,8 +47,13 @@ class FusedRunner(Runner):
         """Load each stage; errors as of Runner."""
         for member in self._members:
             member.load(context)
-        for runner in (self, *self._behind):
-            runner._device = context.device
+        self._settle(context.device)
+
+    def _settle(self, device: str) -> None:
+        self._device = self._fused.device = device
+        for runner in self._behind:
+            if isinstance(runner, FusedRunner):
+                runner._settle(device)
 
     def overlap(self) -> None:
         super().overlap()
