@@ -7,6 +7,7 @@ event, and the copy that comes to the same tensor again waits for the event of t
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.stages.batch import Batch, Pieces
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.padding import Padded
-from torchrelay.stages.torch_tensors import carried, host_array, to_host, torch_dtype
+from torchrelay.stages.torch_tensors import carried, host_array, row_tensors, to_host, torch_dtype
 
 __all__ = ["Departure", "Fed", "Feeder", "begin"]
 
@@ -96,12 +98,23 @@ class Feeder:
         moved = replace(batch, columns=columns, padded=padded, fresh=frozenset(columns), arange=arange)
         return Fed(moved, copied, turns)
 
+    @staticmethod
+    def host_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """A new array in memory that the device copies from by itself."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        # The array keeps the tensor, and torch's allocator the block until the copies that were started from it are
+        # done.
+        array: np.ndarray = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
+        return array.reshape(shape)
+
     def _column(self, name: str, column: Any, turns: list[_Turn]) -> Any:
         if isinstance(column, np.ndarray):
             column = Pieces((column,))
         if isinstance(column, Pieces):
             array, dtype = carried(column.arrays[0])
             return column.joined() if array is None else self._pieces(name, column, dtype, turns)
+        if isinstance(column, RaggedRows):
+            return row_tensors(column, self._private(column.dense()))
         if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
             return [self._private(value) if isinstance(value, np.ndarray) else value for value in column]
         return column

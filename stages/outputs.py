@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column, check_outputs, describe
+from torchrelay.config.ragged import RaggedRows, take_rows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
@@ -89,7 +90,7 @@ def _same(
     plain = _plain(outputs, stage)
     if not refused:
         return check_outputs(stage, types, plain, total)
-    kept = [i for i in range(total) if i not in refused]
+    kept = np.delete(np.arange(total), list(refused))
     return check_outputs(stage, types, {n: _pick(stage, n, c, kept, total) for n, c in plain.items()}, len(kept))
 
 
@@ -106,7 +107,7 @@ def _expanded(
     made = int(counts.sum())
     if refused and counts[list(refused)].any():
         keep = np.repeat(~np.isin(np.arange(total), list(refused)), counts)
-        plain = {n: _pick(stage, n, c, np.flatnonzero(keep).tolist(), made) for n, c in plain.items()}
+        plain = {n: _pick(stage, n, c, np.flatnonzero(keep), made) for n, c in plain.items()}
         counts[list(refused)] = 0
     return check_outputs(stage, types, plain, int(counts.sum())), counts
 
@@ -144,14 +145,11 @@ def _plain(outputs: object, stage: str) -> Mapping[str, Any]:
     return plain
 
 
-def _pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
+def _pick(stage: str, name: str, column: Any, kept: Counts, total: int) -> Any:
     if not isinstance(column, Collection) or isinstance(column, str | bytes | Mapping | Set) or len(column) != total:
         came = f"{describe(column)} came"
         raise InputError(f"stage {stage!r}: column {name!r} needs {total} rows, rejected ones included; {came}")
-    if isinstance(column, np.ndarray):
-        return column[kept]
-    values = list(column)
-    return [values[i] for i in kept]
+    return take_rows(column if isinstance(column, np.ndarray | RaggedRows) else list(column), kept)
 
 
 def _shares(
@@ -186,6 +184,8 @@ def own(made: Made) -> Made:
     for name, column in made.columns.items():
         if isinstance(column, np.ndarray):
             columns[name] = column.copy()
+        elif isinstance(column, RaggedRows):
+            columns[name] = column  # no buffer of the stage's: its rows were put together here
         else:
             columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
     return made._replace(columns=columns)

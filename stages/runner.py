@@ -209,9 +209,9 @@ class Runner:
         if not any(rows):
             return Prepared(rows)
         rules = self._batch
-        join = join_rows if feeder is None else as_pieces
+        join, empty = (join_rows, np.empty) if feeder is None else (as_pieces, feeder.host_empty)
         with self._watched():
-            batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join)
+            batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join, empty=empty)
             batch = replace(batch, ended=ended)
             if feeder is not None:
                 fed = feeder.feed(batch)

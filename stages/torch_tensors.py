@@ -15,13 +15,14 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded
 
 if TYPE_CHECKING:
     from torchrelay.stages.batch import Batch
 
-__all__ = ["carried", "host_array", "numpy_outputs", "to_host", "torch_batch", "torch_dtype"]
+__all__ = ["carried", "host_array", "numpy_outputs", "row_tensors", "to_host", "torch_batch", "torch_dtype"]
 
 _CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     1: (np.dtype(np.uint8), torch.uint8),
@@ -62,10 +63,17 @@ def torch_batch(batch: Batch, device: str, *, share: bool = False) -> Batch:
 def _to_torch(column: Any, device: torch.device, fresh: bool, share: bool) -> Any:
     if isinstance(column, np.ndarray):
         return _tensor(column, device, fresh, share)
+    if isinstance(column, RaggedRows):
+        return row_tensors(column, _tensor(column.dense(), device, fresh, share))
     if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
         # The rows are views of what the jobs hold, also where the list itself is new.
         return [_tensor(value, device, False, share) if isinstance(value, np.ndarray) else value for value in column]
     return column
+
+
+def row_tensors(rows: RaggedRows, flat: Any) -> list[Any]:
+    """The rows as views of a tensor that holds them one behind the other; as arrays where it is no tensor."""
+    return list(torch.split(flat, rows.lengths.tolist())) if isinstance(flat, torch.Tensor) else list(rows)
 
 
 def carried(array: np.ndarray) -> tuple[np.ndarray | None, torch.dtype]:

@@ -13,6 +13,7 @@ from typing import Any, Generic
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.stages.padding import bucket_of, ragged_axes
@@ -97,15 +98,15 @@ class Planner(Generic[J]):
         if cost is None or cost.column not in work.table:
             yield from ((at, min(at + limit, end)) for at in range(start, end, limit))
             return
-        total = _Load(0)
-        for i, each in enumerate(self._costs(work.table[cost.column][start:end]).tolist(), start):
-            both = total.with_(_Load(1, each, each))
-            if i > start and not self._fits(both, limit):
-                yield start, i
-                start, both = i, _Load(1, each, each)
-            total = both
-        if start < end:
-            yield start, end
+        # A float holds any sum of them, and those up to 2**53 exactly.
+        costs = self._costs(work.table[cost.column][start:end]).astype(np.float64)
+        at = 0
+        while at < len(costs):
+            part = costs[at : at + limit]
+            totals = np.maximum.accumulate(part) * np.arange(1, len(part) + 1) if self._padded else np.cumsum(part)
+            rows = max(1, int(np.searchsorted(totals, cost.total, side="right")))
+            yield start + at, start + at + rows
+            at += rows
 
     def _fits(self, load: _Load, limit: int) -> bool:
         if load.rows > limit:
@@ -164,6 +165,8 @@ def _in_order(works: Sequence[Work[J]], limit: int) -> list[list[Work[J]]]:
 
 def _lengths(column: Column, axis: int) -> Lengths:
     """Per row, its length along an axis, or the number itself where a row is one."""
+    if isinstance(column, RaggedRows):
+        return column.sizes(min(axis, column.row_ndim - 1))
     if isinstance(column, np.ndarray) and column.dtype != object:
         if column.ndim > 1:
             return np.full(len(column), column.shape[1 + min(axis, column.ndim - 2)], np.int64)

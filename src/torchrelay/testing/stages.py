@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from torchrelay.config.columns import Column, check_table
 from torchrelay.config.imports import bind_args
+from torchrelay.config.ragged import shown
 from torchrelay.config.spec import StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 from torchrelay.errors import ConfigError, InputError, JobFailed
@@ -179,7 +180,7 @@ def _run(runner: Runner, table: Table, total: int, max_rows: int, meta: Mapping[
         pieces.append(made if rows == total else own(made))
     # A forward of which every row was rejected may not even tell its columns.
     full = [p.columns for p in pieces if p.columns] or [{}]
-    columns = {name: _carried(name, join_rows([part[name] for part in full])) for name in full[0]}
+    columns = {name: shown(_carried(name, join_rows([part[name] for part in full]))) for name in full[0]}
     counts = [p.counts for p in pieces if p.counts is not None]
     return Made(columns, np.concatenate(counts) if counts else None, refused)
 
