@@ -70,7 +70,7 @@ def pad_rows(
         longest[axis] = bucket_of(name, int(longest[axis]), buckets)
     dtype = rows[0].dtype
     full = empty((count, *longest.tolist()), dtype)
-    full.fill(_fill(name, value, dtype))
+    np.copyto(full, _fill(name, value, dtype))
     _place(full, rows)
     lengths = shapes[:, axes[0]] if len(axes) == 1 else shapes[:, list(axes)]
     return full, Padded(np.ascontiguousarray(lengths), axes)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import StageConfig, TorchSpec
 from torchrelay.config.types import NUMERIC, parse_type
 from torchrelay.errors import ConfigError, DeviceError, InputError, StageLoadError
@@ -278,6 +279,30 @@ def test_tensors_are_private_and_writable() -> None:
             tensor.fill_(5)
     assert not x.any()
     assert not any(row.any() for row in ragged)
+
+
+def test_ragged_rows_become_tensors_of_their_own() -> None:
+    """One tensor a row, whatever lies behind: writable, apart from what the jobs hold and from the other rows."""
+    for name in ("int32", "bfloat16", "float8_e3m4"):
+        rows = [np.arange(n).astype(NUMERIC[name]) for n in range(5)]
+        ragged = RaggedRows.of(rows)
+        assert ragged is not None
+        twice = ragged.take(np.array([4, 4, 0]))
+        for tables, expected in (
+            ([{"r": ragged}], rows),
+            ([{"r": ragged[:2]}, {"r": ragged[2:]}], rows),
+            ([{"r": twice}], [rows[4], rows[4], rows[0]]),
+        ):
+            for device_share in (False, True):
+                counts = [len(table["r"]) for table in tables]
+                batch = assemble(tables, counts).to_torch("cpu", share=device_share)
+                back = split({"y": batch["r"]}, [len(expected)], "s")[0].columns["y"]
+                assert [(r.dtype, r.tobytes()) for r in back] == [(r.dtype, r.tobytes()) for r in expected]
+                if isinstance(batch["r"][0], torch.Tensor) and not device_share:
+                    batch["r"][0].fill_(7)
+                    assert [r.tobytes() for r in ragged] == [r.tobytes() for r in rows]
+                    others = zip(batch["r"][1:], expected[1:], strict=True)
+                    assert all(t.tolist() == r.astype(float).tolist() for t, r in others)
 
 
 def test_padded_columns_in_torch() -> None:
