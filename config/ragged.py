@@ -14,12 +14,12 @@ import numpy as np
 
 from torchrelay.config.types import NUMERIC
 
-__all__ = ["FEWEST_ROWS", "RaggedRows", "shown", "take_rows"]
+__all__ = ["FEWEST_ROWS", "MOST_ROW_BYTES", "RaggedRows", "shown", "take_rows"]
 
 # One array in place of several pays from here on.
 FEWEST_ROWS: Final = 4
 # Putting together rows that are larger than this on average takes longer than handling them one by one.
-_MOST_ROW_BYTES = 16 << 10
+MOST_ROW_BYTES: Final = 16 << 10
 _MOST_LENGTH = 2**31 - 1
 _DTYPES = frozenset(NUMERIC.values())
 
@@ -63,7 +63,7 @@ class RaggedRows(Sequence[Array]):
         try:
             lengths = np.fromiter(map(len, rows), np.int64, len(rows))
             row_bytes = math.prod(first.shape[1:]) * first.itemsize
-            if int(lengths.sum()) * row_bytes > _MOST_ROW_BYTES * len(rows) or int(lengths.max()) > _MOST_LENGTH:
+            if int(lengths.sum()) * row_bytes > MOST_ROW_BYTES * len(rows) or int(lengths.max()) > _MOST_LENGTH:
                 return None
             # It looks at dtypes and shapes itself, and faster.
             flat: Array = np.concatenate(rows, dtype=first.dtype, casting="no")

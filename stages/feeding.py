@@ -23,7 +23,7 @@ from torchrelay.config.ragged import RaggedRows
 from torchrelay.stages.batch import Batch, Pieces
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.padding import Padded
-from torchrelay.stages.torch_tensors import carried, host_array, row_tensors, to_host, torch_dtype
+from torchrelay.stages.torch_tensors import carried, host_value, row_tensors, to_host, torch_dtype, walked
 
 __all__ = ["Departure", "Fed", "Feeder", "begin"]
 
@@ -226,23 +226,13 @@ class Departure:
         self.ended.synchronize()
         if self._moved is None:
             return self._outputs
-        columns = {name: _arrive(value) for name, value in self._moved.items()}
+        columns = {name: host_value(value) for name, value in self._moved.items()}
         return replace(self._outputs, columns=columns) if isinstance(self._outputs, Expand) else columns
 
 
 def _depart(stage: str, name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return to_host(stage, name, value)
     if isinstance(value, np.ndarray):
         return value.copy()  # the stage may use its own buffer again at its next call
     if isinstance(value, list | tuple):
-        return [_depart(stage, name, row) if isinstance(row, torch.Tensor | np.ndarray) else row for row in value]
-    return value
-
-
-def _arrive(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return host_array(value)
-    if isinstance(value, list):
-        return [host_array(row) if isinstance(row, torch.Tensor) else row for row in value]
-    return value
+        value = [row.copy() if isinstance(row, np.ndarray) else row for row in value]
+    return walked(value, partial(to_host, stage, name))

@@ -17,7 +17,7 @@ from torchrelay.errors import InputError
 
 __all__ = ["Padded", "bucket_of", "mask_of", "pad_rows", "ragged_axes"]
 
-# Up to so many elements a row, one assignment by a mask of all is faster than one assignment each.
+# Up to so many elements a row, one assignment by a mask of all is faster than one assignment each. They fit an int16.
 _MASKED_ELEMENTS = 1024
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
@@ -110,9 +110,9 @@ def _place(full: np.ndarray, rows: RaggedRows | list[Any]) -> None:
     """Writes each row to the beginning of its place."""
     if isinstance(rows, RaggedRows) and rows.row_shape == full.shape[2:] and full[0].size <= _MASKED_ELEMENTS:
         # One row's elements lie together, whatever its further axes.
-        width = math.prod(rows.row_shape)
+        ends = (rows.lengths * math.prod(rows.row_shape)).astype(np.int16)
         places = full.reshape(len(full), -1)
-        places[np.arange(places.shape[1]) < (rows.lengths * width)[:, None]] = rows.dense().reshape(-1)
+        places[np.arange(places.shape[1], dtype=np.int16) < ends[:, None]] = rows.dense().reshape(-1)
         return
     for place, row in zip(full, rows, strict=True):
         place[tuple(map(slice, row.shape))] = row

@@ -6,8 +6,9 @@ way, so nothing is converted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,24 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from torchrelay.config.ragged import RaggedRows
+from torchrelay.config.ragged import FEWEST_ROWS, MOST_ROW_BYTES, RaggedRows
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded
 
 if TYPE_CHECKING:
     from torchrelay.stages.batch import Batch
 
-__all__ = ["carried", "host_array", "numpy_outputs", "row_tensors", "to_host", "torch_batch", "torch_dtype"]
+__all__ = [
+    "carried",
+    "host_array",
+    "host_value",
+    "numpy_outputs",
+    "row_tensors",
+    "to_host",
+    "torch_batch",
+    "torch_dtype",
+    "walked",
+]
 
 _CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
     1: (np.dtype(np.uint8), torch.uint8),
@@ -131,20 +142,53 @@ def numpy_outputs(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]
         return to_host(stage_name, name, value)
 
     for name, value in outputs.items():
-        if isinstance(value, torch.Tensor):
-            plain[name] = moved(name, value)
-        elif isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
-            plain[name] = [moved(name, row) if isinstance(row, torch.Tensor) else row for row in value]
-        else:
-            plain[name] = value
+        plain[name] = walked(value, partial(moved, name))
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return {name: _arrays(value) for name, value in plain.items()}
+    return {name: host_value(value) for name, value in plain.items()}
 
 
-def _arrays(value: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows one behind the other in one tensor; `lengths` int64 `[N]`."""
+
+    flat: torch.Tensor
+    lengths: np.ndarray
+
+
+def walked(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """An output column with its tensors moved; `host_value` makes arrays of them. Many small ones are moved as one."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
+        rows = _one_behind_the_other(value)
+        if rows is not None:
+            return replace(rows, flat=move(rows.flat))
+        return [move(row) if isinstance(row, torch.Tensor) else row for row in value]
+    return value
+
+
+def _one_behind_the_other(rows: Sequence[Any]) -> _Rows | None:
+    """None where they are no tensors of one kind that differ in their first axis only, or few, or large."""
+    if len(rows) < FEWEST_ROWS or set(map(type, rows)) != {torch.Tensor}:
+        return None
+    if any(row.is_nested or row.is_quantized or row.is_meta or row.layout is not torch.strided for row in rows):
+        return None
+    first = rows[0]
+    if not first.ndim or len({(row.dtype, row.device, row.ndim, row.shape[1:]) for row in rows}) > 1:
+        return None
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    if int(lengths.sum()) * math.prod(first.shape[1:]) * first.itemsize > MOST_ROW_BYTES * len(rows):
+        return None
+    return _Rows(torch.cat(list(rows)), lengths)
+
+
+def host_value(value: Any) -> Any:
+    """A column with arrays in place of the tensors that `walked` brought to the host."""
     if isinstance(value, torch.Tensor):
         return host_array(value)
+    if isinstance(value, _Rows):
+        return RaggedRows.adjacent(host_array(value.flat), value.lengths)
     if isinstance(value, list) and any(isinstance(row, torch.Tensor) for row in value):
         return [host_array(row) if isinstance(row, torch.Tensor) else row for row in value]
     return value

@@ -55,6 +55,10 @@ class Planner(Generic[J]):
         self._spec = spec
         self._types = types or {}
         self._padded = spec.max_cost is not None and spec.max_cost.column in spec.pad
+        column = "" if spec.max_cost is None else spec.max_cost.column
+        kind = self._types.get(column)
+        self._cost_axis = 0 if kind is None else ragged_axes(kind, len(kind.shape))[0]
+        self._cost_sizes = np.array(spec.buckets.get(column, ()), np.int64)
         self.cap = RowCap(spec.max_rows)
 
     @property
@@ -127,8 +131,7 @@ class Planner(Generic[J]):
                 order.append(longest if longest > sizes[-1] else bucket_of(name, longest, sizes))
         cost = largest = 0
         if spec.max_cost is not None and spec.max_cost.column in table:
-            costs = self._costs(table[spec.max_cost.column])
-            cost, largest = int(costs.sum(dtype=np.float64)), int(costs.max())
+            cost, largest = self._cost(table[spec.max_cost.column])
         return _Load(rows, cost, largest, (*order, largest), alone)
 
     def _longest(self, name: str, column: Column) -> list[int]:
@@ -136,18 +139,29 @@ class Planner(Generic[J]):
         axes = ragged_axes(self._types.get(name), np.ndim(column[0])) if len(column) else ()
         return [int(_lengths(column, axis).max()) for axis in axes]
 
+    def _cost(self, column: Column) -> tuple[int, int]:
+        """What the rows cost together, and the largest cost of one."""
+        if not self._padded:
+            costs = self._costs(column)
+            return int(costs.sum(dtype=np.float64)), int(costs.max())
+        longest = self._cost_lengths(column).max(keepdims=True)
+        largest = int(self._in_buckets(longest)[0])
+        return len(column) * largest, largest
+
     def _costs(self, column: Column) -> Lengths:
         """What each row costs: its length, padded up to a bucket where there are any."""
-        assert self._spec.max_cost is not None  # asked for only then
-        name = self._spec.max_cost.column
-        kind = self._types.get(name)
-        lengths = _lengths(column, 0 if kind is None else ragged_axes(kind, len(kind.shape))[0])
-        sizes = self._spec.buckets.get(name)
-        if sizes:
-            # What is over the largest bucket fails by itself.
-            at = np.searchsorted(sizes, lengths)
-            lengths = np.where(at < len(sizes), np.asarray(sizes)[np.minimum(at, len(sizes) - 1)], lengths)
-        return lengths
+        return self._in_buckets(self._cost_lengths(column))
+
+    def _cost_lengths(self, column: Column) -> Lengths:
+        return _lengths(column, self._cost_axis)
+
+    def _in_buckets(self, lengths: Lengths) -> Lengths:
+        sizes = self._cost_sizes
+        if not len(sizes):
+            return lengths
+        # What is over the largest bucket fails by itself.
+        at = np.searchsorted(sizes, lengths)
+        return np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], lengths)
 
 
 def _in_order(works: Sequence[Work[J]], limit: int) -> list[list[Work[J]]]:

@@ -350,9 +350,49 @@ def test_outputs_of_many_kinds() -> None:
     np.testing.assert_array_equal(out["half"].astype(np.float32), base.numpy().T[:3])
 
 
+@pytest.mark.parametrize("name", shared_dtypes())
+def test_rows_of_tensors_come_back_as_one_array(name: str) -> None:
+    """Those that differ in their first axis only, of every dtype; views, conjugates and gradients as they read."""
+    whole = np.resize(np.arange(1, 50), (20, 2)).astype(NUMERIC[name])
+    tensor = assemble([{"x": whole}], [20]).to_torch("cpu")["x"]
+    if tensor.is_floating_point() and tensor.itemsize >= 4:
+        tensor.requires_grad_()
+    column = split({"y": [tensor[i : 2 * i] for i in range(6)]}, [6], "s")[0].columns["y"]
+    assert isinstance(column, RaggedRows)
+    expected = [whole[i : 2 * i] for i in range(6)]
+    assert [(r.dtype, r.shape, r.tobytes()) for r in column] == [(r.dtype, r.shape, r.tobytes()) for r in expected]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(0),
+        torch.zeros(2, 2, 2),
+        torch.zeros(2, 3),
+        torch.zeros(()),
+        torch.zeros(9000, 2),
+        torch.nn.Parameter(torch.zeros(2, 2)),
+        np.zeros((2, 2)),
+        None,
+    ],
+)
+def test_rows_of_several_kinds_come_back_one_by_one(odd: Any) -> None:
+    """Nothing is cast, left out or put together with others."""
+    rows = [torch.ones(n, 2) for n in range(5)]
+    column = split({"y": [*rows, odd]}, [6], "s")[0].columns["y"]
+    assert [row.tolist() for row in column[:5]] == [row.tolist() for row in rows]
+    if odd is None:
+        assert column[5] is None
+    else:
+        assert (column[5].shape, column[5].dtype.name) == (tuple(odd.shape), str(odd.dtype).removeprefix("torch."))
+
+
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.zeros(2, device="meta")])
 def test_tensors_that_cannot_travel(tensor: torch.Tensor) -> None:
     """Sparse and meta tensors are refused with stage and column."""
+    with pytest.raises(InputError, match="'s': column 'x'"):
+        split({"x": [tensor] * 5}, [5], "s")
     with pytest.raises(InputError, match="'s': column 'x'"):
         split({"x": tensor}, [2], "s")
 
