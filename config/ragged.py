@@ -62,8 +62,10 @@ class RaggedRows(Sequence[Array]):
             return None
         try:
             lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-            row_bytes = math.prod(first.shape[1:]) * first.itemsize
-            if int(lengths.sum()) * row_bytes > MOST_ROW_BYTES * len(rows) or int(lengths.max()) > _MOST_LENGTH:
+            if (
+                int(lengths.sum()) * _item_bytes(first) > MOST_ROW_BYTES * len(rows)
+                or int(lengths.max()) > _MOST_LENGTH
+            ):
                 return None
             # It looks at dtypes and shapes itself, and faster.
             flat: Array = np.concatenate(rows, dtype=first.dtype, casting="no")
@@ -73,14 +75,19 @@ class RaggedRows(Sequence[Array]):
 
     @classmethod
     def joined(cls, pieces: Sequence[Any]) -> RaggedRows | None:
-        """The rows of all pieces; None where one is no RaggedRows, or they differ in dtype or row shape."""
+        """The rows of all pieces; None where one is no RaggedRows, they differ in dtype or row shape, or are large.
+
+        One piece is given back as it is, of several the elements are copied.
+        """
         first = pieces[0]
         for piece in pieces:
             if type(piece) is not cls or piece.dtype != first.dtype or piece.row_shape != first.row_shape:
                 return None
         if len(pieces) == 1:
             return first if type(first) is cls else None
-        lengths = np.concatenate([piece.lengths for piece in pieces])
+        lengths: Index = np.concatenate([piece.lengths for piece in pieces])
+        if int(lengths.sum()) * _item_bytes(first.flat) > MOST_ROW_BYTES * len(lengths):
+            return None
         return cls.adjacent(np.concatenate([piece.dense() for piece in pieces]), lengths)
 
     @property
@@ -137,6 +144,12 @@ class RaggedRows(Sequence[Array]):
 
     def __repr__(self) -> str:
         return f"<RaggedRows of {len(self)} rows {self.dtype}[*{''.join(f', {n}' for n in self.row_shape)}]>"
+
+
+def _item_bytes(array: Array) -> int:
+    """Bytes of one element of the first axis."""
+    shape: tuple[int, ...] = array.shape[1:]
+    return math.prod(shape) * array.itemsize
 
 
 def shown(column: Any) -> Any:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from torchrelay.config.ragged import RaggedRows, shown, take_rows
 from torchrelay.config.types import NUMERIC
+from torchrelay.stages.batch import assemble
 
 Rows = list[np.ndarray]
 
@@ -99,6 +100,17 @@ def test_rows_are_read_only_views() -> None:
 def test_what_stays_a_list(rows: list[Any]) -> None:
     """Few, large, mixed, masked and foreign rows are not put together; nothing is cast."""
     assert RaggedRows.of(rows) is None
+
+
+def test_large_rows_of_several_jobs_are_not_copied() -> None:
+    """Rows of one job may be as large as they like, and be repeated; together with others they stay views."""
+    images = RaggedRows.adjacent(np.zeros((40, 1000)), np.full(4, 10))
+    repeated = images.take(np.zeros(1000, np.int64))
+    assert RaggedRows.joined([repeated]) is repeated
+    for pieces in ([repeated, repeated], [images, images]):
+        assert RaggedRows.joined(pieces) is None
+        batch = assemble([{"x": piece} for piece in pieces], [len(piece) for piece in pieces])
+        assert all(np.shares_memory(row, images.flat) for row in batch["x"])
 
 
 def test_pieces_of_other_kinds_are_not_joined() -> None:

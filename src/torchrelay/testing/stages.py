@@ -27,7 +27,7 @@ from torchrelay.workers.device import pick_device
 __all__ = ["run_stage"]
 
 AnyStage = Stage | type[Stage] | Callable[..., Any]
-Table = dict[str, Column]
+Table = dict[str, np.ndarray[Any, np.dtype[Any]] | list[Any]]
 
 
 @overload
@@ -115,7 +115,7 @@ def run_stage(
     spec = _spec(stage, dict(args or {}), options)
     types = _types("input", input)
     columns, total = check_table(types, table)
-    sent: Table = {name: _carried(name, column) for name, column in columns.items()}
+    sent = {name: _carried(name, column) for name, column in columns.items()}
     packed = SubmitOptions.parse({"meta": meta}).meta
     fields: Any = codec.decode(packed) if packed else {}
     runner = make_runner(stage, spec, types=types, outputs=_types("outputs", outputs))
@@ -126,7 +126,8 @@ def run_stage(
     finally:
         runner.close()
     _report(made, spec.name, rejected)
-    return made.columns if made.counts is None else Expand(made.columns, made.counts)
+    seen: Table = {name: shown(column) for name, column in made.columns.items()}
+    return seen if made.counts is None else Expand(seen, made.counts)
 
 
 def _spec(stage: AnyStage, args: dict[str, Any], options: dict[str, Any]) -> StageConfig:
@@ -169,7 +170,7 @@ def _carried(name: str, column: Column) -> Any:
         raise InputError(f"column {name!r}: {error}") from error
 
 
-def _run(runner: Runner, table: Table, total: int, max_rows: int, meta: Mapping[str, Any]) -> Made:
+def _run(runner: Runner, table: Mapping[str, Column], total: int, max_rows: int, meta: Mapping[str, Any]) -> Made:
     pieces: list[Made] = []
     refused: dict[int, str] = {}
     for start in range(0, max(total, 1), max_rows):
@@ -180,7 +181,7 @@ def _run(runner: Runner, table: Table, total: int, max_rows: int, meta: Mapping[
         pieces.append(made if rows == total else own(made))
     # A forward of which every row was rejected may not even tell its columns.
     full = [p.columns for p in pieces if p.columns] or [{}]
-    columns = {name: shown(_carried(name, join_rows([part[name] for part in full]))) for name in full[0]}
+    columns = {name: _carried(name, join_rows([part[name] for part in full])) for name in full[0]}
     counts = [p.counts for p in pieces if p.counts is not None]
     return Made(columns, np.concatenate(counts) if counts else None, refused)
 
