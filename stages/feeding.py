@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,11 +29,6 @@ __all__ = ["Departure", "Fed", "Feeder", "begin"]
 _TURNS = 3
 _MOST_SHAPES = 16
 _WAIT_S = 600.0
-
-with warnings.catch_warnings():
-    # Said once a process: a read-only array is only read here.
-    warnings.simplefilter("ignore")
-    torch.from_numpy(np.frombuffer(b"x", np.uint8))
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ way, so nothing is converted.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -53,6 +54,12 @@ _TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
 _TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
 _SHARED_DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
 _SHARED = frozenset(getattr(torch, name) for name in _SHARED_DTYPES.split())
+
+
+with warnings.catch_warnings():
+    # Torch says once a process that a read-only array became a tensor. Those are only read, or their stage said so.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"x", np.uint8))
 
 
 def torch_batch(batch: Batch, device: str, *, share: bool = False) -> Batch:

@@ -417,3 +417,28 @@ def test_on_a_gpu(tmp_path: Path) -> None:
         back = split({"x": batch["x"]}, [len(array)], "s")[0].columns["x"]
         assert isinstance(back, np.ndarray)
         assert back.tobytes() == raw
+
+
+class Look(TorchStage):
+    share = True
+
+    def build(self, context: StageContext) -> nn.Module:
+        return nn.Identity()
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        SEEN.append(batch["x"])
+        return {"y": batch["x"].sum(dim=1)}
+
+
+def test_a_stage_that_shares_gets_the_jobs_own_memory() -> None:
+    """`share = True` saves the copy on a CPU; what a job holds is not changed by it, nor by others' batches."""
+    SEEN.clear()
+    runner = runner_of(Look())
+    runner.load(StageContext())
+    x = numbers()
+    x.flags.writeable = False
+    (made,) = runner.run([{"x": x}], [2])
+    np.testing.assert_array_equal(made.columns["y"], x.sum(axis=1))
+    assert SEEN[0].data_ptr() == x.ctypes.data
+    runner.run([{"x": x}, {"x": numbers(1)}], [2, 1])
+    assert SEEN[1].data_ptr() != x.ctypes.data
