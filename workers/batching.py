@@ -89,6 +89,43 @@ class Planner(Generic[J]):
                 total = loads[i]
         return [[works[i] for i in group] for group in sorted(sorted(group) for group in groups)]
 
+    def mixes(self, work: Work[J]) -> bool:
+        """Whether the job's rows may be computed in different batches, beside rows of other jobs: those of a stage that
+        puts rows of like length together, as far as each fits a batch, and its own code sees them one by one."""
+        if not self._spec.sorts or not work.rows or work.incoming.keep:
+            return False
+        return not self._load(work.table, work.rows).alone
+
+    def row_costs(self, work: Work[J]) -> Lengths:
+        """What the rows are sorted by: what each costs, or how long it is as padded."""
+        if self._spec.max_cost is not None and self._spec.max_cost.column in work.table:
+            return self._costs(work.table[self._spec.max_cost.column])
+        name, sizes = next(iter(self._spec.buckets.items()))
+        column = work.table.get(name)
+        if column is None or not len(column):
+            return np.zeros(work.rows, np.int64)
+        lengths = _lengths(column, ragged_axes(self._types.get(name), np.ndim(column[0]))[0])
+        return np.asarray(sizes)[np.minimum(np.searchsorted(sizes, lengths), len(sizes) - 1)]
+
+    def runs(self, costs: Lengths) -> Iterator[tuple[int, int]]:
+        """Rows sorted by cost, in runs that fit a forward: from one to behind the last.
+
+        A run ends where the cost rises, unless little of it is filled yet.
+        """
+        limit, total = self.max_rows, None if self._spec.max_cost is None else self._spec.max_cost.total
+        at = 0
+        while at < len(costs):
+            part = costs[at : at + limit].astype(np.float64)
+            rows = len(part)
+            if total is not None:
+                totals = part * np.arange(1, rows + 1) if self._padded else np.cumsum(part)
+                rows = max(1, int(np.searchsorted(totals, total, side="right")))
+            rises = np.flatnonzero(np.diff(part[:rows])) + 1
+            full = [int(r) for r in rises if 2 * r > rows]
+            rows = full[0] if full else rows
+            yield at, at + rows
+            at += rows
+
     def too_large(self, work: Work[J], max_rows: int | None = None) -> bool:
         """Whether the job takes several forwards."""
         if work.rows <= 1 or not self._spec.sorts:

@@ -13,18 +13,20 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torchrelay.errors import InputError
 from torchrelay.stages import Made
 from torchrelay.stages.faults import is_out_of_memory, let_go
 from torchrelay.stages.runner import Launched, Prepared, Runner
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
-from torchrelay.workers.compute import GivenUp, Outcome, compute, judged
+from torchrelay.workers.compute import Failed, GivenUp, Outcome, compute, judged
 from torchrelay.workers.handoff import Handoff
 from torchrelay.workers.intake import Taken
 from torchrelay.workers.parts import Meter, Parts, Surroundings
+from torchrelay.workers.pieces import Part, cut
 from torchrelay.workers.work import Work
 
 LAUNCHED = 2
@@ -39,15 +41,30 @@ Works = list[Work[Held]]
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs on their way through the threads; `alone`, they take the way of `compute`. `fault` is what they raised."""
+    """Jobs, or parts of jobs, on their way through the threads; `alone`, they take the way of `compute`. `fault` is
+    what they raised."""
 
-    works: Works
+    parts: list[Part[Held]]
     prepared: Prepared | None = None
     launched: Launched | None = None
     fault: BaseException | None = None
     number: int = -1
     started_at: float = 0.0
     alone: bool = False
+
+    @property
+    def jobs(self) -> list[Held]:
+        return [part.work.job for part in self.parts]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def take_back(self) -> Works:
+        """The jobs of which nobody is to use the other parts either; those that were taken back before are left out."""
+        if any(part.gathering is not None for part in self.parts):
+            self.fault = None  # what some rows of a job raised says nothing of the others
+        return [p.work for p in self.parts if p.gathering is None or p.gathering.breaks()]
 
 
 @dataclass(slots=True)
@@ -123,28 +140,35 @@ class OverlappedLoop:
                 continue
             if taken.bad or taken.lost or taken.given_back:
                 self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
-            for works in parts.planner.batches(taken.ready):
-                batch = self._prepared(works)
+            for pieces in self._cut(taken.ready):
+                batch = self._prepared(pieces)
                 if not self._ready.put(batch):
                     self._give_up(batch)
         self._leaving.put(_Leaving(turned_away=intake.surrender()))
         self._ready.close()
 
-    def _prepared(self, works: Works) -> _Batch:
-        planner = self._parts.planner
-        if len(works) == 1 and (works[0].incoming.keep or planner.too_large(works[0])):
-            return _Batch(works, alone=True)
+    def _cut(self, works: Works) -> list[list[Part[Held]]]:
+        if self._around.context.node.rows == "expand":
+            # What becomes of each row is not as many rows for all, so a job is not put together from parts.
+            return [[Part(w) for w in batch] for batch in self._parts.planner.batches(works)]
+        return cut(works, self._parts.planner)
+
+    def _prepared(self, pieces: list[Part[Held]]) -> _Batch:
+        one = pieces[0].work if len(pieces) == 1 and pieces[0].chosen is None else None
+        if one is not None and (one.incoming.keep or self._parts.planner.too_large(one)):
+            return _Batch(pieces, alone=True)
+        works = [piece.work for piece in pieces]
         try:
             prepared = self._runner.prepare(
-                [w.table for w in works],
-                [w.rows for w in works],
+                [piece.table for piece in pieces],
+                [piece.rows for piece in pieces],
                 [w.fields for w in works],
                 lambda: self._meter.ended(works),
             )
         except Exception:
             # Whose fault it is, `compute` finds out, on the thread that may call the stage.
-            return _Batch(works, alone=True)
-        return _Batch(works, prepared)
+            return _Batch(pieces, alone=True)
+        return _Batch(pieces, prepared)
 
     def _stopping(self) -> bool:
         return self._error is not None or self._around.stopping()
@@ -159,7 +183,7 @@ class OverlappedLoop:
                 if self._ready.over and self._all_finished():
                     break
                 continue
-            if self._stopping() and again is None:
+            if again is None and (self._stopping() or self._is_useless(batch)):
                 self._give_up(batch)
             elif batch.alone or batch.prepared is None:
                 self._compute(batch)
@@ -167,6 +191,15 @@ class OverlappedLoop:
                 self._launch(batch, batch.prepared)
         self._again.close()
         self._leaving.close()
+
+    def _is_useless(self, batch: _Batch) -> bool:
+        """Whether nobody waits for these parts of jobs: they were taken back, or ended while others were computed."""
+        gatherings = [part.gathering for part in batch.parts]
+        if not all(gatherings):
+            return False
+        return all(g is not None and g.broken for g in gatherings) or all(
+            self._meter.ended([part.work for part in batch.parts])
+        )
 
     def _all_finished(self) -> bool:
         """Waits for what is launched; False when some of it is to be computed again."""
@@ -185,7 +218,7 @@ class OverlappedLoop:
             if self._error is not None:
                 prepared.discard()
                 return
-        batch.number = self._parts.status.started([w.job for w in batch.works])
+        batch.number = self._parts.status.started(batch.jobs)
         batch.started_at = time.monotonic()
         try:
             batch.launched = self._runner.launch(prepared)
@@ -203,16 +236,16 @@ class OverlappedLoop:
     def _compute(self, batch: _Batch) -> None:
         """One step after the other, with nothing else on the device."""
         self._all_finished()
-        rows, started = sum(w.rows for w in batch.works), time.monotonic()
-        for group in compute(batch.works, self._runner, self._parts.planner, self._meter, batch.fault):
+        works, started = batch.take_back(), time.monotonic()
+        for group in compute(works, self._runner, self._parts.planner, self._meter, batch.fault):
             self._leaving.put(_Leaving(group=group))
-        self._parts.status.ended(len(batch.works))
-        self._parts.measured(rows, time.monotonic() - started)
+        self._parts.status.ended(len(works))
+        self._parts.measured(sum(w.rows for w in works), time.monotonic() - started)
 
     def _give_up(self, batch: _Batch) -> None:
         if batch.prepared is not None:
             batch.prepared.discard()
-        self._leaving.put(_Leaving(group=[(w, GivenUp()) for w in batch.works]))
+        self._leaving.put(_Leaving(group=[(w, GivenUp()) for w in batch.take_back()]))
 
     # The output thread.
 
@@ -246,15 +279,15 @@ class OverlappedLoop:
             self._again.put(batch)
             self._room.release()
             return
-        rows = sum(w.rows for w in batch.works)
-        parts.status.stopped(batch.number, rows, self._runner.idle_s)
+        parts.status.stopped(batch.number, batch.rows, self._runner.idle_s)
         self._room.release()
         now = time.monotonic()
-        parts.measured(rows, now - max(batch.started_at, self._finished_at))
+        parts.measured(batch.rows, now - max(batch.started_at, self._finished_at))
         self._finished_at = now
-        parts.settler.settle(_outcomes(batch.works, made))
-        parts.status.ended(len(batch.works))
-        parts.planner.cap.fitted(rows)
+        parts.planner.cap.fitted(batch.rows)
+        done = [outcome for part, m in zip(batch.parts, made, strict=True) for outcome in _outcomes(part, m)]
+        parts.settler.settle(done)
+        parts.status.ended(len(done))
 
 
 def _remembered(fault: BaseException) -> BaseException | None:
@@ -265,5 +298,14 @@ def _remembered(fault: BaseException) -> BaseException | None:
     return None
 
 
-def _outcomes(works: Sequence[Work[Held]], made: Sequence[Made]) -> list[tuple[Work[Held], Outcome]]:
-    return [(w, judged(w, m)) for w, m in zip(works, made, strict=True)]
+def _outcomes(part: Part[Held], made: Made) -> list[tuple[Work[Held], Outcome]]:
+    """What is known of the part's job now: nothing before its last part is there."""
+    gathering = part.gathering
+    if gathering is None or part.chosen is None:
+        return [(part.work, judged(part.work, made))]
+    if not gathering.add(part.chosen, made):
+        return []
+    try:
+        return [(part.work, judged(part.work, gathering.whole()))]
+    except InputError as error:
+        return [(part.work, Failed(error))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from itertools import chain, count
 
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
@@ -36,7 +36,7 @@ class Status:
         self._lock = threading.Lock()
         self._numbers = count()
         # Forwards under way, oldest first: their packed entries.
-        self._running: dict[int, bytes] = {}
+        self._running: dict[int, list[bytes]] = {}
         self._oldest_since = 0.0
         self._state = progress.READY
         self._jobs = 0
@@ -49,7 +49,7 @@ class Status:
             number = next(self._numbers)
             if not self._running:
                 self._oldest_since = time.monotonic()
-            self._running[number] = b"".join([h.entry.packed for h in jobs])
+            self._running[number] = [h.entry.packed for h in jobs]
             self._write()
         return number
 
@@ -88,6 +88,12 @@ class Status:
             self._state = self._state if state is None else state
             self._write()
 
+    def _entries(self) -> Iterable[bytes]:
+        """Each job once, though several of its parts may be under way: one that is there alone earns a strike."""
+        if len(self._running) == 1:
+            return next(iter(self._running.values()))
+        return dict.fromkeys(chain.from_iterable(self._running.values()))
+
     def _write(self) -> None:
         self._page.write(
             Progress(
@@ -101,7 +107,7 @@ class Status:
                 idle_s=self._idle_s,
                 failures=self._failures(),
                 fences=tuple(self._fences()),
-                started=b"".join(self._running.values()),
+                started=b"".join(self._entries()),
                 moved=self._moved(),
             )
         )
