@@ -39,7 +39,8 @@ Works = list[Work[Held]]
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs on their way through the threads; `alone`, they take the way of `compute`. `fault` is what they raised."""
+    """Jobs on their way through the threads; where nothing is prepared, they take the way of `compute`. `fault` is what
+    they raised, `number` that of their forward once there was one."""
 
     works: Works
     prepared: Prepared | None = None
@@ -47,7 +48,15 @@ class _Batch:
     fault: BaseException | None = None
     number: int = -1
     started_at: float = 0.0
-    alone: bool = False
+
+    def failed(self, fault: BaseException) -> None:
+        """Lets go of what the forward took, and of the fault where memory was full for once: it may pass the next time.
+        Anything else need not be tried as a whole again."""
+        self.prepared = self.launched = None
+        if is_out_of_memory(fault):
+            let_go(fault)
+        else:
+            self.fault = fault
 
 
 @dataclass(slots=True)
@@ -68,7 +77,6 @@ class OverlappedLoop:
         self._parts = Parts(around, threads=True)
         self._meter = Meter(self._parts)
         self._ready: Handoff[_Batch] = Handoff(ahead)
-        self._again: Handoff[_Batch] = Handoff(1 << 30)
         self._leaving: Handoff[_Leaving] = Handoff(_LEAVING)
         # How many batches may be launched and not finished.
         self._room = threading.Semaphore(LAUNCHED)
@@ -91,12 +99,13 @@ class OverlappedLoop:
             thread.start()
         try:
             self._guarded(self._drive)
+            if self._error is not None:
+                parts.status.none_running()
             while (left := self._ready.get(0.0)) is not None:
                 self._give_up(left)  # the input thread may be waiting for its place on the device
             for thread in threads:
                 thread.join()
             if self._error is not None:
-                parts.status.none_running()
                 raise self._error
         finally:
             parts.close()
@@ -108,13 +117,13 @@ class OverlappedLoop:
         except BaseException as error:
             self._error = self._error or error
             self._ready.close()
-            self._again.close()
             self._leaving.close()
 
     # The input thread.
 
     def _take_in(self) -> None:
-        parts, intake = self._parts, self._parts.intake(lambda: parts.status.report())
+        parts = self._parts
+        intake = parts.intake(lambda: parts.status.report(), self._stopping)
         while not self._stopping():
             parts.load_scripts()
             self._around.memory.tend_read()
@@ -132,8 +141,9 @@ class OverlappedLoop:
 
     def _prepared(self, works: Works) -> _Batch:
         planner = self._parts.planner
-        if len(works) == 1 and (works[0].incoming.keep or planner.too_large(works[0])):
-            return _Batch(works, alone=True)
+        # A suspect has the device to itself: if it kills the process, nobody else can have done it.
+        if len(works) == 1 and (works[0].job.entry.suspect or works[0].incoming.keep or planner.too_large(works[0])):
+            return _Batch(works)
         try:
             prepared = self._runner.prepare(
                 [w.table for w in works],
@@ -143,7 +153,7 @@ class OverlappedLoop:
             )
         except Exception:
             # Whose fault it is, `compute` finds out, on the thread that may call the stage.
-            return _Batch(works, alone=True)
+            return _Batch(works)
         return _Batch(works, prepared)
 
     def _stopping(self) -> bool:
@@ -152,57 +162,56 @@ class OverlappedLoop:
     # The device thread.
 
     def _drive(self) -> None:
-        while True:
-            again = self._again.get(0.0)
-            batch = again or self._ready.get(_IDLE_S)
+        while not (self._ready.over and self._all_finished() and self._ready.empty):
+            batch = self._ready.get(_IDLE_S)
             if batch is None:
-                if self._ready.over and self._all_finished():
-                    break
                 continue
-            if self._stopping() and again is None:
+            if self._error is not None or (self._around.stopping() and batch.number < 0):
                 self._give_up(batch)
-            elif batch.alone or batch.prepared is None:
+            elif batch.prepared is None:
                 self._compute(batch)
             else:
                 self._launch(batch, batch.prepared)
-        self._again.close()
         self._leaving.close()
 
     def _all_finished(self) -> bool:
-        """Waits for what is launched; False when some of it is to be computed again."""
-        if self._error is not None:
-            return True
-        for _ in range(LAUNCHED):
-            while not self._room.acquire(timeout=_IDLE_S):
-                if self._error is not None:
-                    return True
-        for _ in range(LAUNCHED):
+        """Waits for what is launched; also true when nobody is there any more to finish it."""
+        free = 0
+        while free < LAUNCHED and self._error is None:
+            free += self._room.acquire(timeout=_IDLE_S)
+        for _ in range(free):
             self._room.release()
-        return self._again.empty
+        return True
 
     def _launch(self, batch: _Batch, prepared: Prepared) -> None:
         while not self._room.acquire(timeout=_IDLE_S):
             if self._error is not None:
-                prepared.discard()
+                self._give_up(batch)
                 return
-        batch.number = self._parts.status.started([w.job for w in batch.works])
+        status = self._parts.status
+        batch.number = status.started([w.job for w in batch.works])
         batch.started_at = time.monotonic()
         try:
             batch.launched = self._runner.launch(prepared)
         except _FAULTS as error:
-            batch.fault = _remembered(error)
-            batch.prepared = None
-            self._parts.status.stopped(batch.number, 0)
+            batch.failed(error)
+        if batch.launched is None:
+            status.stopped(batch.number, 0)
             self._room.release()
-        else:
-            self._leaving.put(_Leaving(batch))
+            # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
+            self._compute(batch)
             return
-        # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
-        self._compute(batch)
+        if batch.launched.arrived:
+            status.stopped(batch.number, sum(w.rows for w in batch.works))
+        else:
+            status.launched(batch.number)
+        self._leaving.put(_Leaving(batch))
 
     def _compute(self, batch: _Batch) -> None:
         """One step after the other, with nothing else on the device."""
         self._all_finished()
+        if self._error is not None:
+            return
         rows, started = sum(w.rows for w in batch.works), time.monotonic()
         for group in compute(batch.works, self._runner, self._parts.planner, self._meter, batch.fault):
             self._leaving.put(_Leaving(group=group))
@@ -238,31 +247,24 @@ class OverlappedLoop:
     def _finish(self, batch: _Batch) -> None:
         parts, launched = self._parts, batch.launched
         assert launched is not None  # put there by the device thread
+        parts.status.awaited(batch.number)
         try:
             made = self._runner.finish(launched)
         except _FAULTS as error:
             parts.status.stopped(batch.number, 0)
-            batch.alone, batch.fault = True, _remembered(error)
-            self._again.put(batch)
+            batch.failed(error)
+            self._ready.put_first(batch)
             self._room.release()
             return
         rows = sum(w.rows for w in batch.works)
         parts.status.stopped(batch.number, rows, self._runner.idle_s)
+        parts.planner.cap.fitted(rows)
         self._room.release()
         now = time.monotonic()
         parts.measured(rows, now - max(batch.started_at, self._finished_at))
         self._finished_at = now
         parts.settler.settle(_outcomes(batch.works, made))
         parts.status.ended(len(batch.works))
-        parts.planner.cap.fitted(rows)
-
-
-def _remembered(fault: BaseException) -> BaseException | None:
-    """What a batch raised, so that it need not be tried as a whole again; nothing where memory was full for once."""
-    if not is_out_of_memory(fault):
-        return fault
-    let_go(fault)
-    return None
 
 
 def _outcomes(works: Sequence[Work[Held]], made: Sequence[Made]) -> list[tuple[Work[Held], Outcome]]:
