@@ -53,6 +53,11 @@ class Launched:
     departure: Departure | None = None
     split: Callable[[object], list[Made]] | None = None
 
+    @property
+    def arrived(self) -> bool:
+        """Whether the forward is over, and not only on its way to the device."""
+        return self.departure is None
+
 
 log = logging.getLogger("torchrelay.stages")
 

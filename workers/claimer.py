@@ -14,6 +14,7 @@ from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
 from torchrelay.queues.transitions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, ClaimLimits, Grant, Session
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.rows_in_hand import RowsInHand
 
 _POLL_S = 1.0
 # A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
@@ -39,7 +40,6 @@ class _Asked(NamedTuple):
     """A claim under way, and time.monotonic() when it was sent."""
 
     lane: int
-    fence: str
     at: float
     pending: Pending[Grant]
 
@@ -48,15 +48,25 @@ class Claimer:
     """The window of held jobs in rank order. `rows_per_s` is what the loop measured, 0 before it has."""
 
     def __init__(
-        self, context: NodeContext, channel: Channel, session: Session, opened: Callable[[Sequence[Held]], object]
+        self,
+        context: NodeContext,
+        channel: Channel,
+        session: Session,
+        opened: Callable[[Sequence[Held]], object],
+        asks: Callable[[], object] = int,
     ) -> None:
-        """`opened` hears of jobs that were taken into the window."""
+        """`opened` hears of jobs that were taken into the window; `asks` is called before each claim is sent, when its
+        fence is known already."""
         self._opened = opened
+        self._asks = asks
         self._context = context
         self._channel = channel
         self._session = session
         self._numbers = count(1)
-        self._pending: deque[_Asked] = deque()
+        self._asked: _Asked | None = None
+        self.asked_fences: tuple[str, ...] = ()
+        """Fences of claims whose answer was not read yet: the server may have granted them already."""
+        self.in_hand = RowsInHand(context.spec.batch.in_flight_rows)
         self._empty_lanes = 0
         self._next_lane = 0
         self._clock_offset_ms = 0.0
@@ -73,23 +83,27 @@ class Claimer:
 
     def ask_ahead(self) -> None:
         """Sends a claim unless one is under way or the window holds what is taken next."""
-        if self._pending or self.window_rows >= self._context.spec.batch.window_rows:
+        if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
         lane = self._next_lane
         self._next_lane = (lane + 1) % len(self._context.lanes)
         rows = max(self._context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
+        rows = min(rows, self.in_hand.room)
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(
             self._session, fence, self._context.incarnation, self._context.number, self._context.node.index, limits
         )
-        self._pending.append(_Asked(lane, fence, time.monotonic(), self._channel.send(call)))
+        # Its lease may begin any moment from here on.
+        self.asked_fences = (fence,)
+        self._asks()
+        self._asked = _Asked(lane, time.monotonic(), self._channel.send(call))
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
-        if not self._pending:
+        asked = self._asked
+        if asked is None:
             return False
-        asked = self._pending.popleft()
         grant = asked.pending.result()
         now = time.monotonic()
         # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
@@ -98,8 +112,12 @@ class Claimer:
         self.ready_left = 0 if grant.gated else grant.left
         held = [Held(asked.lane, grant.fence, entry, now) for entry in grant.entries]
         self._opened(held)
+        # Only now: another thread would find the grant neither asked for nor opened, and its lease would end.
+        self._asked, self.asked_fences = None, ()
         self.window.extend(held)
-        self.window_rows += sum(map(weight, grant.entries))
+        rows = sum(map(weight, grant.entries))
+        self.window_rows += rows
+        self.in_hand.took(rows)
         self._empty_lanes = 0 if grant.entries else self._empty_lanes + 1
         return bool(grant.entries)
 
@@ -108,21 +126,22 @@ class Claimer:
         self.ask_ahead()
         return self.collect()
 
-    @property
-    def asked_fences(self) -> tuple[str, ...]:
-        """Fences of claims whose answer was not read yet: the server may have granted them already."""
-        return tuple([asked.fence for asked in self._pending])
-
     def expect(self, wait_s: float) -> None:
         """A job of this node is due again in so many seconds: later than the last claim could know."""
         self._expected_at = min(self._expected_at, time.monotonic() + wait_s + 0.001)
 
     def idle(self) -> bool:
-        """Whether every lane was found empty in turn."""
-        return self._empty_lanes >= len(self._context.lanes)
+        """Whether every lane was found empty in turn, or no more may be taken just now."""
+        return self._empty_lanes >= len(self._context.lanes) or self._full
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
+        """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over.
+
+        While no more may be taken, until some of what is in hand has left, and wakes are for other workers.
+        """
+        if self._full:
+            self.in_hand.wait(self._missing, _POLL_S if timeout_s is None else min(timeout_s, _POLL_S))
+            return
         keys = [lane.keys.wake(self._context.key) for lane in self._context.lanes]
         limit = min(self._next_due_s, self._expected_at - time.monotonic())
         self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
@@ -130,6 +149,15 @@ class Claimer:
             self._expected_at = math.inf
         self._empty_lanes = 0
         self.ready_left = 1
+
+    @property
+    def _missing(self) -> int:
+        """How many rows the window lacks of what is taken next."""
+        return self._context.spec.batch.window_rows - self.window_rows
+
+    @property
+    def _full(self) -> bool:
+        return self._asked is None and self.in_hand.room < self._missing
 
     def take(self, rows: int) -> list[Held]:
         """Up to so many rows from the head of the window, in order; at least one job. A suspect comes alone."""

@@ -41,8 +41,8 @@ Works = list[Work[Held]]
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs, or parts of jobs, on their way through the threads; `alone`, they take the way of `compute`. `fault` is
-    what they raised."""
+    """Jobs, or parts of jobs, on their way through the threads; where nothing is prepared, they take the way of
+    `compute`. `fault` is what they raised, `number` that of their forward once there was one."""
 
     parts: list[Part[Held]]
     prepared: Prepared | None = None
@@ -50,7 +50,15 @@ class _Batch:
     fault: BaseException | None = None
     number: int = -1
     started_at: float = 0.0
-    alone: bool = False
+
+    def failed(self, fault: BaseException) -> None:
+        """Lets go of what the forward took, and of the fault where memory was full for once: it may pass the next time.
+        Anything else need not be tried as a whole again."""
+        self.prepared = self.launched = None
+        if is_out_of_memory(fault):
+            let_go(fault)
+        else:
+            self.fault = fault
 
     @property
     def jobs(self) -> list[Held]:
@@ -85,7 +93,6 @@ class OverlappedLoop:
         self._parts = Parts(around, threads=True)
         self._meter = Meter(self._parts)
         self._ready: Handoff[_Batch] = Handoff(ahead)
-        self._again: Handoff[_Batch] = Handoff(1 << 30)
         self._leaving: Handoff[_Leaving] = Handoff(_LEAVING)
         # How many batches may be launched and not finished.
         self._room = threading.Semaphore(LAUNCHED)
@@ -108,12 +115,13 @@ class OverlappedLoop:
             thread.start()
         try:
             self._guarded(self._drive)
+            if self._error is not None:
+                parts.status.none_running()
             while (left := self._ready.get(0.0)) is not None:
                 self._give_up(left)  # the input thread may be waiting for its place on the device
             for thread in threads:
                 thread.join()
             if self._error is not None:
-                parts.status.none_running()
                 raise self._error
         finally:
             parts.close()
@@ -125,13 +133,13 @@ class OverlappedLoop:
         except BaseException as error:
             self._error = self._error or error
             self._ready.close()
-            self._again.close()
             self._leaving.close()
 
     # The input thread.
 
     def _take_in(self) -> None:
-        parts, intake = self._parts, self._parts.intake(lambda: parts.status.report())
+        parts = self._parts
+        intake = parts.intake(lambda: parts.status.report(), self._stopping)
         while not self._stopping():
             parts.load_scripts()
             self._around.memory.tend_read()
@@ -148,15 +156,17 @@ class OverlappedLoop:
         self._ready.close()
 
     def _cut(self, works: Works) -> list[list[Part[Held]]]:
-        if self._around.context.node.rows == "expand":
-            # What becomes of each row is not as many rows for all, so a job is not put together from parts.
+        """A suspect comes whole: it has the device to itself, so that if it kills the process, nobody else can have
+        done it. So do jobs of a stage that makes more or fewer rows: they could not be put together from parts."""
+        if self._around.context.node.rows == "expand" or any(w.job.entry.suspect for w in works):
             return [[Part(w) for w in batch] for batch in self._parts.planner.batches(works)]
         return cut(works, self._parts.planner)
 
     def _prepared(self, pieces: list[Part[Held]]) -> _Batch:
         one = pieces[0].work if len(pieces) == 1 and pieces[0].chosen is None else None
-        if one is not None and (one.incoming.keep or self._parts.planner.too_large(one)):
-            return _Batch(pieces, alone=True)
+        alone = one is not None and (one.job.entry.suspect or one.incoming.keep)
+        if one is not None and (alone or self._parts.planner.too_large(one)):
+            return _Batch(pieces)
         works = [piece.work for piece in pieces]
         try:
             prepared = self._runner.prepare(
@@ -167,7 +177,7 @@ class OverlappedLoop:
             )
         except Exception:
             # Whose fault it is, `compute` finds out, on the thread that may call the stage.
-            return _Batch(pieces, alone=True)
+            return _Batch(pieces)
         return _Batch(pieces, prepared)
 
     def _stopping(self) -> bool:
@@ -176,20 +186,17 @@ class OverlappedLoop:
     # The device thread.
 
     def _drive(self) -> None:
-        while True:
-            again = self._again.get(0.0)
-            batch = again or self._ready.get(_IDLE_S)
+        while not (self._ready.over and self._all_finished() and self._ready.empty):
+            batch = self._ready.get(_IDLE_S)
             if batch is None:
-                if self._ready.over and self._all_finished():
-                    break
                 continue
-            if again is None and (self._stopping() or self._is_useless(batch)):
+            stops = self._error is not None or (self._around.stopping() and batch.number < 0)
+            if stops or self._is_useless(batch):
                 self._give_up(batch)
-            elif batch.alone or batch.prepared is None:
+            elif batch.prepared is None:
                 self._compute(batch)
             else:
                 self._launch(batch, batch.prepared)
-        self._again.close()
         self._leaving.close()
 
     def _is_useless(self, batch: _Batch) -> bool:
@@ -202,40 +209,43 @@ class OverlappedLoop:
         )
 
     def _all_finished(self) -> bool:
-        """Waits for what is launched; False when some of it is to be computed again."""
-        if self._error is not None:
-            return True
-        for _ in range(LAUNCHED):
-            while not self._room.acquire(timeout=_IDLE_S):
-                if self._error is not None:
-                    return True
-        for _ in range(LAUNCHED):
+        """Waits for what is launched; also true when nobody is there any more to finish it."""
+        free = 0
+        while free < LAUNCHED and self._error is None:
+            free += self._room.acquire(timeout=_IDLE_S)
+        for _ in range(free):
             self._room.release()
-        return self._again.empty
+        return True
 
     def _launch(self, batch: _Batch, prepared: Prepared) -> None:
         while not self._room.acquire(timeout=_IDLE_S):
             if self._error is not None:
-                prepared.discard()
+                self._give_up(batch)
                 return
-        batch.number = self._parts.status.started(batch.jobs)
+        status = self._parts.status
+        batch.number = status.started(batch.jobs)
         batch.started_at = time.monotonic()
         try:
             batch.launched = self._runner.launch(prepared)
         except _FAULTS as error:
-            batch.fault = _remembered(error)
-            batch.prepared = None
-            self._parts.status.stopped(batch.number, 0)
+            batch.failed(error)
+        if batch.launched is None:
+            status.stopped(batch.number, 0)
             self._room.release()
-        else:
-            self._leaving.put(_Leaving(batch))
+            # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
+            self._compute(batch)
             return
-        # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
-        self._compute(batch)
+        if batch.launched.arrived:
+            status.stopped(batch.number, batch.rows)
+        else:
+            status.launched(batch.number)
+        self._leaving.put(_Leaving(batch))
 
     def _compute(self, batch: _Batch) -> None:
         """One step after the other, with nothing else on the device."""
         self._all_finished()
+        if self._error is not None:
+            return
         works, started = batch.take_back(), time.monotonic()
         for group in compute(works, self._runner, self._parts.planner, self._meter, batch.fault):
             self._leaving.put(_Leaving(group=group))
@@ -271,31 +281,24 @@ class OverlappedLoop:
     def _finish(self, batch: _Batch) -> None:
         parts, launched = self._parts, batch.launched
         assert launched is not None  # put there by the device thread
+        parts.status.awaited(batch.number)
         try:
             made = self._runner.finish(launched)
         except _FAULTS as error:
             parts.status.stopped(batch.number, 0)
-            batch.alone, batch.fault = True, _remembered(error)
-            self._again.put(batch)
+            batch.failed(error)
+            self._ready.put_first(batch)
             self._room.release()
             return
         parts.status.stopped(batch.number, batch.rows, self._runner.idle_s)
+        parts.planner.cap.fitted(batch.rows)
         self._room.release()
         now = time.monotonic()
         parts.measured(batch.rows, now - max(batch.started_at, self._finished_at))
         self._finished_at = now
-        parts.planner.cap.fitted(batch.rows)
         done = [outcome for part, m in zip(batch.parts, made, strict=True) for outcome in _outcomes(part, m)]
         parts.settler.settle(done)
         parts.status.ended(len(done))
-
-
-def _remembered(fault: BaseException) -> BaseException | None:
-    """What a batch raised, so that it need not be tried as a whole again; nothing where memory was full for once."""
-    if not is_out_of_memory(fault):
-        return fault
-    let_go(fault)
-    return None
 
 
 def _outcomes(part: Part[Held], made: Made) -> list[tuple[Work[Held], Outcome]]:

@@ -50,14 +50,15 @@ class Parts:
         # Each thread numbers its own operations.
         committing = Session(f"{context.incarnation}o") if threads else session
         self.committer = Committer(context, self.commits, committing, self.custody.settle)
-        self.claimer = Claimer(context, self.claims, session, self.committer.opened)
+        self.claimer = Claimer(context, self.claims, session, self.committer.opened, lambda: self.status.report())
         self.storage = Storage(context, around.client, around.memory, self.custody)
         graph, limit = context.pipeline.graph, context.pipeline.spec.limits.rows_per_job
         self.assembler: Assembler[Held] = Assembler(graph, context.node, self.storage.fetch, limit)
         self.settler = Settler(context, self.assembler, self.storage, self.committer, self.custody, self.claimer)
         self.status = Status(
             around.page,
-            lambda: (*self.committer.fences, *self.claimer.asked_fences),
+            # In this order: a grant that is opened meanwhile is on both lists, and never on none.
+            lambda: (*self.claimer.asked_fences, *self.committer.fences),
             around.memory.moved,
             lambda: self.committer.failures,
         )
@@ -65,9 +66,9 @@ class Parts:
         self.planner: Planner[Held] = Planner(context.spec.batch, graph.types_of(context.node))
         self._loaded_at = -1
 
-    def intake(self, rest: Callable[[], object]) -> Intake:
+    def intake(self, rest: Callable[[], object], stopping: Callable[[], bool]) -> Intake:
         """The side on which jobs come in; `rest` is called before each wait for more."""
-        return Intake(self.around.context, self.claimer, self.assembler, self.around.stopping, rest)
+        return Intake(self.around.context, self.claimer, self.assembler, stopping, rest)
 
     def load_scripts(self) -> None:
         """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""

@@ -41,6 +41,7 @@ _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
 _SILENT_S = 90.0
 _DEVICE_PAUSE_S = 0.5
+_WINDOWS_IN_HAND = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ class Supervisor:
         self._max_rows = stage.batch.max_rows
         self.name = f"{socket.gethostname()}-{os.getpid()}-{plan.stage}-{new_token(4)}"
         self.node = f"{plan.pipeline.ref}/{plan.stage}"
-        self._window_rows = stage.batch.window_rows
+        # Claimed, being made ready, ready, launched, and on their way back to the server.
+        windows = _WINDOWS_IN_HAND + (stage.batch.ahead or 0)
+        self._jobs_in_hand = stage.batch.window_rows * windows
         self._deaths = DeviceDeaths()
         self.error: WorkerError | None = None
 
@@ -158,7 +161,7 @@ class Supervisor:
     def _live_once(self) -> tuple[int, bool]:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
-        self._page = page = ProgressPage.create(self._window_rows)
+        self._page = page = ProgressPage.create(self._jobs_in_hand)
         self._started_at = time.time()
         self._next_renewal = 0.0
         child = self._start_child(page)
