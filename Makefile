@@ -36,6 +36,7 @@ bench: $(READY) ## figures against Dramatiq, Celery, RQ, arq and Ray, in the sam
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.local
+	$(BIN)/python -m benchmarks.row_costs
 	$(BIN)/python -m benchmarks.expand
 	$(BIN)/python -m benchmarks.handoff
 

@@ -1,7 +1,7 @@
 """Rows and tables against declared columns. Every check of values happens here, in the producer and in the worker.
 
 A row is {column: value}; a table has the batch axis: an array [N, ...] per stacked column, a list of N values per
-other.
+other. A list of arrays that differ in their first axis only is held as RaggedRows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import COLUMN_NAME, ColumnType
 from torchrelay.errors import InputError
 
-Column = np.ndarray[Any, np.dtype[Any]] | list[Any]
+Column = np.ndarray[Any, np.dtype[Any]] | list[Any] | RaggedRows
 Types = Mapping[str, ColumnType]
 
 
@@ -24,8 +25,9 @@ def describe(value: object) -> str:
     """What came, for an error message: a type, with dtype and shape for arrays."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, str | bytes | list | tuple | dict):
-        return f"{type(value).__name__} of length {len(value)}"
+    if isinstance(value, str | bytes | list | tuple | dict | RaggedRows):
+        kind = "list" if isinstance(value, RaggedRows) else type(value).__name__
+        return f"{kind} of length {len(value)}"
     try:
         return f"{type(value).__name__} {value!r:.40}"
     except Exception:  # a stranger's __repr__ may raise anything; the message is still needed
@@ -153,9 +155,24 @@ def _has_names(types: Types) -> bool:
 
 
 def _check_named(types: Types, table: Mapping[str, Column], rows: int) -> None:
-    if _has_names(types):
+    if _has_names(types) and not _names_agree(types, table):
         for i in range(rows):
             _named_dims(types, {n: c[i] for n, c in table.items()}, i)
+
+
+def _names_agree(types: Types, table: Mapping[str, Column]) -> bool:
+    """Whether each name is one size within every row, as far as that can be told of whole columns."""
+    seen: dict[str, Any] = {}
+    for name, kind in types.items():
+        column = table.get(name)
+        for axis, dim in enumerate(kind.shape):
+            if isinstance(dim, str):
+                if not isinstance(column, RaggedRows):
+                    return False
+                sizes = column.sizes(axis)
+                if not np.array_equal(seen.setdefault(dim, sizes), sizes):
+                    return False
+    return True
 
 
 def _check_names(types: Types, given: Mapping[str, Any], what: str) -> None:
@@ -214,6 +231,9 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
     if rows is not None and length != rows:
         raise InputError(f"column {name!r}: {rows} rows are expected, {length} came")
     if not kind.stacked:
+        ragged = _ragged(name, kind, column)
+        if ragged is not None:
+            return ragged
         return [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     whole = ColumnType(kind.dtype, (length, *kind.shape))
     if isinstance(column, np.ndarray):
@@ -228,6 +248,22 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
             pass  # the loop below finds the row
     values = [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
+
+
+def _ragged(name: str, kind: ColumnType, column: Any) -> RaggedRows | None:
+    """The column as it is checked in one go; None where it cannot be, or does not fit."""
+    if not kind.is_numeric or not kind.shape:
+        return None
+    ragged = column if isinstance(column, RaggedRows) else RaggedRows.of(column) if type(column) is list else None
+    if ragged is None or ragged.row_ndim != len(kind.shape):
+        return None
+    if ragged.dtype != kind.np_dtype:
+        try:
+            ragged = RaggedRows(_cast(name, kind, ragged.flat), ragged.starts, ragged.lengths)
+        except InputError:
+            return None  # whoever looks at the rows finds which
+    fits = all((ragged.sizes(axis) == size).all() for axis, size in enumerate(kind.shape) if isinstance(size, int))
+    return ragged if fits else None
 
 
 def _check_row(name: str, kind: ColumnType, value: Any, i: int) -> Any:
@@ -254,7 +290,7 @@ def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str
         for name in table:
             if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
                 raise InputError(f"columns are named like variables, not {name!r:.80}")
-        return {n: c if isinstance(c, np.ndarray) else list(c) for n, c in table.items()}, rows
+        return {n: _kept(c) for n, c in table.items()}, rows
     _check_names(types, table, "the pipeline's input")
     out: dict[str, Column] = {}
     for name, kind in types.items():
@@ -266,6 +302,10 @@ def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str
             raise InputError(f"column {name!r} is missing; {kind} is expected")
     _check_named(types, out, rows)
     return out, rows
+
+
+def _kept(column: Any) -> Column:
+    return column if isinstance(column, np.ndarray | RaggedRows) else list(column)
 
 
 def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[str, Column]:
@@ -289,7 +329,7 @@ def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[
                 raise InputError(f"column {name!r} is not declared{hint}")
         except InputError as error:
             raise InputError(f"stage {stage!r}: {error}") from None
-        out[name] = column if isinstance(column, np.ndarray) else list(column)
+        out[name] = _kept(column)
     for name in types:
         if name not in out:
             raise InputError(f"stage {stage!r} did not return column {name!r}, which it declares")

@@ -104,7 +104,8 @@ class BatchSpec(_Model):
     `pad` names ragged columns and the number that fills them; `buckets` the sizes that their ragged axes are padded up
     to; `max_cost` bounds a batch beside `max_rows`. `row_buckets` are the numbers of rows that a compiled or recorded
     model sees, beside `max_rows`; None is the powers of two. `ahead` batches are made ready while others are computed:
-    0 takes one step after the other, None is 2 on a GPU and 0 elsewhere.
+    0 takes one step after the other, None is 2 on a GPU and 0 elsewhere. `in_flight_rows` bounds what one worker holds,
+    from the claim until it was computed; None does not.
     """
 
     max_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 32
@@ -115,6 +116,17 @@ class BatchSpec(_Model):
     max_cost: CostSpec | None = None
     row_buckets: Annotated[list[Size], Field(min_length=1, max_length=64), AfterValidator(_ascending)] | None = None
     ahead: Annotated[int, Field(ge=0, le=16)] | None = None
+    in_flight_rows: Annotated[int, Field(ge=1, le=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _holds_a_batch(self) -> BatchSpec:
+        if self.in_flight_rows is not None and self.in_flight_rows < self.window_rows:
+            taken = f"{_SORTED_BATCHES} batches of max_rows, to sort them" if self.sorts else "max_rows"
+            raise ValueError(
+                f"in_flight_rows ({self.in_flight_rows}) is below the {self.window_rows} rows that are taken at once "
+                f"({taken}); raise it or lower max_rows ({self.max_rows})"
+            )
+        return self
 
     @property
     def sorts(self) -> bool:

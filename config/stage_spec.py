@@ -34,7 +34,7 @@ class StageSpec:
         args: for `__init__`, or for each call of a function; plain values, as a file could hold them.
         weights: a file beside the pipeline.
         torch: dtype, channels_last, compile and cuda_graphs, for a TorchStage.
-        batch: max_rows, max_wait_ms, max_cost, pad and buckets.
+        batch: max_rows, max_wait_ms, max_cost, pad, buckets, row_buckets, ahead and in_flight_rows.
         replicas: how many workers, or min and max.
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.

@@ -2,7 +2,8 @@
 
 A value is None, bool, int (64 bits), float, str, bytes, a list or tuple (comes back as a list), a dict with
 str keys, or a numpy array or scalar of a listed dtype (a scalar comes back as a 0-d array; `np.float64` is a
-Python float already and comes back as one). Arrays are msgpack extension 1, see `tensors`.
+Python float already and comes back as one). Arrays are msgpack extension 1, see `tensors`. A list of arrays that differ
+in their first axis only, where it is the whole value, may travel as extension 6, and then comes back as RaggedRows.
 
 Arrays over `INLINE_BYTES` make the message a frame, so that neither side copies them through msgpack. A frame is
 itself one valid msgpack object, an ext 32 of type 3:
@@ -31,6 +32,7 @@ from typing import Final, NoReturn
 import msgpack
 import numpy as np
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues import tensors, wire
 from torchrelay.queues.copying import copy_array
@@ -61,8 +63,9 @@ _KEEP_PACKER_BYTES = 1 << 20
 
 _SCALARS = frozenset((NoneType, bool, int, float, str, bytes))
 _LEAVES = _SCALARS | {np.ndarray}
+_ROWS = (RaggedRows, wire.NarrowedRows)
 # The containers, to look into, and what msgpack would carry and we do not.
-_CHECKED = (dict, list, tuple, msgpack.Timestamp, memoryview)
+_CHECKED = (dict, list, tuple, msgpack.Timestamp, memoryview, *_ROWS)
 _STR_ONLY = frozenset((str,))
 _SEQUENCES = (list, tuple)
 
@@ -162,12 +165,15 @@ def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
 def message(value: object, limits: Limits = DEFAULT_LIMITS) -> Message:
     """What `encode` gives, with large arrays still uncopied; raises as it does."""
     try:
-        if isinstance(value, _CHECKED):
+        if type(value) is list:
+            value = RaggedRows.of(value) or value
+        if isinstance(value, _CHECKED) and not isinstance(value, _ROWS):
             _check(value, limits)
         data = _local.encoder.encode(value, limits)
     except (ValueError, TypeError, OverflowError, BufferError, RecursionError) as error:
         _local.encoder = _Encoder()
-        raise InputError(f"cannot encode this {type(value).__name__}: {error}") from error
+        what = "list" if isinstance(value, _ROWS) else type(value).__name__
+        raise InputError(f"cannot encode this {what}: {error}") from error
     if len(data) > limits.max_bytes:
         raise InputError(f"the encoded value has {len(data)} bytes; at most {limits.max_bytes} are carried")
     return data
@@ -199,7 +205,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits = DEFAULT_LIMITS
             value = _decode_frame(memoryview(data).toreadonly(), limits)
         else:
             value = _unpack(data, _inline_hook if limits is DEFAULT_LIMITS else _Tail(None, 0, limits).hook)
-        if type(value) not in _LEAVES:
+        if type(value) not in _LEAVES and type(value) is not RaggedRows:
             _check(value, limits)
         return value
     except _DECODE_FAULTS as error:
@@ -257,17 +263,26 @@ class _Encoder:
         return Frame(head, tail)
 
     def _pack_other(self, value: object) -> msgpack.ExtType:
+        if isinstance(value, _ROWS):
+            flat = value.dense() if isinstance(value, RaggedRows) else value.flat
+            code, payload = self._tensor(flat)
+            rows = tensors.pack_rows(value.lengths, code, self._limits.max_items)
+            return msgpack.ExtType(tensors.ROWS_CODE, rows + payload)
+        return msgpack.ExtType(*self._tensor(value))
+
+    def _tensor(self, value: object) -> tuple[int, bytes]:
+        """The code and payload of an extension; a large array stays for the tail."""
         code, prefix, widened_bytes = tensors.TENSOR_CODE, b"", 0
         if type(value) is wire.Narrowed:
             code, prefix, widened_bytes, value = wire.NARROWED_CODE, value.prefix, value.widened_bytes, value.array
         array = tensors.wire_array(value, self._limits.max_ndim)
         if array.nbytes <= INLINE_BYTES:
-            return msgpack.ExtType(code, prefix + tensors.inline_payload(array))
+            return code, prefix + tensors.inline_payload(array)
         self._tail_bytes += max(array.nbytes, widened_bytes)
         if self._tail_bytes > self._limits.max_bytes:
             raise BadValue(f"its arrays are above the limit of {self._limits.max_bytes} bytes")
         self._tail.append(array)
-        return msgpack.ExtType(code, prefix + tensors.pack_head(array, tensors.TAIL))
+        return code, prefix + tensors.pack_head(array, tensors.TAIL)
 
 
 class _Local(threading.local):
@@ -280,7 +295,7 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _unpack(data: bytes | memoryview, ext_hook: Callable[[int, bytes], np.ndarray]) -> object:
+def _unpack(data: bytes | memoryview, ext_hook: Callable[[int, bytes], object]) -> object:
     # msgpack itself refuses strings, arrays and maps that announce more than the message's length.
     value: object = msgpack.unpackb(data, ext_hook=ext_hook, object_pairs_hook=_unique)
     return value
@@ -315,13 +330,20 @@ class _Tail:
         self._limits = limits
         self.end = end
 
-    def hook(self, code: int, payload: bytes) -> np.ndarray:
+    def hook(self, code: int, payload: bytes) -> np.ndarray | RaggedRows:
+        lengths = original = None
+        if code == tensors.ROWS_CODE:
+            lengths, code, payload = tensors.split_rows(payload, self._limits.max_items)
         if code == wire.NARROWED_CODE:
             original, payload = wire.split_narrowed(payload)
-            return wire.widen(self._array(payload), original, self._limits.max_bytes)
-        if code != tensors.TENSOR_CODE:
+        elif code != tensors.TENSOR_CODE:
             raise BadValue(f"extension type {code} is unknown")
-        return self._array(payload)
+        array = self._array(payload)
+        if lengths is not None:
+            tensors.check_lengths(lengths, array)
+        if original is not None:
+            array = wire.widen(array, original, self._limits.max_bytes)
+        return array if lengths is None else RaggedRows.adjacent(array, lengths.astype(np.int64))
 
     def _array(self, payload: bytes) -> np.ndarray:
         head = tensors.parse_head(payload, self._limits.max_ndim)

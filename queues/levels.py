@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column, plain_value, row_of_table
+from torchrelay.config.ragged import RaggedRows, shown, take_rows
 from torchrelay.errors import DecodeError
 from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden, shared_length
 
@@ -85,7 +86,7 @@ class Levels:
             column = group(column, self.counts(node))
         if len(read_at) == shared + 1:
             return repeat(column, self.counts(read_at[shared]))
-        return column if len(read_at) == shared else _take(column, self._sources(read_at[shared:], len(column)))
+        return column if len(read_at) == shared else take_rows(column, self._sources(read_at[shared:], len(column)))
 
     def entry_rows(self, stack: Stack, rows: int) -> Counts:
         """Which submitted row each row at `stack` came from; `rows` is their number where the stack is empty."""
@@ -111,20 +112,21 @@ def repeat(column: Column, counts: Counts) -> Column:
         if len(counts) == 1:
             return np.broadcast_to(column, (int(counts[0]), *column.shape[1:]))
         return np.repeat(column, counts, axis=0)
+    if isinstance(column, RaggedRows):
+        return column.take(np.repeat(np.arange(len(column)), counts))
     return [value for value, count in zip(column, counts.tolist(), strict=True) for _ in range(count)]
 
 
-def group(column: Column, counts: Counts) -> list[Any]:
+def group(column: Column, counts: Counts) -> Column:
     """Consecutive rows as one value per source row: arrays `[count, ...]` or lists."""
     ends = np.cumsum(counts).tolist()
     if (ends[-1] if ends else 0) != len(column):
         raise DecodeError(f"an expansion made {ends[-1] if ends else 0} rows where a column holds {len(column)}")
+    if isinstance(column, np.ndarray):
+        return RaggedRows.adjacent(column, counts)
     starts = [0, *ends[:-1]]
-    return [column[a:b] for a, b in zip(starts, ends, strict=False)]
-
-
-def _take(column: Column, index: Counts) -> Column:
-    return column[index] if isinstance(column, np.ndarray) else [column[i] for i in index.tolist()]
+    whole = shown(column)
+    return [whole[a:b] for a, b in zip(starts, ends, strict=False)]
 
 
 def stacks_of(origins: Origins) -> set[int]:
@@ -192,5 +194,5 @@ def result_table(values: Mapping[str, Any], origins: Origins) -> ResultTable:
     failures = failures_of(values)
     if failures:
         kept = np.flatnonzero(~np.isin(source_rows, [f.row for f in failures]))
-        columns, source_rows = {n: _take(c, kept) for n, c in columns.items()}, source_rows[kept]
-    return ResultTable(columns, source_rows, failures)
+        columns, source_rows = {n: take_rows(c, kept) for n, c in columns.items()}, source_rows[kept]
+    return ResultTable({n: shown(c) for n, c in columns.items()}, source_rows, failures)

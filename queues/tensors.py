@@ -6,6 +6,11 @@ A tensor is msgpack extension 1. Its payload, all integers little-endian:
     place 0: zeros up to the next multiple of 16, then the elements in C order, little-endian
     place 1: nothing more; the elements are in the tail of the frame (`codec`)
 
+Rows that differ in their first axis only are extension 6:
+
+    u8 code of the extension in which their elements are (1, or 5 where they are narrowed), u32 rows,
+    rows x u32 the length of each, then that extension's payload: a tensor [sum of the lengths, ...]
+
 Promise: a header is believed only after its dtype, dimensions and byte count were checked. Imports neither torch
 nor redis.
 """
@@ -21,17 +26,23 @@ import numpy as np
 
 __all__ = [
     "DTYPES",
+    "ROWS_CODE",
     "TENSOR_CODE",
     "BadValue",
     "TensorHead",
+    "check_lengths",
     "inline_payload",
     "make_array",
     "pack_head",
+    "pack_rows",
     "parse_head",
+    "split_rows",
     "wire_array",
 ]
 
 TENSOR_CODE: Final = 1
+ROWS_CODE: Final = 6
+_ROWS_HEAD = struct.Struct("<BI")
 INLINE, TAIL = 0, 1
 INLINE_ALIGN, TAIL_ALIGN = 16, 64
 _INT64_MAX = 2**63 - 1
@@ -153,3 +164,34 @@ def make_array(head: TensorHead, data: bytes | memoryview, start: int) -> np.nda
     if head.dtype is _BOOL and array.size and array.view(np.uint8).max() > 1:
         raise BadValue("a bool tensor holds bytes other than 0 and 1")
     return array
+
+
+def pack_rows(lengths: np.ndarray, code: int, max_items: int) -> bytes:
+    """What stands before the elements in extension 6; raises BadValue above the limit."""
+    if len(lengths) > max_items:
+        raise BadValue(f"there are more than {max_items} items")
+    return _ROWS_HEAD.pack(code, len(lengths)) + lengths.astype("<u4").tobytes()
+
+
+def split_rows(payload: bytes, max_items: int) -> tuple[np.ndarray, int, bytes]:
+    """The lengths, uint32 and not copied, of an extension 6, and the code and payload of its elements.
+
+    Raises BadValue.
+    """
+    if len(payload) < _ROWS_HEAD.size:
+        raise BadValue("the header of ragged rows is cut off")
+    code, rows = _ROWS_HEAD.unpack_from(payload)
+    if rows > max_items:
+        raise BadValue(f"there are more than {max_items} items")
+    end = _ROWS_HEAD.size + 4 * rows
+    if end > len(payload):
+        raise BadValue(f"there are fewer than the {rows} lengths that ragged rows announce")
+    return np.frombuffer(payload, "<u4", rows, _ROWS_HEAD.size), code, payload[end:]
+
+
+def check_lengths(lengths: np.ndarray, flat: np.ndarray) -> None:
+    """Raises BadValue unless rows of these lengths are just what the array holds."""
+    # Fewer than 2**32 lengths below 2**32: their sum cannot overflow.
+    total = int(lengths.sum(dtype=np.uint64))
+    if not flat.ndim or len(flat) != total:
+        raise BadValue(f"ragged rows of {total} elements come with a tensor {list(flat.shape)}")

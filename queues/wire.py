@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import ConfigError
 from torchrelay.queues.tensors import DTYPES, BadValue
 
@@ -29,6 +30,7 @@ __all__ = [
     "COMPRESSED_CODE",
     "NARROWED_CODE",
     "Narrowed",
+    "NarrowedRows",
     "check_installed",
     "compress",
     "decompress",
@@ -67,16 +69,28 @@ class Narrowed:
         return self.array.size * self.original.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class NarrowedRows:
+    """Ragged rows whose elements travel narrowed; `lengths` int64 `[N]`."""
+
+    flat: Narrowed
+    lengths: np.ndarray
+
+
 def narrow(column: object, dtype: str) -> object:
     """The column as it travels in narrower floats.
 
     Args:
-        column: an array, or a list of rows, of which those that are arrays are narrowed one by one.
-        dtype: name of the float dtype to go to. Arrays of floats that are wider become Narrowed, rounded and beyond
-            the range as numpy casts do; all else is left as it is.
+        column: an array, ragged rows, or a list of rows, of which those that are arrays are narrowed.
+        dtype: name of the float dtype to go to. Arrays of floats that are wider become Narrowed (or NarrowedRows),
+            rounded and beyond the range as numpy casts do; all else is left as it is.
     """
     if isinstance(column, np.ndarray):
         return _narrowed(column, DTYPES[dtype])
+    ragged = column if isinstance(column, RaggedRows) else RaggedRows.of(column) if isinstance(column, list) else None
+    if ragged is not None:
+        flat = _narrowed(ragged.dense(), DTYPES[dtype])
+        return NarrowedRows(flat, ragged.lengths) if isinstance(flat, Narrowed) else ragged
     if isinstance(column, list | tuple):
         return [_narrowed(value, DTYPES[dtype]) if isinstance(value, np.ndarray) else value for value in column]
     return column

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.ragged import RaggedRows, shown
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
-from torchrelay.stages.padding import Padded, mask_of, pad_rows
+from torchrelay.stages.padding import Allocate, Padded, mask_of, pad_rows
 
 __all__ = ["Batch", "Pieces", "Refusal", "as_pieces", "assemble", "join_rows", "read_only"]
 
@@ -57,7 +58,7 @@ class Batch:
     on its device), and a list of N values for any other column. `job_rows` holds the number of rows of each job.
     """
 
-    columns: Mapping[str, Any]
+    columns: dict[str, Any]
     job_rows: tuple[int, ...]
     job_meta: tuple[Mapping[str, Any], ...] = ()
     padded: Mapping[str, Padded] | None = None
@@ -71,9 +72,13 @@ class Batch:
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self.columns[name]
+            column = self.columns[name]
         except KeyError:
             raise KeyError(f"no column {name!r} in this batch; it holds {', '.join(self.columns) or 'none'}") from None
+        if type(column) is RaggedRows:
+            # Only now, as many a column is only passed on; kept, as the list is the stage's own.
+            column = self.columns[name] = shown(column)
+        return column
 
     def __contains__(self, name: object) -> bool:
         return name in self.columns
@@ -159,6 +164,7 @@ def assemble(
     buckets: Mapping[str, Sequence[int]] | None = None,
     *,
     joined_by: Callable[[Sequence[Column]], Any] | None = None,
+    empty: Allocate = np.empty,
 ) -> Batch:
     """Join the tables of several jobs along their rows.
 
@@ -170,6 +176,7 @@ def assemble(
         meta: per job, what its submitter attached; may be empty.
         buckets: padded columns -> the sizes, rising, of which the smallest that holds the longest row is taken.
         joined_by: how the pieces of a column that is not padded are put together; default `join_rows`.
+        empty: makes the array of a padded column.
 
     Raises:
         InputError: the jobs hold different columns, or a column cannot be padded.
@@ -190,7 +197,8 @@ def assemble(
     for name in names:
         pieces = [table[name] for table in full]
         if name in pad:
-            joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name], buckets.get(name, ()))
+            sizes = buckets.get(name, ())
+            joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name], sizes, empty)
             fresh.add(name)
         else:
             joined[name] = join(pieces)
@@ -198,14 +206,14 @@ def assemble(
                 fresh.add(name)
         if isinstance(joined[name], np.ndarray):
             joined[name] = read_only(joined[name])
-        elif len(pieces) == 1 and not isinstance(joined[name], Pieces):
+        elif len(pieces) == 1 and not isinstance(joined[name], Pieces | RaggedRows):
             # The stage may change its list, and the job's own is needed again when this forward fails.
             joined[name] = list(joined[name])
     return Batch(joined, tuple(rows), tuple(meta), padded, frozenset(fresh))
 
 
 def join_rows(pieces: Sequence[Column]) -> Column:
-    """Rows behind rows: one array where all are arrays of one dtype and shape, else a list of rows."""
+    """Rows behind rows: one array where all are arrays of one dtype and shape, or ragged rows, else a list of rows."""
     if len(pieces) == 1:
         return pieces[0]
     arrays = as_pieces(pieces)
@@ -214,8 +222,8 @@ def join_rows(pieces: Sequence[Column]) -> Column:
     return arrays
 
 
-def as_pieces(pieces: Sequence[Column]) -> Pieces | list[Any]:
-    """Pieces where all are arrays of one dtype and row shape, else a list of rows."""
+def as_pieces(pieces: Sequence[Column]) -> Pieces | RaggedRows | list[Any]:
+    """Pieces where all are arrays of one dtype and row shape, or ragged rows, else a list of rows."""
     first = pieces[0]
     if isinstance(first, np.ndarray) and all(
         # dtypes are compared, because concatenate would promote int64 and float32 to float64 without a word
@@ -223,6 +231,9 @@ def as_pieces(pieces: Sequence[Column]) -> Pieces | list[Any]:
         for piece in pieces
     ):
         return Pieces(tuple(piece for piece in pieces if isinstance(piece, np.ndarray)))
+    ragged = RaggedRows.joined(pieces)
+    if ragged is not None:
+        return ragged
     values: list[Any] = []
     for piece in pieces:
         values.extend(piece)

@@ -7,8 +7,8 @@ event, and the copy that comes to the same tensor again waits for the event of t
 
 from __future__ import annotations
 
+import math
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,21 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.stages.batch import Batch, Pieces
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.padding import Padded
-from torchrelay.stages.torch_tensors import carried, host_array, to_host, torch_dtype
+from torchrelay.stages.torch_tensors import carried, host_value, row_tensors, to_host, torch_dtype, walked
 
 __all__ = ["Departure", "Fed", "Feeder", "begin"]
 
 _TURNS = 3
 _MOST_SHAPES = 16
 _WAIT_S = 600.0
-
-with warnings.catch_warnings():
-    # Said once a process: a read-only array is only read here.
-    warnings.simplefilter("ignore")
-    torch.from_numpy(np.frombuffer(b"x", np.uint8))
 
 
 @dataclass(slots=True)
@@ -96,12 +92,23 @@ class Feeder:
         moved = replace(batch, columns=columns, padded=padded, fresh=frozenset(columns), arange=arange)
         return Fed(moved, copied, turns)
 
+    @staticmethod
+    def host_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """A new array in memory that the device copies from by itself."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        # The array keeps the tensor, and torch's allocator the block until the copies that were started from it are
+        # done.
+        array: np.ndarray = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
+        return array.reshape(shape)
+
     def _column(self, name: str, column: Any, turns: list[_Turn]) -> Any:
         if isinstance(column, np.ndarray):
             column = Pieces((column,))
         if isinstance(column, Pieces):
             array, dtype = carried(column.arrays[0])
             return column.joined() if array is None else self._pieces(name, column, dtype, turns)
+        if isinstance(column, RaggedRows):
+            return row_tensors(column, self._private(column.dense()))
         if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
             return [self._private(value) if isinstance(value, np.ndarray) else value for value in column]
         return column
@@ -213,23 +220,13 @@ class Departure:
         self.ended.synchronize()
         if self._moved is None:
             return self._outputs
-        columns = {name: _arrive(value) for name, value in self._moved.items()}
+        columns = {name: host_value(value) for name, value in self._moved.items()}
         return replace(self._outputs, columns=columns) if isinstance(self._outputs, Expand) else columns
 
 
 def _depart(stage: str, name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return to_host(stage, name, value)
     if isinstance(value, np.ndarray):
         return value.copy()  # the stage may use its own buffer again at its next call
     if isinstance(value, list | tuple):
-        return [_depart(stage, name, row) if isinstance(row, torch.Tensor | np.ndarray) else row for row in value]
-    return value
-
-
-def _arrive(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return host_array(value)
-    if isinstance(value, list):
-        return [host_array(row) if isinstance(row, torch.Tensor) else row for row in value]
-    return value
+        value = [row.copy() if isinstance(row, np.ndarray) else row for row in value]
+    return walked(value, partial(to_host, stage, name))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.columns import check_outputs
+from torchrelay.config.ragged import RaggedRows, take_rows
 from torchrelay.config.types import ColumnType
 from torchrelay.stages.batch import join_rows
 from torchrelay.stages.outputs import as_arrays, as_mapping, pick
@@ -36,7 +37,7 @@ def handed_over(outputs: object, stage: str, types: Mapping[str, ColumnType], to
         return {}
     named = as_mapping(outputs, stage)
     if len(left) < total:
-        named = {name: pick(stage, name, column, left.tolist(), total) for name, column in named.items()}
+        named = {name: pick(stage, name, column, left, total) for name, column in named.items()}
     if not _torch():
         return dict(check_outputs(stage, types, as_arrays(named, stage), len(left)))
     from torchrelay.stages.torch_tensors import real, stand_ins
@@ -66,10 +67,8 @@ def without_tensors(stage: str, columns: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows_of(column: Any, rows: Any) -> Any:
     """These rows of an array, a tensor or a list."""
-    if isinstance(column, np.ndarray):
-        return column[rows]
-    if isinstance(column, list | tuple):
-        return [column[i] for i in rows]
+    if isinstance(column, np.ndarray | list | RaggedRows):
+        return take_rows(column, np.asarray(rows, np.int64))
     from torchrelay.stages.torch_tensors import tensor_rows
 
     return tensor_rows(column, rows)
@@ -88,7 +87,7 @@ def join_columns(parts: Sequence[Any]) -> Any:
     """Rows behind rows: tensors as one tensor, arrays as one array, else a list."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(part, np.ndarray | list) for part in parts):
+    if all(isinstance(part, np.ndarray | list | RaggedRows) for part in parts):
         return join_rows(parts)
     from torchrelay.stages.torch_tensors import join_tensors
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column, check_outputs, describe
+from torchrelay.config.ragged import RaggedRows, take_rows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
@@ -87,7 +88,7 @@ def _same(
     plain = as_arrays(outputs, stage)
     if not refused:
         return check_outputs(stage, types, plain, total)
-    kept = [i for i in range(total) if i not in refused]
+    kept = np.delete(np.arange(total), list(refused))
     return check_outputs(stage, types, {n: pick(stage, n, c, kept, total) for n, c in plain.items()}, len(kept))
 
 
@@ -104,7 +105,7 @@ def _expanded(
     made = int(counts.sum())
     if refused and counts[list(refused)].any():
         keep = np.repeat(~np.isin(np.arange(total), list(refused)), counts)
-        plain = {n: pick(stage, n, c, np.flatnonzero(keep).tolist(), made) for n, c in plain.items()}
+        plain = {n: pick(stage, n, c, np.flatnonzero(keep), made) for n, c in plain.items()}
         counts[list(refused)] = 0
     return check_outputs(stage, types, plain, int(counts.sum())), counts
 
@@ -149,17 +150,14 @@ def as_arrays(outputs: object, stage: str) -> Mapping[str, Any]:
     return plain
 
 
-def pick(stage: str, name: str, column: Any, kept: list[int], total: int) -> Any:
+def pick(stage: str, name: str, column: Any, kept: Counts, total: int) -> Any:
     """The rows that were not rejected; raises InputError for a column that does not hold all of them."""
     if not isinstance(column, Collection) or isinstance(column, str | bytes | Mapping | Set) or len(column) != total:
         came = f"{describe(column)} came"
         raise InputError(f"stage {stage!r}: column {name!r} needs {total} rows, rejected ones included; {came}")
-    if isinstance(column, np.ndarray):
-        return column[kept]
     if sys.modules.get("torch") is not None and isinstance(column, sys.modules["torch"].Tensor):
         return column[kept]
-    values = list(column)
-    return [values[i] for i in kept]
+    return take_rows(column if isinstance(column, np.ndarray | RaggedRows) else list(column), kept)
 
 
 def _shares(
@@ -194,6 +192,8 @@ def own(made: Made) -> Made:
     for name, column in made.columns.items():
         if isinstance(column, np.ndarray):
             columns[name] = column.copy()
+        elif isinstance(column, RaggedRows):
+            columns[name] = column  # no buffer of the stage's: its rows were put together here
         else:
             columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
     return made._replace(columns=columns)

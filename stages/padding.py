@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,15 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
 __all__ = ["Padded", "bucket_of", "mask_of", "pad_rows", "ragged_axes"]
+
+# Up to so many elements a row, one assignment by a mask of all is faster than one assignment each. They fit an int16.
+_MASKED_ELEMENTS = 1024
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,36 +31,36 @@ class Padded:
 
 
 def pad_rows(
-    name: str, pieces: Sequence[Column], declared: ColumnType | None, value: float, buckets: Sequence[int] = ()
+    name: str,
+    pieces: Sequence[Column],
+    declared: ColumnType | None,
+    value: float,
+    buckets: Sequence[int] = (),
+    empty: Allocate = np.empty,
 ) -> tuple[np.ndarray, Padded]:
     """Join the rows of all pieces into one new array, filled with `value` behind each row's end.
 
     Args:
-        pieces: per job, an ndarray `[n, ...]` or a list of n arrays of equal dtype and number of dimensions.
+        pieces: per job, an ndarray `[n, ...]`, or ragged rows, or a list of n arrays, of equal dtype and number of
+            dimensions.
         declared: says which axes are ragged; without it the first one is, and the others must agree.
         buckets: rising sizes; each ragged axis is as long as the smallest that all rows fit. Without any, as the
             longest row.
+        empty: makes the array.
 
     Raises:
         InputError: the rows are not arrays of one dtype, differ in another axis, are longer than the largest bucket,
             or cannot hold `value`.
     """
-    rows = [row for piece in pieces for row in piece]
-    arrays = [np.asarray(row) for row in rows]
-    if not arrays:
+    rows = _rows(pieces)
+    if not len(rows):
         axes = ragged_axes(declared, 1)
         return _nothing(declared), Padded(np.empty((0,) if len(axes) == 1 else (0, len(axes)), np.int64), axes)
-    first = arrays[0]
-    for row, array in zip(rows, arrays, strict=True):
-        if not isinstance(row, np.ndarray) or array.dtype != first.dtype or array.ndim != first.ndim or not array.ndim:
-            raise InputError(
-                f"column {name!r} cannot be padded: it holds {_what(rows[0])} and {_what(row)}; "
-                "padding needs arrays of one dtype with at least one dimension"
-            )
-    axes = ragged_axes(declared, first.ndim)
-    shapes = np.array([array.shape for array in arrays], np.int64)
+    shapes = _shapes(name, rows)
+    count, ndim = shapes.shape
+    axes = ragged_axes(declared, ndim)
     longest = shapes.max(axis=0)
-    fixed = [axis for axis in range(first.ndim) if axis not in axes]
+    fixed = [axis for axis in range(ndim) if axis not in axes]
     if (shapes[:, fixed] != longest[fixed]).any():
         raise InputError(
             f"column {name!r} cannot be padded: its rows differ in a dimension that is not ragged; "
@@ -62,11 +68,54 @@ def pad_rows(
         )
     for axis in axes if buckets else ():
         longest[axis] = bucket_of(name, int(longest[axis]), buckets)
-    full = np.full((len(arrays), *longest.tolist()), _fill(name, value, first.dtype), first.dtype)
-    for place, array in zip(full, arrays, strict=True):
-        place[tuple(map(slice, array.shape))] = array
+    dtype = rows[0].dtype
+    full = empty((count, *longest.tolist()), dtype)
+    np.copyto(full, _fill(name, value, dtype))
+    _place(full, rows)
     lengths = shapes[:, axes[0]] if len(axes) == 1 else shapes[:, list(axes)]
     return full, Padded(np.ascontiguousarray(lengths), axes)
+
+
+def _rows(pieces: Sequence[Column]) -> RaggedRows | list[Any]:
+    joined = RaggedRows.joined([_stacked(piece) for piece in pieces]) if pieces else None
+    if joined is not None:
+        return joined
+    rows = [row for piece in pieces for row in piece]
+    return RaggedRows.of(rows, fewest=1) or rows
+
+
+def _stacked(piece: Column) -> Column:
+    """An array of rows as ragged rows that are all as long."""
+    if isinstance(piece, np.ndarray) and piece.ndim > 1:
+        count, length, *more = piece.shape
+        return RaggedRows.adjacent(piece.reshape(count * length, *more), np.full(count, length, np.int64))
+    return piece
+
+
+def _shapes(name: str, rows: RaggedRows | list[Any]) -> np.ndarray:
+    """int64 `[N, ndim]`; raises InputError unless the rows are arrays of one dtype and number of dimensions."""
+    if isinstance(rows, RaggedRows):
+        return np.stack([rows.sizes(axis) for axis in range(rows.row_ndim)], axis=1)
+    first = rows[0]
+    for row in rows:
+        if not isinstance(row, np.ndarray) or row.dtype != first.dtype or row.ndim != first.ndim or not row.ndim:
+            raise InputError(
+                f"column {name!r} cannot be padded: it holds {_what(first)} and {_what(row)}; "
+                "padding needs arrays of one dtype with at least one dimension"
+            )
+    return np.array([row.shape for row in rows], np.int64)
+
+
+def _place(full: np.ndarray, rows: RaggedRows | list[Any]) -> None:
+    """Writes each row to the beginning of its place."""
+    if isinstance(rows, RaggedRows) and rows.row_shape == full.shape[2:] and full[0].size <= _MASKED_ELEMENTS:
+        # One row's elements lie together, whatever its further axes.
+        ends = (rows.lengths * math.prod(rows.row_shape)).astype(np.int16)
+        places = full.reshape(len(full), -1)
+        places[np.arange(places.shape[1], dtype=np.int16) < ends[:, None]] = rows.dense().reshape(-1)
+        return
+    for place, row in zip(full, rows, strict=True):
+        place[tuple(map(slice, row.shape))] = row
 
 
 def bucket_of(name: str, size: int, buckets: Sequence[int]) -> int:

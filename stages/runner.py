@@ -53,6 +53,11 @@ class Launched:
     departure: Departure | None = None
     split: Callable[[object], list[Made]] | None = None
 
+    @property
+    def arrived(self) -> bool:
+        """Whether the forward is over, and not only on its way to the device."""
+        return self.departure is None
+
 
 log = logging.getLogger("torchrelay.stages")
 
@@ -218,9 +223,9 @@ class Runner:
         if not any(rows):
             return Prepared(rows)
         rules = self._batch
-        join = join_rows if feeder is None else as_pieces
+        join, empty = (join_rows, np.empty) if feeder is None else (as_pieces, feeder.host_empty)
         with self._watched():
-            batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join)
+            batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join, empty=empty)
             batch = replace(batch, ended=ended)
             if feeder is not None:
                 fed = feeder.feed(batch)

@@ -43,7 +43,8 @@ class TorchOptions:
 class TorchStage(Stage):
     """Derive from it, define `build` and `forward`; `self.model` and `self.device` are there in `forward`.
 
-    `forward` runs under `torch.inference_mode`, and its batch holds private writable tensors on `self.device`.
+    `forward` runs under `torch.inference_mode`, and its batch holds private writable tensors on `self.device`. They are
+    its own until it returns: on a GPU their memory is then used again.
     Floating tensors are not cast for you: with `torch: {dtype: float16}` call `batch["x"].to(self.dtype)`. With
     `compile` or `cuda_graphs`, a call of `self.model` pads the rows of what it is given, and cuts what it returns.
     """

@@ -6,9 +6,11 @@ way, so nothing is converted.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from torchrelay.config.ragged import FEWEST_ROWS, MOST_ROW_BYTES, RaggedRows
 from torchrelay.errors import InputError
 from torchrelay.stages.padding import Padded
 
@@ -25,15 +28,18 @@ if TYPE_CHECKING:
 __all__ = [
     "carried",
     "host_array",
+    "host_value",
     "join_tensors",
     "numpy_outputs",
     "private",
     "real",
+    "row_tensors",
     "stand_ins",
     "tensor_rows",
     "to_host",
     "torch_batch",
     "torch_dtype",
+    "walked",
 ]
 
 _CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
@@ -54,6 +60,12 @@ _TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
 _TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
 _SHARED_DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128"
 _SHARED = frozenset(getattr(torch, name) for name in _SHARED_DTYPES.split())
+
+
+with warnings.catch_warnings():
+    # Torch says once a process that a read-only array became a tensor. Those are only read, or their stage said so.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"x", np.uint8))
 
 
 def torch_batch(batch: Batch, device: str, *, share: bool = False) -> Batch:
@@ -77,10 +89,17 @@ def _to_torch(column: Any, device: torch.device, fresh: bool, share: bool) -> An
         return _tensor(column, device, fresh, share)
     if isinstance(column, torch.Tensor):
         return column.to(device)
+    if isinstance(column, RaggedRows):
+        return row_tensors(column, _tensor(column.dense(), device, fresh, share))
     if isinstance(column, list) and any(isinstance(value, np.ndarray | torch.Tensor) for value in column):
         # The rows are views of what the jobs hold, also where the list itself is new.
         return [_to_torch(v, device, False, share) if isinstance(v, np.ndarray | torch.Tensor) else v for v in column]
     return column
+
+
+def row_tensors(rows: RaggedRows, flat: Any) -> list[Any]:
+    """The rows as views of a tensor that holds them one behind the other; as arrays where it is no tensor."""
+    return list(torch.split(flat, rows.lengths.tolist())) if isinstance(flat, torch.Tensor) else list(rows)
 
 
 def carried(array: np.ndarray) -> tuple[np.ndarray | None, torch.dtype]:
@@ -138,20 +157,53 @@ def numpy_outputs(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]
         return to_host(stage_name, name, value)
 
     for name, value in outputs.items():
-        if isinstance(value, torch.Tensor):
-            plain[name] = moved(name, value)
-        elif isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
-            plain[name] = [moved(name, row) if isinstance(row, torch.Tensor) else row for row in value]
-        else:
-            plain[name] = value
+        plain[name] = walked(value, partial(moved, name))
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
-    return {name: _arrays(value) for name, value in plain.items()}
+    return {name: host_value(value) for name, value in plain.items()}
 
 
-def _arrays(value: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows one behind the other in one tensor; `lengths` int64 `[N]`."""
+
+    flat: torch.Tensor
+    lengths: np.ndarray
+
+
+def walked(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """An output column with its tensors moved; `host_value` makes arrays of them. Many small ones are moved as one."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, list | tuple) and any(isinstance(row, torch.Tensor) for row in value):
+        rows = _one_behind_the_other(value)
+        if rows is not None:
+            return replace(rows, flat=move(rows.flat))
+        return [move(row) if isinstance(row, torch.Tensor) else row for row in value]
+    return value
+
+
+def _one_behind_the_other(rows: Sequence[Any]) -> _Rows | None:
+    """None where they are no tensors of one kind that differ in their first axis only, or few, or large."""
+    if len(rows) < FEWEST_ROWS or set(map(type, rows)) != {torch.Tensor}:
+        return None
+    if any(row.is_nested or row.is_quantized or row.is_meta or row.layout is not torch.strided for row in rows):
+        return None
+    first = rows[0]
+    if not first.ndim or len({(row.dtype, row.device, row.ndim, row.shape[1:]) for row in rows}) > 1:
+        return None
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    if int(lengths.sum()) * math.prod(first.shape[1:]) * first.itemsize > MOST_ROW_BYTES * len(rows):
+        return None
+    return _Rows(torch.cat(list(rows)), lengths)
+
+
+def host_value(value: Any) -> Any:
+    """A column with arrays in place of the tensors that `walked` brought to the host."""
     if isinstance(value, torch.Tensor):
         return host_array(value)
+    if isinstance(value, _Rows):
+        return RaggedRows.adjacent(host_array(value.flat), value.lengths)
     if isinstance(value, list) and any(isinstance(row, torch.Tensor) for row in value):
         return [host_array(row) if isinstance(row, torch.Tensor) else row for row in value]
     return value

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import MakePipeline
 from torchrelay import Pipeline
@@ -275,3 +278,76 @@ def test_a_limit_on_rows_holds_for_each_submitted_row(make_pipeline: MakePipelin
         10,
     ]
     assert "made 11 rows of this job, above limits.rows_per_job (10)" in results[2].message
+
+
+RAGGED_CODE = """
+    import numpy as np
+    from torchrelay import Expand, Stage
+
+    def double(batch):
+        return {"tokens": [row * 2 for row in batch["tokens"]]}
+
+    def total(batch):
+        for i, (row, mask) in enumerate(zip(batch["tokens"], batch.mask("tokens"))):
+            if row[mask].sum() == 14:
+                batch.reject(i, "fourteen")
+        assert batch["tokens"].shape[1] in (4, 16)
+        return {"total": batch["tokens"].sum(axis=1), "length": batch.lengths["tokens"]}
+
+    def cut(batch):
+        parts = [[row[i : i + 3] for i in range(0, len(row), 3)] for row in batch["tokens"]]
+        return Expand({"part": [part for row in parts for part in row]}, [len(row) for row in parts])
+
+    def pairs(batch):
+        rows = zip(batch["part"], batch["tokens"], batch["other"])
+        return {"pair": [np.stack([part, part + len(other)], 1) for part, tokens, other in rows]}
+"""
+RAGGED_YAML = """
+    pipeline: ragged
+    input: {tokens: "int32[*]", other: "float32[*, 2]"}
+    output: [tokens, total, length, part, pair]
+    stages:
+      - name: double
+        use: "stages.py:double"
+        inputs: [tokens]
+        outputs: {tokens: "int32[*]"}
+        batch: {max_rows: 3}
+      - name: total
+        use: "stages.py:total"
+        inputs: [tokens]
+        outputs: {total: int64, length: int64}
+        batch: {max_rows: 64, pad: {tokens: 0}, buckets: {tokens: [4, 16]}, max_cost: {column: tokens, total: 40}}
+      - {name: cut, use: "stages.py:cut", inputs: [tokens], outputs: {part: "int32[*]"}, rows: expand}
+      - {name: pairs, use: "stages.py:pairs", inputs: [part, tokens, other], outputs: {pair: "int32[*, 2]"}}
+      - {name: whole, rows: {collapse: cut}}
+"""
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("ragged")
+    (folder / "stages.py").write_text(dedent(RAGGED_CODE))
+    (folder / "pipeline.yaml").write_text(dedent(RAGGED_YAML))
+    return Pipeline.load(folder / "pipeline.yaml")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 3)), max_size=12))
+def test_ragged_rows_are_what_plain_python_says(ragged: Pipeline, values: list[tuple[list[int], int]]) -> None:
+    """Passed on, padded, cut, repeated, grouped and rejected: each row's result is a list of its own arrays."""
+    rows = [{"tokens": np.array(row, np.int32), "other": np.ones((n, 2), np.float32)} for row, n in values]
+    results = run_local(ragged, rows, on_error="return")
+    for (tokens, others), result in zip(values, results, strict=True):
+        doubled = [2 * token for token in tokens]
+        if sum(doubled) == 14:
+            assert isinstance(result, JobFailed)
+            assert result.message == "fourteen"
+            continue
+        assert isinstance(result, dict)
+        parts = [doubled[i : i + 3] for i in range(0, len(doubled), 3)]
+        assert (result["total"], result["length"]) == (sum(doubled), len(doubled))
+        assert (result["tokens"].dtype, result["tokens"].tolist()) == (np.int32, doubled)
+        assert type(result["part"]) is list
+        assert [part.tolist() for part in result["part"]] == parts
+        pairs = [[[token, token + others] for token in part] for part in parts]
+        assert [(pair.dtype, pair.tolist()) for pair in result["pair"]] == [(np.int32, pair) for pair in pairs]

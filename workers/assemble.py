@@ -14,6 +14,7 @@ import numpy as np
 from torchrelay.config.columns import Column
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph, Node
+from torchrelay.config.ragged import take_rows
 from torchrelay.errors import BytesLost, DecodeError, InputError
 from torchrelay.queues import codec
 from torchrelay.queues.job import (
@@ -31,7 +32,7 @@ from torchrelay.queues.job import (
 )
 from torchrelay.queues.levels import Levels, RowFailure, failures_of
 from torchrelay.workers.edge import Edge
-from torchrelay.workers.rows import is_column, spread_rows, take_rows, truth
+from torchrelay.workers.rows import is_column, spread_rows, truth
 from torchrelay.workers.work import Closed, Incoming, J, Opened, Output, Rejection, Work
 
 _NO_LEVELS = Levels({})

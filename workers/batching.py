@@ -13,6 +13,7 @@ from typing import Any, Generic
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.stages.padding import bucket_of, ragged_axes
@@ -54,6 +55,10 @@ class Planner(Generic[J]):
         self._spec = spec
         self._types = types or {}
         self._padded = spec.max_cost is not None and spec.max_cost.column in spec.pad
+        column = "" if spec.max_cost is None else spec.max_cost.column
+        kind = self._types.get(column)
+        self._cost_axis = 0 if kind is None else ragged_axes(kind, len(kind.shape))[0]
+        self._cost_sizes = np.array(spec.buckets.get(column, ()), np.int64)
         self.cap = RowCap(spec.max_rows)
 
     @property
@@ -84,6 +89,43 @@ class Planner(Generic[J]):
                 total = loads[i]
         return [[works[i] for i in group] for group in sorted(sorted(group) for group in groups)]
 
+    def mixes(self, work: Work[J]) -> bool:
+        """Whether the job's rows may be computed in different batches, beside rows of other jobs: those of a stage that
+        puts rows of like length together, as far as each fits a batch, and its own code sees them one by one."""
+        if not self._spec.sorts or not work.rows or work.incoming.keep:
+            return False
+        return not self._load(work.table, work.rows).alone
+
+    def row_costs(self, work: Work[J]) -> Lengths:
+        """What the rows are sorted by: what each costs, or how long it is as padded."""
+        if self._spec.max_cost is not None and self._spec.max_cost.column in work.table:
+            return self._costs(work.table[self._spec.max_cost.column])
+        name, sizes = next(iter(self._spec.buckets.items()))
+        column = work.table.get(name)
+        if column is None or not len(column):
+            return np.zeros(work.rows, np.int64)
+        lengths = _lengths(column, ragged_axes(self._types.get(name), np.ndim(column[0]))[0])
+        return np.asarray(sizes)[np.minimum(np.searchsorted(sizes, lengths), len(sizes) - 1)]
+
+    def runs(self, costs: Lengths) -> Iterator[tuple[int, int]]:
+        """Rows sorted by cost, in runs that fit a forward: from one to behind the last.
+
+        A run ends where the cost rises, unless little of it is filled yet.
+        """
+        limit, total = self.max_rows, None if self._spec.max_cost is None else self._spec.max_cost.total
+        at = 0
+        while at < len(costs):
+            part = costs[at : at + limit].astype(np.float64)
+            rows = len(part)
+            if total is not None:
+                totals = part * np.arange(1, rows + 1) if self._padded else np.cumsum(part)
+                rows = max(1, int(np.searchsorted(totals, total, side="right")))
+            rises = np.flatnonzero(np.diff(part[:rows])) + 1
+            full = [int(r) for r in rises if 2 * r > rows]
+            rows = full[0] if full else rows
+            yield at, at + rows
+            at += rows
+
     def too_large(self, work: Work[J], max_rows: int | None = None) -> bool:
         """Whether the job takes several forwards."""
         if work.rows <= 1 or not self._spec.sorts:
@@ -97,15 +139,15 @@ class Planner(Generic[J]):
         if cost is None or cost.column not in work.table:
             yield from ((at, min(at + limit, end)) for at in range(start, end, limit))
             return
-        total = _Load(0)
-        for i, each in enumerate(self._costs(work.table[cost.column][start:end]).tolist(), start):
-            both = total.with_(_Load(1, each, each))
-            if i > start and not self._fits(both, limit):
-                yield start, i
-                start, both = i, _Load(1, each, each)
-            total = both
-        if start < end:
-            yield start, end
+        # A float holds any sum of them, and those up to 2**53 exactly.
+        costs = self._costs(work.table[cost.column][start:end]).astype(np.float64)
+        at = 0
+        while at < len(costs):
+            part = costs[at : at + limit]
+            totals = np.maximum.accumulate(part) * np.arange(1, len(part) + 1) if self._padded else np.cumsum(part)
+            rows = max(1, int(np.searchsorted(totals, cost.total, side="right")))
+            yield start + at, start + at + rows
+            at += rows
 
     def _fits(self, load: _Load, limit: int) -> bool:
         if load.rows > limit:
@@ -126,8 +168,7 @@ class Planner(Generic[J]):
                 order.append(longest if longest > sizes[-1] else bucket_of(name, longest, sizes))
         cost = largest = 0
         if spec.max_cost is not None and spec.max_cost.column in table:
-            costs = self._costs(table[spec.max_cost.column])
-            cost, largest = int(costs.sum(dtype=np.float64)), int(costs.max())
+            cost, largest = self._cost(table[spec.max_cost.column])
         return _Load(rows, cost, largest, (*order, largest), alone)
 
     def _longest(self, name: str, column: Column) -> list[int]:
@@ -135,18 +176,29 @@ class Planner(Generic[J]):
         axes = ragged_axes(self._types.get(name), np.ndim(column[0])) if len(column) else ()
         return [int(_lengths(column, axis).max()) for axis in axes]
 
+    def _cost(self, column: Column) -> tuple[int, int]:
+        """What the rows cost together, and the largest cost of one."""
+        if not self._padded:
+            costs = self._costs(column)
+            return int(costs.sum(dtype=np.float64)), int(costs.max())
+        longest = self._cost_lengths(column).max(keepdims=True)
+        largest = int(self._in_buckets(longest)[0])
+        return len(column) * largest, largest
+
     def _costs(self, column: Column) -> Lengths:
         """What each row costs: its length, padded up to a bucket where there are any."""
-        assert self._spec.max_cost is not None  # asked for only then
-        name = self._spec.max_cost.column
-        kind = self._types.get(name)
-        lengths = _lengths(column, 0 if kind is None else ragged_axes(kind, len(kind.shape))[0])
-        sizes = self._spec.buckets.get(name)
-        if sizes:
-            # What is over the largest bucket fails by itself.
-            at = np.searchsorted(sizes, lengths)
-            lengths = np.where(at < len(sizes), np.asarray(sizes)[np.minimum(at, len(sizes) - 1)], lengths)
-        return lengths
+        return self._in_buckets(self._cost_lengths(column))
+
+    def _cost_lengths(self, column: Column) -> Lengths:
+        return _lengths(column, self._cost_axis)
+
+    def _in_buckets(self, lengths: Lengths) -> Lengths:
+        sizes = self._cost_sizes
+        if not len(sizes):
+            return lengths
+        # What is over the largest bucket fails by itself.
+        at = np.searchsorted(sizes, lengths)
+        return np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], lengths)
 
 
 def _in_order(works: Sequence[Work[J]], limit: int) -> list[list[Work[J]]]:
@@ -164,6 +216,8 @@ def _in_order(works: Sequence[Work[J]], limit: int) -> list[list[Work[J]]]:
 
 def _lengths(column: Column, axis: int) -> Lengths:
     """Per row, its length along an axis, or the number itself where a row is one."""
+    if isinstance(column, RaggedRows):
+        return column.sizes(min(axis, column.row_ndim - 1))
     if isinstance(column, np.ndarray) and column.dtype != object:
         if column.ndim > 1:
             return np.full(len(column), column.shape[1 + min(axis, column.ndim - 2)], np.int64)

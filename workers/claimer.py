@@ -14,6 +14,7 @@ from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
 from torchrelay.queues.transitions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, ClaimLimits, Grant, Session
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.rows_in_hand import RowsInHand
 
 _POLL_S = 1.0
 # A job stands at a later node of fused ones only if it came there without them: there, it is looked so often.
@@ -43,7 +44,6 @@ class _Asked(NamedTuple):
 
     passed: int
     lane: int
-    fence: str
     at: float
     pending: Pending[Grant]
 
@@ -52,10 +52,17 @@ class Claimer:
     """The window of held jobs in rank order. `rows_per_s` is what the loop measured, 0 before it has."""
 
     def __init__(
-        self, context: NodeContext, channel: Channel, session: Session, opened: Callable[[Sequence[Held]], object]
+        self,
+        context: NodeContext,
+        channel: Channel,
+        session: Session,
+        opened: Callable[[Sequence[Held]], object],
+        asks: Callable[[], object] = int,
     ) -> None:
-        """`opened` hears of jobs that were taken into the window."""
+        """`opened` hears of jobs that were taken into the window; `asks` is called before each claim is sent, when its
+        fence is known already."""
         self._opened = opened
+        self._asks = asks
         self._context = context
         self._entrances = context.entrances()
         lanes = range(len(context.lanes))
@@ -67,7 +74,10 @@ class Claimer:
         self._channel = channel
         self._session = session
         self._numbers = count(1)
-        self._pending: deque[_Asked] = deque()
+        self._asked: _Asked | None = None
+        self.asked_fences: tuple[str, ...] = ()
+        """Fences of claims whose answer was not read yet: the server may have granted them already."""
+        self.in_hand = RowsInHand(context.spec.batch.in_flight_rows)
         self._clock_offset_ms = 0.0
         self._next_due_s = _POLL_S
         self._expected_at = math.inf
@@ -82,17 +92,21 @@ class Claimer:
 
     def ask_ahead(self) -> None:
         """Sends a claim unless one is under way or the window holds what is taken next."""
-        if self._pending or self.window_rows >= self._context.spec.batch.window_rows:
+        if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
         passed, lane = self._next_place()
         context = self._entrances[passed]
         rows = max(context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
+        rows = min(rows, self.in_hand.room)
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(
             self._session, fence, context.incarnation, context.number, context.nodes, limits
         )
-        self._pending.append(_Asked(passed, lane, fence, time.monotonic(), self._channel.send(call)))
+        # Its lease may begin any moment from here on.
+        self.asked_fences = (fence,)
+        self._asks()
+        self._asked = _Asked(passed, lane, time.monotonic(), self._channel.send(call))
 
     def _next_place(self) -> tuple[int, int]:
         """Where to claim: at the first node in each lane in turn; at the later ones where that is empty, and now and
@@ -110,9 +124,9 @@ class Claimer:
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
-        if not self._pending:
+        asked = self._asked
+        if asked is None:
             return False
-        asked = self._pending.popleft()
         grant = asked.pending.result()
         now = time.monotonic()
         # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
@@ -122,8 +136,12 @@ class Claimer:
             self.ready_left = 0 if grant.gated else grant.left
         held = [Held(asked.lane, grant.fence, entry, now, asked.passed) for entry in grant.entries]
         self._opened(held)
+        # Only now: another thread would find the grant neither asked for nor opened, and its lease would end.
+        self._asked, self.asked_fences = None, ()
         self.window.extend(held)
-        self.window_rows += sum(map(weight, grant.entries))
+        rows = sum(map(weight, grant.entries))
+        self.window_rows += rows
+        self.in_hand.took(rows)
         if grant.entries:
             self._found_empty.clear()
         else:
@@ -135,21 +153,22 @@ class Claimer:
         self.ask_ahead()
         return self.collect()
 
-    @property
-    def asked_fences(self) -> tuple[str, ...]:
-        """Fences of claims whose answer was not read yet: the server may have granted them already."""
-        return tuple([asked.fence for asked in self._pending])
-
     def expect(self, wait_s: float) -> None:
         """A job of this node is due again in so many seconds: later than the last claim could know."""
         self._expected_at = min(self._expected_at, time.monotonic() + wait_s + 0.001)
 
     def idle(self) -> bool:
-        """Whether every lane was found empty in turn, at every node."""
-        return len(self._found_empty) == len(self._first) + len(self._later)
+        """Whether every lane was found empty in turn, at every node, or no more may be taken just now."""
+        return len(self._found_empty) == len(self._first) + len(self._later) or self._full
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over."""
+        """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over.
+
+        While no more may be taken, until some of what is in hand has left, and wakes are for other workers.
+        """
+        if self._full:
+            self.in_hand.wait(self._missing, _POLL_S if timeout_s is None else min(timeout_s, _POLL_S))
+            return
         keys = [lane.keys.wake(key) for lane in self._context.lanes for key in self._context.keys]
         limit = min(self._next_due_s, self._expected_at - time.monotonic())
         self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
@@ -157,6 +176,15 @@ class Claimer:
             self._expected_at = math.inf
         self._found_empty.clear()
         self.ready_left = 1
+
+    @property
+    def _missing(self) -> int:
+        """How many rows the window lacks of what is taken next."""
+        return self._context.spec.batch.window_rows - self.window_rows
+
+    @property
+    def _full(self) -> bool:
+        return self._asked is None and self.in_hand.room < self._missing
 
     def take(self, rows: int) -> list[Held]:
         """Up to so many rows from the head of the window, in order; at least one job. All were claimed at one node; a

@@ -125,9 +125,11 @@ class Committer:
                 del self._open[grant]
 
     def _settle(self) -> None:
-        with self._lock:
-            pending, tokens, fence = self._sent.popleft()
+        # It stays listed until the answer is here: until then its lease is needed.
+        pending, tokens, fence = self._sent[0]
         statuses = pending.result()
+        with self._lock:
+            self._sent.popleft()
         self._settled(fence, tokens, statuses)
         if statuses.count("k") == len(tokens):
             return

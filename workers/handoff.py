@@ -30,6 +30,12 @@ class Handoff(Generic[T]):
             self._changed.notify_all()
             return True
 
+    def put_first(self, item: T) -> None:
+        """Back to the front, also when it is full or closed: what was taken out already, and is not done with."""
+        with self._changed:
+            self._items.appendleft(item)
+            self._changed.notify_all()
+
     def get(self, timeout_s: float | None = None) -> T | None:
         """The next item; None after `timeout_s` without one, or when there will be none."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

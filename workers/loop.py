@@ -27,7 +27,7 @@ class StageLoop:
     def run(self) -> None:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
         parts = self._parts
-        intake = parts.intake(self._rest)
+        intake = parts.intake(self._rest, self._around.stopping)
         parts.status.report()
         try:
             while not self._around.stopping():

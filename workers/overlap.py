@@ -13,18 +13,20 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torchrelay.errors import InputError
 from torchrelay.stages import Made
 from torchrelay.stages.faults import is_out_of_memory, let_go
 from torchrelay.stages.runner import Launched, Prepared, Runner
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
-from torchrelay.workers.compute import GivenUp, Outcome, compute, judged
+from torchrelay.workers.compute import Failed, GivenUp, Outcome, compute, judged
 from torchrelay.workers.handoff import Handoff
 from torchrelay.workers.intake import Taken
 from torchrelay.workers.parts import Meter, Parts, Surroundings
+from torchrelay.workers.pieces import Part, cut
 from torchrelay.workers.work import Work
 
 LAUNCHED = 2
@@ -39,15 +41,42 @@ Works = list[Work[Held]]
 
 @dataclass(slots=True)
 class _Batch:
-    """Jobs on their way through the threads; `alone`, they take the way of `compute`. `fault` is what they raised."""
+    """Jobs, or parts of jobs, on their way through the threads; where nothing is prepared, they take the way of
+    `compute`. `fault` is what they raised, `number` that of their forward once there was one."""
 
-    works: Works
+    parts: list[Part[Held]]
     prepared: Prepared | None = None
     launched: Launched | None = None
     fault: BaseException | None = None
     number: int = -1
     started_at: float = 0.0
-    alone: bool = False
+
+    def failed(self, fault: BaseException) -> None:
+        """Lets go of what the forward took, and of the fault where memory was full for once: it may pass the next time.
+        Anything else need not be tried as a whole again."""
+        self.prepared = self.launched = None
+        if is_out_of_memory(fault):
+            let_go(fault)
+        else:
+            self.fault = fault
+
+    @property
+    def works(self) -> Works:
+        return [part.work for part in self.parts]
+
+    @property
+    def jobs(self) -> list[Held]:
+        return [part.work.job for part in self.parts]
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def take_back(self) -> Works:
+        """The jobs of which nobody is to use the other parts either; those that were taken back before are left out."""
+        if any(part.gathering is not None for part in self.parts):
+            self.fault = None  # what some rows of a job raised says nothing of the others
+        return [p.work for p in self.parts if p.gathering is None or p.gathering.breaks()]
 
 
 @dataclass(slots=True)
@@ -68,7 +97,6 @@ class OverlappedLoop:
         self._parts = Parts(around, threads=True)
         self._meter = Meter(self._parts)
         self._ready: Handoff[_Batch] = Handoff(ahead)
-        self._again: Handoff[_Batch] = Handoff(1 << 30)
         self._leaving: Handoff[_Leaving] = Handoff(_LEAVING)
         # How many batches may be launched and not finished.
         self._room = threading.Semaphore(LAUNCHED)
@@ -91,12 +119,13 @@ class OverlappedLoop:
             thread.start()
         try:
             self._guarded(self._drive)
+            if self._error is not None:
+                parts.status.none_running()
             while (left := self._ready.get(0.0)) is not None:
                 self._give_up(left)  # the input thread may be waiting for its place on the device
             for thread in threads:
                 thread.join()
             if self._error is not None:
-                parts.status.none_running()
                 raise self._error
         finally:
             parts.close()
@@ -108,13 +137,13 @@ class OverlappedLoop:
         except BaseException as error:
             self._error = self._error or error
             self._ready.close()
-            self._again.close()
             self._leaving.close()
 
     # The input thread.
 
     def _take_in(self) -> None:
-        parts, intake = self._parts, self._parts.intake(lambda: parts.status.report())
+        parts = self._parts
+        intake = parts.intake(lambda: parts.status.report(), self._stopping)
         while not self._stopping():
             parts.load_scripts()
             self._around.memory.tend_read()
@@ -123,31 +152,41 @@ class OverlappedLoop:
                 continue
             if taken.bad or taken.lost or taken.given_back:
                 self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
-            for works in parts.planner(taken.ready).batches(taken.ready):
-                batch = self._prepared(works)
+            for pieces in self._cut(taken.ready):
+                batch = self._prepared(pieces)
                 if not self._ready.put(batch):
                     self._give_up(batch)
         self._leaving.put(_Leaving(turned_away=intake.surrender()))
         self._ready.close()
 
-    def _prepared(self, works: Works) -> _Batch:
+    def _cut(self, works: Works) -> list[list[Part[Held]]]:
+        """A suspect comes whole: it has the device to itself, so that if it kills the process, nobody else can have
+        done it. So do jobs of a stage that makes more or fewer rows: they could not be put together from parts."""
         planner = self._parts.planner(works)
-        if len(works) == 1 and (works[0].incoming.keep or planner.too_large(works[0])):
-            return _Batch(works, alone=True)
+        if self._around.context.node.rows == "expand" or any(w.job.entry.suspect for w in works):
+            return [[Part(w) for w in batch] for batch in planner.batches(works)]
+        return cut(works, planner)
+
+    def _prepared(self, pieces: list[Part[Held]]) -> _Batch:
+        one = pieces[0].work if len(pieces) == 1 and pieces[0].chosen is None else None
+        alone = one is not None and (one.job.entry.suspect or one.incoming.keep)
+        works = [piece.work for piece in pieces]
+        if one is not None and (alone or self._parts.planner(works).too_large(one)):
+            return _Batch(pieces)
         try:
             prepared = self._runner_of(works).prepare(
-                [w.table for w in works],
-                [w.rows for w in works],
+                [piece.table for piece in pieces],
+                [piece.rows for piece in pieces],
                 [w.fields for w in works],
                 lambda: self._meter.ended(works),
             )
         except Exception:
             # Whose fault it is, `compute` finds out, on the thread that may call the stage.
-            return _Batch(works, alone=True)
-        return _Batch(works, prepared)
+            return _Batch(pieces)
+        return _Batch(pieces, prepared)
 
     def _runner_of(self, works: Works) -> Runner:
-        return self._runner.behind(works[0].job.passed)
+        return self._runner.behind(works[0].job.passed if works else 0)
 
     def _stopping(self) -> bool:
         return self._error is not None or self._around.stopping()
@@ -155,68 +194,77 @@ class OverlappedLoop:
     # The device thread.
 
     def _drive(self) -> None:
-        while True:
-            again = self._again.get(0.0)
-            batch = again or self._ready.get(_IDLE_S)
+        while not (self._ready.over and self._all_finished() and self._ready.empty):
+            batch = self._ready.get(_IDLE_S)
             if batch is None:
-                if self._ready.over and self._all_finished():
-                    break
                 continue
-            if self._stopping() and again is None:
+            stops = self._error is not None or (self._around.stopping() and batch.number < 0)
+            if stops or self._is_useless(batch):
                 self._give_up(batch)
-            elif batch.alone or batch.prepared is None:
+            elif batch.prepared is None:
                 self._compute(batch)
             else:
                 self._launch(batch, batch.prepared)
-        self._again.close()
         self._leaving.close()
 
+    def _is_useless(self, batch: _Batch) -> bool:
+        """Whether nobody waits for these parts of jobs: they were taken back, or ended while others were computed."""
+        gatherings = [part.gathering for part in batch.parts]
+        if not all(gatherings):
+            return False
+        return all(g is not None and g.broken for g in gatherings) or all(
+            self._meter.ended([part.work for part in batch.parts])
+        )
+
     def _all_finished(self) -> bool:
-        """Waits for what is launched; False when some of it is to be computed again."""
-        if self._error is not None:
-            return True
-        for _ in range(LAUNCHED):
-            while not self._room.acquire(timeout=_IDLE_S):
-                if self._error is not None:
-                    return True
-        for _ in range(LAUNCHED):
+        """Waits for what is launched; also true when nobody is there any more to finish it."""
+        free = 0
+        while free < LAUNCHED and self._error is None:
+            free += self._room.acquire(timeout=_IDLE_S)
+        for _ in range(free):
             self._room.release()
-        return self._again.empty
+        return True
 
     def _launch(self, batch: _Batch, prepared: Prepared) -> None:
         while not self._room.acquire(timeout=_IDLE_S):
             if self._error is not None:
-                prepared.discard()
+                self._give_up(batch)
                 return
-        batch.number = self._parts.status.started([w.job for w in batch.works])
+        status = self._parts.status
+        batch.number = status.started(batch.jobs)
         batch.started_at = time.monotonic()
         try:
             batch.launched = self._runner_of(batch.works).launch(prepared)
         except _FAULTS as error:
-            batch.fault = _remembered(error)
-            batch.prepared = None
-            self._parts.status.stopped(batch.number, 0)
+            batch.failed(error)
+        if batch.launched is None:
+            status.stopped(batch.number, 0)
             self._room.release()
-        else:
-            self._leaving.put(_Leaving(batch))
+            # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
+            self._compute(batch)
             return
-        # Out of the except block: an exception that is being handled holds the memory of the calls it came through.
-        self._compute(batch)
+        if batch.launched.arrived:
+            status.stopped(batch.number, batch.rows)
+        else:
+            status.launched(batch.number)
+        self._leaving.put(_Leaving(batch))
 
     def _compute(self, batch: _Batch) -> None:
         """One step after the other, with nothing else on the device."""
         self._all_finished()
-        rows, started = sum(w.rows for w in batch.works), time.monotonic()
-        runner, planner = self._runner_of(batch.works), self._parts.planner(batch.works)
-        for group in compute(batch.works, runner, planner, self._meter, batch.fault):
+        if self._error is not None:
+            return
+        works, started = batch.take_back(), time.monotonic()
+        runner, planner = self._runner_of(works), self._parts.planner(works)
+        for group in compute(works, runner, planner, self._meter, batch.fault):
             self._leaving.put(_Leaving(group=group))
-        self._parts.status.ended(len(batch.works))
-        self._parts.measured(rows, time.monotonic() - started)
+        self._parts.status.ended(len(works))
+        self._parts.measured(sum(w.rows for w in works), time.monotonic() - started)
 
     def _give_up(self, batch: _Batch) -> None:
         if batch.prepared is not None:
             batch.prepared.discard()
-        self._leaving.put(_Leaving(group=[(w, GivenUp()) for w in batch.works]))
+        self._leaving.put(_Leaving(group=[(w, GivenUp()) for w in batch.take_back()]))
 
     # The output thread.
 
@@ -240,34 +288,37 @@ class OverlappedLoop:
         parts.committer.drain()
 
     def _finish(self, batch: _Batch) -> None:
-        parts, launched, runner = self._parts, batch.launched, self._runner_of(batch.works)
+        parts, launched, works = self._parts, batch.launched, batch.works
+        runner = self._runner_of(works)
         assert launched is not None  # put there by the device thread
+        parts.status.awaited(batch.number)
         try:
             made = runner.finish(launched)
         except _FAULTS as error:
             parts.status.stopped(batch.number, 0)
-            batch.alone, batch.fault = True, _remembered(error)
-            self._again.put(batch)
+            batch.failed(error)
+            self._ready.put_first(batch)
             self._room.release()
             return
-        rows = sum(w.rows for w in batch.works)
-        parts.status.stopped(batch.number, rows, runner.idle_s)
+        parts.status.stopped(batch.number, batch.rows, runner.idle_s)
+        parts.planner(works).cap.fitted(batch.rows)
         self._room.release()
         now = time.monotonic()
-        parts.measured(rows, now - max(batch.started_at, self._finished_at))
+        parts.measured(batch.rows, now - max(batch.started_at, self._finished_at))
         self._finished_at = now
-        parts.settler.settle(_outcomes(batch.works, made))
-        parts.status.ended(len(batch.works))
-        parts.planner(batch.works).cap.fitted(rows)
+        done = [outcome for part, m in zip(batch.parts, made, strict=True) for outcome in _outcomes(part, m)]
+        parts.settler.settle(done)
+        parts.status.ended(len(done))
 
 
-def _remembered(fault: BaseException) -> BaseException | None:
-    """What a batch raised, so that it need not be tried as a whole again; nothing where memory was full for once."""
-    if not is_out_of_memory(fault):
-        return fault
-    let_go(fault)
-    return None
-
-
-def _outcomes(works: Sequence[Work[Held]], made: Sequence[Made]) -> list[tuple[Work[Held], Outcome]]:
-    return [(w, judged(w, m)) for w, m in zip(works, made, strict=True)]
+def _outcomes(part: Part[Held], made: Made) -> list[tuple[Work[Held], Outcome]]:
+    """What is known of the part's job now: nothing before its last part is there."""
+    gathering = part.gathering
+    if gathering is None or part.chosen is None:
+        return [(part.work, judged(part.work, made))]
+    if not gathering.add(part.chosen, made):
+        return []
+    try:
+        return [(part.work, judged(part.work, gathering.whole()))]
+    except InputError as error:
+        return [(part.work, Failed(error))]

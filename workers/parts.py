@@ -50,7 +50,7 @@ class Parts:
         # Each thread numbers its own operations.
         committing = Session(f"{context.incarnation}o") if threads else session
         self.committer = Committer(context, self.commits, committing, self.custody.settle)
-        self.claimer = Claimer(context, self.claims, session, self.committer.opened)
+        self.claimer = Claimer(context, self.claims, session, self.committer.opened, lambda: self.status.report())
         self.storage = Storage(context, around.client, around.memory, self.custody)
         graph, limit = context.pipeline.graph, context.pipeline.spec.limits.rows_per_job
         groups = [entrance.group for entrance in context.entrances()]
@@ -61,16 +61,17 @@ class Parts:
         self.settler = Settler(context, self._assemblers, self.storage, self.committer, self.custody, self.claimer)
         self.status = Status(
             around.page,
-            lambda: (*self.committer.fences, *self.claimer.asked_fences),
+            # In this order: a grant that is opened meanwhile is on both lists, and never on none.
+            lambda: (*self.claimer.asked_fences, *self.committer.fences),
             around.memory.moved,
             lambda: self.committer.failures,
         )
         around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
         self._loaded_at = -1
 
-    def intake(self, rest: Callable[[], object]) -> Intake:
+    def intake(self, rest: Callable[[], object], stopping: Callable[[], bool]) -> Intake:
         """The side on which jobs come in; `rest` is called before each wait for more."""
-        return Intake(self.around.context, self.claimer, self._assemblers, self.around.stopping, rest)
+        return Intake(self.around.context, self.claimer, self._assemblers, stopping, rest)
 
     def planner(self, works: Sequence[Work[Held]]) -> Planner[Held]:
         """What cuts these jobs, claimed at one node, into batches."""

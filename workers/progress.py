@@ -25,10 +25,10 @@ STATES = ("loading", "ready", "draining")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`forward_since` is time.monotonic() at the start of the running forward, 0 between forwards.
+    """`forward_since` is time.monotonic() from which on a forward is waited for, 0 while none is.
 
-    `started` holds the packed entries of that forward, `fences` the grants in hand, `moved` bytes of columns in the
-    order of `placement.MOVED`, `idle_s` how long a GPU stood still between forwards, as its own events say.
+    `started` holds the packed entries of all forwards under way, `fences` the grants in hand, `moved` bytes of columns
+    in the order of `placement.MOVED`, `idle_s` how long a GPU stood still between forwards, as its own events say.
     """
 
     state: int = LOADING
@@ -57,7 +57,7 @@ class ProgressPage:
 
     @classmethod
     def create(cls, jobs: int = 0) -> ProgressPage:
-        """A page with room for a forward of so many jobs."""
+        """A page with room for so many jobs in hand."""
         descriptor, name = tempfile.mkstemp(prefix="torchrelay-progress-")
         os.ftruncate(descriptor, PAGE_BYTES + jobs * _BYTES_PER_JOB)
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Some rows of a column, and a column of all rows from some. Pure."""
+"""A column of all rows from some, and what a column tells of its rows. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import DecodeError
 from torchrelay.workers.work import Index
-
-
-def take_rows(column: Column, index: Index) -> Column:
-    """Some rows of a column."""
-    return column[index] if isinstance(column, np.ndarray) else [column[i] for i in index.tolist()]
 
 
 def spread_rows(column: Column, kept: Index, total: int, before: Column | None, *, nulls: bool) -> Column:
@@ -27,6 +23,11 @@ def spread_rows(column: Column, kept: Index, total: int, before: Column | None, 
             whole = base.copy()
             whole[kept] = column
             return whole
+    both = None if base is None else RaggedRows.joined([base, column])
+    if both is not None:
+        index = np.arange(total)
+        index[kept] = np.arange(total, total + len(kept))
+        return both.take(index)
     values: list[Any] = [None] * total if base is None else list(base)
     for i, value in zip(kept.tolist(), column, strict=True):
         values[i] = value
@@ -35,7 +36,7 @@ def spread_rows(column: Column, kept: Index, total: int, before: Column | None, 
 
 def is_column(value: object) -> bool:
     """Whether it has one value per row."""
-    return type(value) is list or (type(value) is np.ndarray and value.ndim > 0)
+    return type(value) in (list, RaggedRows) or (type(value) is np.ndarray and value.ndim > 0)
 
 
 def truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -44,6 +45,6 @@ def truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
         if column.ndim != 1:
             raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
         return column.astype(bool)
-    if any(isinstance(value, np.ndarray) and value.ndim for value in column):
+    if isinstance(column, RaggedRows) or any(isinstance(value, np.ndarray) and value.ndim for value in column):
         raise DecodeError("the column of `when` holds arrays, which are neither true nor false")
     return np.fromiter((bool(value) for value in column), bool, len(column))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torchrelay.errors import BytesLost
 from torchrelay.queues.codec import Message
 from torchrelay.queues.job import Failure
 from torchrelay.queues.transitions import Output
 from torchrelay.workers.assemble import Assembler
-from torchrelay.workers.claimer import Claimer, Held
+from torchrelay.workers.claimer import Claimer, Held, weight
 from torchrelay.workers.committer import Charge, Committer
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, told
 from torchrelay.workers.custody import Custody, makers_of
@@ -51,6 +51,7 @@ class Settler:
             faults = [(h, Failed(e, final=isinstance(e, BytesLost))) for h, e in taken.bad if id(h) not in stale]
             self._fail([self._charge(h, failed) for h, failed in faults])
         self._lose([*taken.lost, *((h, makers_of(read)) for h, read in gone)])
+        self._left([*taken.given_back, *(h for h, _ in taken.bad), *(h for h, _ in taken.lost)])
 
     def settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
         """Writes the group's blobs in one go, then commits its jobs; charges those that failed."""
@@ -91,6 +92,11 @@ class Settler:
             self._fail(failed)
         if given_up:
             self._committer.release(given_up)
+        self._left(work.job for work, _ in group)
+
+    def _left(self, held: Iterable[Held]) -> None:
+        if self._claimer.in_hand.bounded:
+            self._claimer.in_hand.left(sum(weight(h.entry) for h in held))
 
     def _intact(self, job: Held, lost: list[tuple[Held, int]], given_up: list[Held]) -> bool:
         """Whether what the job read is still what it was; asked again once its outputs, which may be views of that,

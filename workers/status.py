@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from itertools import chain, count
 
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
@@ -36,7 +36,9 @@ class Status:
         self._lock = threading.Lock()
         self._numbers = count()
         # Forwards under way, oldest first: their packed entries.
-        self._running: dict[int, bytes] = {}
+        self._running: dict[int, list[bytes]] = {}
+        # Of these, the ones that a thread is in or waits for, and since when.
+        self._watched: dict[int, float] = {}
         self._oldest_since = 0.0
         self._state = progress.READY
         self._jobs = 0
@@ -46,12 +48,29 @@ class Status:
     def started(self, jobs: Sequence[Held]) -> int:
         """A forward begins; returns its number, for `stopped`."""
         with self._lock:
-            number = next(self._numbers)
+            number, now = next(self._numbers), time.monotonic()
             if not self._running:
-                self._oldest_since = time.monotonic()
-            self._running[number] = b"".join([h.entry.packed for h in jobs])
+                self._oldest_since = now
+            self._running[number] = [h.entry.packed for h in jobs]
+            self._watched[number] = now
             self._write()
         return number
+
+    def launched(self, number: int) -> None:
+        """`forward` returned, and the device may still compute. Until `awaited` its time does not count: the thread
+        that is to look for its end may wait for the server, which is no hang."""
+        with self._lock:
+            since = self._watched.pop(number, 0.0)
+            # While an earlier one is waited for, the page says so already.
+            if since and not (self._watched and min(self._watched.values()) < since):
+                self._write()
+
+    def awaited(self, number: int) -> None:
+        """A thread waits for its end from now on."""
+        with self._lock:
+            if number in self._running:
+                self._watched[number] = time.monotonic()
+                self._write()
 
     def stopped(self, number: int, rows: int, idle_s: float = 0.0) -> None:
         """It is over: what follows may wait for the server, and is no fault of these jobs.
@@ -62,6 +81,7 @@ class Status:
             # Several are launched ahead, and end in order: the next one's time begins now.
             if self._running.pop(number, None) is None:
                 return
+            self._watched.pop(number, None)
             now = time.monotonic()
             self._busy_s += now - self._oldest_since
             self._oldest_since = now
@@ -71,15 +91,15 @@ class Status:
             self._write()
 
     def ended(self, jobs: int) -> None:
-        """So many jobs left the stage, whatever became of them."""
+        """So many jobs left the stage, whatever became of them. Told with the next change."""
         with self._lock:
             self._jobs += jobs
-            self._write()
 
     def none_running(self) -> None:
         """What ends the loop now is no fault of the jobs under way: none of them is a suspect."""
         with self._lock:
             self._running.clear()
+            self._watched.clear()
             self._write()
 
     def report(self, state: int | None = None) -> None:
@@ -88,11 +108,17 @@ class Status:
             self._state = self._state if state is None else state
             self._write()
 
+    def _entries(self) -> Iterable[bytes]:
+        """Each job once, though several of its parts may be under way: one that is there alone earns a strike."""
+        if len(self._running) == 1:
+            return next(iter(self._running.values()))
+        return dict.fromkeys(chain.from_iterable(self._running.values()))
+
     def _write(self) -> None:
         self._page.write(
             Progress(
                 state=self._state,
-                forward_since=self._oldest_since if self._running else 0.0,
+                forward_since=min(self._watched.values(), default=0.0),
                 beat=time.monotonic(),
                 jobs=self._jobs,
                 rows=self._rows,
@@ -101,7 +127,7 @@ class Status:
                 idle_s=self._idle_s,
                 failures=self._failures(),
                 fences=tuple(self._fences()),
-                started=b"".join(self._running.values()),
+                started=b"".join(self._entries()),
                 moved=self._moved(),
             )
         )

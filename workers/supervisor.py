@@ -42,6 +42,7 @@ _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
 _SILENT_S = 90.0
 _DEVICE_PAUSE_S = 0.5
+_WINDOWS_IN_HAND = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ class Supervisor:
         self._max_rows = group.stages[0].batch.max_rows
         self.name = f"{socket.gethostname()}-{os.getpid()}-{'+'.join(group.names)}-{new_token(4)}"
         self.nodes = plan.nodes
-        self._window_rows = max(stage.batch.window_rows for stage in group.stages)
+        # Claimed, being made ready, ready, launched, and on their way back to the server.
+        windows = _WINDOWS_IN_HAND + (group.stages[0].batch.ahead or 0)
+        self._jobs_in_hand = max(stage.batch.window_rows for stage in group.stages) * windows
         self._deaths = DeviceDeaths()
         self.error: WorkerError | None = None
 
@@ -170,7 +173,7 @@ class Supervisor:
     def _live_once(self) -> tuple[int, bool]:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
-        self._page = page = ProgressPage.create(self._window_rows)
+        self._page = page = ProgressPage.create(self._jobs_in_hand)
         self._started_at = time.time()
         self._next_renewal = 0.0
         child = self._start_child(page)

@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, help="jobs under way, over all producers")
     parser.add_argument("--producers", type=int, default=1, help="producer processes (default 1)")
     parser.add_argument("--max-wait-ms", type=float, default=50.0, help="of the GPU stage (default 50)")
+    parser.add_argument("--graphs", action="store_true", help="torch: {cuda_graphs: true} for the GPU stage")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
     options.models = options.models.split(",")
@@ -63,7 +64,9 @@ def measure(load: Workload, options: argparse.Namespace, server: BenchServer) ->
     # Before the workers start: what is compiled here, they find in the compiler's cache.
     loops.start()
     warm_s = min(3.0, options.seconds / 2)
-    how = RelayOptions(options.device, options.mode, options.seconds, warm_s, options.producers, options.max_wait_ms)
+    how = RelayOptions(
+        options.device, options.mode, options.seconds, warm_s, options.producers, options.max_wait_ms, options.graphs
+    )
     with RelayCase(server.url, load, how) as relay:
         relay.check(tables[0], *loops.reference(load.job_rows))
         rates = interleave({"bare": loops.bare, "raw": loops.raw, "relay": relay.measure}, options.rounds)

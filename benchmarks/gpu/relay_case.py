@@ -36,6 +36,7 @@ class RelayOptions:
     warm_s: float
     producers: int
     max_wait_ms: float
+    graphs: bool
 
 
 def pipeline_text(load: Workload, options: RelayOptions) -> str:
@@ -56,7 +57,7 @@ def pipeline_text(load: Workload, options: RelayOptions) -> str:
             "outputs": {"label": "int64", "score": "float32"},
             "device": "gpu",
             "args": {"workload": load.encode(), "mode": options.mode},
-            "torch": torch_options(load, options.device, options.mode),
+            "torch": {**torch_options(load, options.device, options.mode), "cuda_graphs": options.graphs},
             "batch": batch_rules(load, options.max_wait_ms),
             "timeout_s": 600,
         },

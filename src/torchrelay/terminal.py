@@ -156,9 +156,20 @@ def _node_rows(
                     "workers": len(mine),
                     "states": sorted({w.state for w in mine}),
                     "batch_fill": fill,
+                    "moved_bytes": _moved(mine),
+                    "device_idle_s": round(sum(w.device_idle_s for w in mine), 3),
                 }
             )
     return rows
+
+
+def _moved(workers: Sequence[WorkerReport]) -> dict[str, int]:
+    """Bytes of large columns that these workers sent, by the way they went (`placement.Where`)."""
+    total: dict[str, int] = {}
+    for report in workers:
+        for way, nbytes in report.moved.items():
+            total[way] = total.get(way, 0) + nbytes
+    return total
 
 
 def jobs_text(counts: Mapping[str, int]) -> str:

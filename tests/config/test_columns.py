@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrelay.config.columns import check_outputs, check_table, row_of_table, table_of_row
+from torchrelay.config.columns import check_outputs, check_table, check_value, row_of_table, table_of_row
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import ColumnType, parse_type
 from torchrelay.errors import InputError
 
@@ -243,3 +244,63 @@ def test_row_of_table() -> None:
     }
     row = row_of_table(table, 1)
     assert (type(row["n"]), type(row["h"]), row["v"].shape, row["t"]) == (int, float, (3,), "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("int32[*]", [np.zeros(n, np.int32) for n in range(5)]),
+        ("int64[*]?", [np.arange(n, dtype=np.int32) for n in range(5)]),
+        ("float32[*, 3]", [np.zeros((n, 3), np.float32) for n in range(5)]),
+        ("uint8[H, W, 3]", [np.zeros((n, 2, 3), np.uint8) for n in range(5)]),
+        ("float64[2, *]", [np.zeros((2, 3))] * 5),
+    ],
+)
+def test_arrays_that_differ_in_one_axis_are_held_as_one(text: str, rows: list[Any]) -> None:
+    """Of a table and of a stage's outputs; values, shapes and the declared dtype are those of the rows one by one."""
+    expected = [check_value("a", parse_type(text), row) for row in rows]
+    for column in (rows, RaggedRows.of(rows)):
+        for checked in (
+            check_table(types(a=text), {"a": column})[0],
+            check_outputs("s", types(a=text), {"a": column}, 5),
+        ):
+            assert isinstance(checked["a"], RaggedRows)
+            assert [(r.dtype, r.tolist()) for r in checked["a"]] == [(r.dtype, r.tolist()) for r in expected]
+            assert row_of_table(checked, 3)["a"].tolist() == expected[3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "why"),
+    [
+        ("int32[*]", [np.zeros(2, np.int64)] * 5, "row 0: .*astype"),
+        ("int32[*]", [np.zeros(2, np.int32)] * 4 + [None], "row 4"),
+        ("int32[*]", [np.zeros(2, np.int32)] * 4 + [np.zeros((2, 2), np.int32)], "row 4: .*2 dims"),
+        ("int32[*, *]", [np.zeros(2, np.int32)] * 5, "row 0: .*1 dims"),
+        ("float32[*, 3]", [np.zeros((2, 4), np.float32)] * 5, "row 0"),
+        ("float32[2, *]", [np.zeros((2, 4), np.float32)] * 3 + [np.zeros((3, 4), np.float32)] * 2, "row 3"),
+        ("str", [np.zeros(2)] * 5, "row 0"),
+        ("float32[2]", [np.zeros(2, np.float32)] * 4 + [np.zeros(3, np.float32)], "row 4"),
+    ],
+)
+def test_the_row_that_does_not_fit_is_named(text: str, rows: list[Any], why: str) -> None:
+    """However many fit, and however the column is held."""
+    for column in (rows, RaggedRows.of(rows) or rows):
+        with pytest.raises(InputError, match=why):
+            check_table(types(a=text), {"a": column})
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=4, max_size=6), st.booleans())
+def test_a_name_is_one_size_in_a_row_of_ragged_columns(sizes: list[tuple[int, int]], holds: bool) -> None:
+    """Two columns that name one dim must agree row by row; the first row where they do not is named."""
+    kinds = types(a="int32[T]", b="float32[T, 2]", c="bool[U]")
+    table = {
+        "a": [np.zeros(a, np.int32) for a, _ in sizes],
+        "b": [np.zeros((a if holds else b, 2), np.float32) for a, b in sizes],
+        "c": [np.zeros(b, np.bool_) for _, b in sizes],
+    }
+    odd = [] if holds else [i for i, (a, b) in enumerate(sizes) if a != b]
+    if odd:
+        with pytest.raises(InputError, match=f"row {odd[0]}: column 'b': T is"):
+            check_table(kinds, table)
+    else:
+        assert check_table(kinds, table)[1] == len(sizes)

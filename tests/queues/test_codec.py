@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import NUMERIC
 from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues.codec import DTYPES, INLINE_BYTES, Limits, decode, encode
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal in type and bits; NaNs by their bytes, tuples as lists."""
+    """Equal in type and bits; NaNs by their bytes, tuples as lists, ragged rows as lists."""
+    b = list(b) if isinstance(b, RaggedRows) else b
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if isinstance(a, float):
@@ -71,6 +73,53 @@ def test_round_trip(value: Any) -> None:
 def test_round_trip_over_other_buffers(value: Any, buffer: Any) -> None:
     """A bytearray or memoryview decodes like bytes."""
     assert same(value, decode(buffer(encode(value))))
+
+
+@st.composite
+def ragged(draw: st.DrawFn) -> list[np.ndarray]:
+    """Rows that differ in their first axis only, inline or large ones."""
+    dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    row_shape = draw(st.sampled_from([(), (3,), (0, 2)]))
+    scale = draw(st.sampled_from([1, 60]))
+    lengths = draw(st.lists(st.integers(0, 5), min_size=4, max_size=8))
+    return [np.resize(np.arange(90), (n * scale, *row_shape)).astype(dtype) for n in lengths]
+
+
+@given(ragged())
+def test_rows_that_differ_in_their_first_axis_travel_as_one(rows: list[np.ndarray]) -> None:
+    """Dtype, shapes, order and bits are kept; a part of the rows is encoded like a list of them."""
+    message = encode(rows)
+    back = decode(message)
+    assert isinstance(back, RaggedRows)
+    assert same(rows, back)
+    assert encode(back) == message
+    assert not back.flat.flags.writeable
+    for part in (back[1:3], back.take(np.array([2, 0, 0])), back[:0]):
+        assert same(list(part), decode(encode(part)))
+    for nested in ([back], {"x": back}):
+        with pytest.raises(InputError, match="not carried"):
+            encode(nested)
+
+
+def test_the_elements_of_ragged_rows_are_not_copied_on_decode() -> None:
+    """They are one aligned view over the message, which holds little else."""
+    data = encode([np.zeros(n * 100) for n in range(5)])
+    back: Any = decode(data)
+    base = np.frombuffer(data, np.uint8)
+    assert np.shares_memory(back.flat, base)
+    assert (back.flat.ctypes.data - base.ctypes.data) % 64 == 0
+    assert len(data) < 8 * 1000 + 200
+
+
+def test_rows_one_by_one_are_read_as_before() -> None:
+    """A list of tensors, as earlier versions wrote it and as mixed rows travel, comes back as a list."""
+    rows = [np.arange(n, dtype=np.int32) for n in range(5)]
+    packed = b"\x95" + b"".join(encode(row) for row in rows)
+    assert type(decode(packed)) is list
+    assert same(rows, decode(packed))
+    for mixed in ([*rows, None], [*rows, np.zeros(2)], [*rows, np.zeros((2, 2), np.int32)], rows[:3]):
+        assert type(decode(encode(mixed))) is list
+        assert same(mixed, decode(encode(mixed)))
 
 
 @pytest.mark.parametrize("name", sorted(DTYPES))
@@ -205,6 +254,9 @@ def test_limits_hold_on_both_sides() -> None:
         (np.zeros((1, 1, 1)), Limits(max_ndim=2)),
         (np.zeros((1, 5000, 1)), Limits(max_ndim=2)),
         (np.zeros(5000), Limits(max_bytes=30_000)),
+        ([np.zeros(500)] * 10, Limits(max_bytes=30_000)),
+        ([np.zeros(2)] * 10, Limits(max_items=9)),
+        ([np.zeros((2, 1, 1))] * 10, Limits(max_ndim=2)),
         (b"x" * 50, Limits(max_bytes=50)),
     ]:
         with pytest.raises(InputError):
@@ -220,9 +272,18 @@ def tensor(name: bytes = b"uint8", shape: tuple[int, ...] = (4,), data: bytes = 
     return msgpack.packb(msgpack.ExtType(1, head + data))
 
 
+def rows_of(lengths: tuple[int, ...], inner: bytes, code: int = 1, count: int | None = None) -> bytes:
+    """Ragged rows over a tensor that `tensor` made."""
+    head = struct.pack(f"<BI{len(lengths)}I", code, len(lengths) if count is None else count, *lengths)
+    return msgpack.packb(msgpack.ExtType(6, head + msgpack.unpackb(inner).data))
+
+
 def test_a_tensor_by_hand_decodes() -> None:
-    """The layout in the docstring is the one that is read."""
+    """The layout in the docstrings is the one that is read."""
     assert same(np.frombuffer(b"abcd", np.uint8), decode(tensor()))
+    rows = [np.frombuffer(text, np.uint8) for text in (b"a", b"", b"bcd")]
+    assert same(rows, decode(rows_of((1, 0, 3), tensor())))
+    assert encode([*rows, rows[1]]) == rows_of((1, 0, 3, 0), tensor())
 
 
 HOSTILE = {
@@ -270,6 +331,22 @@ HOSTILE = {
     "tail without a frame": tensor(place=1, data=b""),
     "no header": msgpack.packb(msgpack.ExtType(1, b"")),
     "8 GiB float32": tensor(b"float32", (2**31,), b""),
+    "rows: no header": msgpack.packb(msgpack.ExtType(6, b"\x01\x00")),
+    "rows: no tensor": msgpack.packb(msgpack.ExtType(6, b"\x01\x00\x00\x00\x00")),
+    "rows: lengths one short": rows_of((1, 2), tensor()),
+    "rows: lengths one over": rows_of((1, 4), tensor()),
+    "rows: lengths overflow to 4": rows_of((2**32 - 1, 5), tensor()),
+    "rows: lengths of a dense scalar": rows_of((1,), tensor(shape=(), data=b"a")),
+    "rows: 2**32-1 announced": rows_of((4,), tensor(), count=2**32 - 1),
+    "rows: one more announced": rows_of((4,), tensor(), count=2),
+    "rows: none announced": rows_of((4,), tensor(), count=0),
+    "rows: none of 4": rows_of((), tensor()),
+    "rows in rows": rows_of((4,), rows_of((4,), tensor()), code=6),
+    "rows of an unknown extension": rows_of((4,), tensor(), code=7),
+    "rows: tail without a frame": rows_of((4,), tensor(place=1, data=b"")),
+    "rows of 8 GiB": rows_of((2**31,), tensor(b"float32", (2**31,), b"")),
+    "rows: bool of 2": rows_of((1,), tensor(b"bool", (1,), b"\x02")),
+    "rows in a list": msgpack.packb([msgpack.unpackb(rows_of((4,), tensor()))]),
 }
 
 
@@ -301,6 +378,8 @@ def test_not_bytes() -> None:
 SAMPLES = [
     {"a": [1, -5, 2.5, "h\u00e9llo", b"raw", None, True], "b": {"c": "x" * 40}},
     {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "flag": np.ones(3, np.bool_)},
+    [np.arange(n, dtype=np.int16) for n in range(5)],
+    [np.arange(n * 70.0) for n in range(5)],
     {"x": np.arange(400.0), "y": [np.arange(300, dtype=np.int64), np.ones(2000, np.bool_)]},
 ]
 

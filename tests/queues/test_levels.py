@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import DecodeError
 from torchrelay.queues.job import (
     AT,
@@ -49,6 +50,35 @@ def test_nested_expansions_line_up_in_both_directions(tree: Tree, arrays: bool) 
     assert [[list(item) for item in row] for row in up] == tree
     assert [list(item) for item in levels.align(column, (1, 2), (1,))] == [item for row in tree for item in row]
     assert levels.entry_rows((1, 2), len(tree)).tolist() == list(down)
+
+
+@given(trees)
+def test_ragged_rows_line_up_as_lists_do(tree: Tree) -> None:
+    """Repeated down, grouped up, and left out with their row: what comes of one array is what comes of a list."""
+    levels = Levels.of(hidden(tree))
+    leaves = [np.arange(leaf) for row in tree for item in row for leaf in item]
+    rows = [np.arange(i) for i in range(len(tree))]
+    for column, made_at, read_at in (
+        (leaves, (1, 2), (1,)),
+        (leaves, (1, 2), ()),
+        (rows, (), (1, 2)),
+        (rows, (), (1,)),
+    ):
+        ragged = RaggedRows.of(column, fewest=1)
+        if ragged is not None:
+            as_list, as_one = levels.align(column, made_at, read_at), levels.align(ragged, made_at, read_at)
+            assert plain(as_one) == plain(as_list)
+            failures = {"!1": [[0, "s", "E", "why", 1]]}
+            tables = [result_table(hidden(tree) | failures | {"c": c}, {}) for c in (as_list, as_one)]
+            assert type(tables[1].columns["c"]) is list
+            assert plain(tables[1].columns["c"]) == plain(tables[0].columns["c"])
+
+
+def plain(value: Any) -> Any:
+    """Arrays as lists, marked, and ragged rows as lists of them."""
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.tolist()
+    return [plain(v) for v in value] if isinstance(value, list | RaggedRows) else value
 
 
 @given(trees)

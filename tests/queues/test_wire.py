@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.queues.test_codec import same, values
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import ConfigError, DecodeError, InputError
 from torchrelay.queues import wire
 from torchrelay.queues.codec import DTYPES, Limits, decode, encode
@@ -61,12 +62,26 @@ def test_an_array_comes_back_rounded_in_its_own_dtype(array: np.ndarray, target:
 def test_rows_of_a_list_are_narrowed_one_by_one(rows: list[Any], target: str) -> None:
     """Arrays of any shapes and dtypes in one column; rows that are none come back as they were."""
     back = decode(encode(wire.narrow(rows, target)))
-    assert isinstance(back, list)
+    assert isinstance(back, list | RaggedRows)
     for old, new in zip(rows, back, strict=True):
         if isinstance(old, np.ndarray) and is_narrowed(old, target):
             assert same(new, cast(old, target))
         else:
             assert same(old, new)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scale", [1, 300])
+def test_ragged_rows_are_narrowed_in_one_go(target: str, scale: int) -> None:
+    """As each row by itself would be; rows that are as narrow already travel as they are."""
+    for name in WIDE:
+        rows = [np.linspace(-3, 3, n * scale).astype(DTYPES[name]).reshape(-1, 1) for n in range(5)]
+        for given_rows in (rows, RaggedRows.of(rows)):
+            back = decode(encode(wire.narrow(given_rows, target)))
+            assert isinstance(back, RaggedRows)
+            narrowed = is_narrowed(rows[0], target)
+            assert all(same(new, cast(old, target) if narrowed else old) for old, new in zip(rows, back, strict=True))
+            assert not back.flat.flags.writeable
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import parse_type
 from torchrelay.errors import InputError
 from torchrelay.stages.batch import assemble
-from torchrelay.stages.outputs import empty_outputs, split
+from torchrelay.stages.outputs import empty_outputs, own, split
 
 
 def test_fixed_columns_are_joined_in_order() -> None:
@@ -122,11 +123,83 @@ def test_padding_loses_nothing(jobs: list[list[list[int]]]) -> None:
     assert rows == [list(row[keep]) for row, keep in zip(batch["x"], batch.mask("x"), strict=True)]
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.sampled_from([("int32[*]", ()), ("float32[*, 3]", (3,)), ("uint8[*, *, 3]", (2, 3)), ("int16[*, 600]", (600,))]),
+    st.sampled_from([(), (4, 10)]),
+)
+def test_padding_ragged_rows_is_padding_lists(jobs: list[list[int]], kind: tuple[str, Any], sizes: Any) -> None:
+    """Values, shape, lengths and mask are the same, however the rows of each job are held, in one job and several."""
+    declared = parse_type(kind[0])
+    random = np.random.default_rng(5)
+    lists = [[random.integers(1, 99, (n, *kind[1])).astype(declared.np_dtype) for n in job] for job in jobs]
+    ragged = [RaggedRows.of(rows, fewest=1) for rows in lists]
+    mixed = [held if i % 2 else lists[i] for i, held in enumerate(ragged)]
+    counts = [len(job) for job in jobs]
+    rows = [row for job in lists for row in job]
+    expected = np.zeros((sum(counts), *one_shape(lists, sizes, declared.shape)), declared.np_dtype)
+    for place, row in zip(expected, rows, strict=True):
+        place[tuple(map(slice, row.shape))] = row
+    for columns in (lists, ragged, mixed):
+        tables: list[Any] = [{"x": column} for column in columns]
+        batch = assemble(tables, counts, {"x": declared}, {"x": 0}, buckets={"x": sizes} if sizes else {})
+        assert (batch["x"].dtype, batch["x"].shape) == (expected.dtype, expected.shape)
+        assert batch["x"].tobytes() == expected.tobytes()
+        sides = 2 if kind[0].count("*") == 2 else 1
+        lengths = [list(row.shape[:sides]) for row in rows]
+        assert batch.lengths["x"].reshape(-1, sides).tolist() == lengths
+        assert (expected[~batch.mask("x")] == 0).all()
+        assert batch.mask("x").sum() == sum(np.prod(n, dtype=int) for n in lengths)
+
+
+def one_shape(jobs: list[list[np.ndarray]], sizes: Any, declared: Any) -> list[int]:
+    longest = np.max([row.shape for rows in jobs for row in rows], axis=0).tolist()
+    return [
+        n if isinstance(d, int) else min([s for s in sizes if s >= n], default=n)
+        for n, d in zip(longest, declared, strict=True)
+    ]
+
+
+def test_a_stage_sees_ragged_rows_as_its_own_list_of_arrays() -> None:
+    """Of one job and of several, the same list at each look, and no other batch's; the arrays are read-only."""
+    rows = [np.arange(n) for n in range(5)]
+    ragged = RaggedRows.of(rows)
+    assert ragged is not None
+    for tables in ([{"x": ragged}], [{"x": ragged[:2]}, {"x": ragged[2:]}], [{"x": ragged[:2]}, {"x": rows[2:]}]):
+        counts: list[int] = [len(table["x"]) for table in tables]
+        batch = assemble(tables, counts)
+        seen = batch["x"]
+        assert type(seen) is list
+        assert [row.tolist() for row in seen] == [row.tolist() for row in rows]
+        assert dict(batch)["x"] is seen
+        seen.clear()
+        assert len(assemble(tables, counts)["x"]) == 5
+    assert not any(row.flags.writeable for row in assemble([{"x": ragged}], [5])["x"])
+
+
+def test_ragged_outputs_are_given_back_as_one_array_each() -> None:
+    """A list of arrays, once it is checked, is shared out, and no more the stage's memory; rejected rows are gone."""
+    buffer = np.arange(20)
+    outputs = {"y": [buffer[i : 2 * i] for i in range(6)]}
+    for types in ({"y": parse_type("int64[*]")}, {}):
+        parts = split(outputs, [2, 4], "s", types, rejected={1: "no"})
+        assert [part.rejected for part in parts] == [{1: "no"}, {}]
+        kept = [own(part).columns["y"] for part in parts]
+        before = [[row.tolist() for row in column] for column in kept]
+        buffer += 100
+        assert [[row.tolist() for row in column] for column in kept] == before
+        buffer -= 100
+        assert before == [[[]], [[2, 3], [3, 4, 5], [4, 5, 6, 7], [5, 6, 7, 8, 9]]]
+        if types:
+            assert all(isinstance(column, RaggedRows) for column in kept)
+
+
 @pytest.mark.parametrize(
     ("rows", "kind", "value"),
     [
         ([np.zeros(2), np.zeros(2, np.float32)], "float64[*]", 0),
         ([np.zeros((2, 3)), np.zeros((2, 4))], "float64[*, 3]", 0),
+        ([np.zeros((2, 3)), np.zeros((4, 3))], "float64[3, *]", 0),
         ([np.zeros(2), None], "float64[*]?", 0),
         (["a", "b"], "str", 0),
         ([np.zeros(2, np.uint8), np.zeros(3, np.uint8)], "uint8[*]", -1),

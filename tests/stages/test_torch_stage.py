@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import StageConfig, TorchSpec
 from torchrelay.config.types import NUMERIC, parse_type
 from torchrelay.errors import ConfigError, DeviceError, InputError, StageLoadError
@@ -280,6 +281,30 @@ def test_tensors_are_private_and_writable() -> None:
     assert not any(row.any() for row in ragged)
 
 
+def test_ragged_rows_become_tensors_of_their_own() -> None:
+    """One tensor a row, whatever lies behind: writable, apart from what the jobs hold and from the other rows."""
+    for name in ("int32", "bfloat16", "float8_e3m4"):
+        rows = [np.arange(n).astype(NUMERIC[name]) for n in range(5)]
+        ragged = RaggedRows.of(rows)
+        assert ragged is not None
+        twice = ragged.take(np.array([4, 4, 0]))
+        for tables, expected in (
+            ([{"r": ragged}], rows),
+            ([{"r": ragged[:2]}, {"r": ragged[2:]}], rows),
+            ([{"r": twice}], [rows[4], rows[4], rows[0]]),
+        ):
+            for device_share in (False, True):
+                counts = [len(table["r"]) for table in tables]
+                batch = assemble(tables, counts).to_torch("cpu", share=device_share)
+                back = split({"y": batch["r"]}, [len(expected)], "s")[0].columns["y"]
+                assert [(r.dtype, r.tobytes()) for r in back] == [(r.dtype, r.tobytes()) for r in expected]
+                if isinstance(batch["r"][0], torch.Tensor) and not device_share:
+                    batch["r"][0].fill_(7)
+                    assert [r.tobytes() for r in ragged] == [r.tobytes() for r in rows]
+                    others = zip(batch["r"][1:], expected[1:], strict=True)
+                    assert all(t.tolist() == r.astype(float).tolist() for t, r in others)
+
+
 def test_padded_columns_in_torch() -> None:
     """Lengths and mask of a padded column are tensors too."""
     types = {"ids": parse_type("int64[*]"), "image": parse_type("uint8[H, W]")}
@@ -325,9 +350,49 @@ def test_outputs_of_many_kinds() -> None:
     np.testing.assert_array_equal(out["half"].astype(np.float32), base.numpy().T[:3])
 
 
+@pytest.mark.parametrize("name", shared_dtypes())
+def test_rows_of_tensors_come_back_as_one_array(name: str) -> None:
+    """Those that differ in their first axis only, of every dtype; views, conjugates and gradients as they read."""
+    whole = np.resize(np.arange(1, 50), (20, 2)).astype(NUMERIC[name])
+    tensor = assemble([{"x": whole}], [20]).to_torch("cpu")["x"]
+    if tensor.is_floating_point() and tensor.itemsize >= 4:
+        tensor.requires_grad_()
+    column = split({"y": [tensor[i : 2 * i] for i in range(6)]}, [6], "s")[0].columns["y"]
+    assert isinstance(column, RaggedRows)
+    expected = [whole[i : 2 * i] for i in range(6)]
+    assert [(r.dtype, r.shape, r.tobytes()) for r in column] == [(r.dtype, r.shape, r.tobytes()) for r in expected]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(0),
+        torch.zeros(2, 2, 2),
+        torch.zeros(2, 3),
+        torch.zeros(()),
+        torch.zeros(9000, 2),
+        torch.nn.Parameter(torch.zeros(2, 2)),
+        np.zeros((2, 2)),
+        None,
+    ],
+)
+def test_rows_of_several_kinds_come_back_one_by_one(odd: Any) -> None:
+    """Nothing is cast, left out or put together with others."""
+    rows = [torch.ones(n, 2) for n in range(5)]
+    column = split({"y": [*rows, odd]}, [6], "s")[0].columns["y"]
+    assert [row.tolist() for row in column[:5]] == [row.tolist() for row in rows]
+    if odd is None:
+        assert column[5] is None
+    else:
+        assert (column[5].shape, column[5].dtype.name) == (tuple(odd.shape), str(odd.dtype).removeprefix("torch."))
+
+
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.zeros(2, device="meta")])
 def test_tensors_that_cannot_travel(tensor: torch.Tensor) -> None:
     """Sparse and meta tensors are refused with stage and column."""
+    with pytest.raises(InputError, match="'s': column 'x'"):
+        split({"x": [tensor] * 5}, [5], "s")
     with pytest.raises(InputError, match="'s': column 'x'"):
         split({"x": tensor}, [2], "s")
 
@@ -352,3 +417,28 @@ def test_on_a_gpu(tmp_path: Path) -> None:
         back = split({"x": batch["x"]}, [len(array)], "s")[0].columns["x"]
         assert isinstance(back, np.ndarray)
         assert back.tobytes() == raw
+
+
+class Look(TorchStage):
+    share = True
+
+    def build(self, context: StageContext) -> nn.Module:
+        return nn.Identity()
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        SEEN.append(batch["x"])
+        return {"y": batch["x"].sum(dim=1)}
+
+
+def test_a_stage_that_shares_gets_the_jobs_own_memory() -> None:
+    """`share = True` saves the copy on a CPU; what a job holds is not changed by it, nor by others' batches."""
+    SEEN.clear()
+    runner = runner_of(Look())
+    runner.load(StageContext())
+    x = numbers()
+    x.flags.writeable = False
+    (made,) = runner.run([{"x": x}], [2])
+    np.testing.assert_array_equal(made.columns["y"], x.sum(axis=1))
+    assert SEEN[0].data_ptr() == x.ctypes.data
+    runner.run([{"x": x}, {"x": numbers(1)}], [2, 1])
+    assert SEEN[1].data_ptr() != x.ctypes.data

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import MakePipeline, Workers, wait_until
 from torchrelay import Relay
 from torchrelay.errors import InputError, JobFailed
+from torchrelay.terminal import status_of
 
 YAML = """
 pipeline: images
@@ -94,6 +95,8 @@ def test_columns_between_workers_of_a_host_never_meet_redis(
     assert [f.result(timeout=20)["total"] for f in futures] == [total(i) for i in given]
     wait_until(lambda: moved(relay, "invert")["arena"] > 40 * 200_000)
     assert {where: n for where, n in moved(relay, "invert").items() if n and where != "arena"} == {}
+    shown = {n["node"].rpartition("/")[2]: n["moved_bytes"] for n in status_of(relay.registry)["nodes"]}
+    assert shown["invert"] == moved(relay, "invert")
     wait_until(lambda: not blobs(relay))
 
 

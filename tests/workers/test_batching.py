@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import BatchSpec, CostSpec
 from torchrelay.config.types import parse_type
 from torchrelay.queues.job import Payload
@@ -138,3 +139,38 @@ def test_every_job_is_in_one_batch_that_fits(jobs: list[list[int]], rows: int, t
             size = [8 if n <= 8 else 16 for n in values]
             assert len(values) <= rows
             assert (len(size) * max(size, default=0) if padded else sum(values)) <= total
+
+
+@given(lengths, st.integers(1, 8), st.integers(1, 100), st.booleans())
+def test_ragged_rows_are_planned_as_lists_are(jobs: list[list[int]], rows: int, total: int, padded: bool) -> None:
+    """However a column is held, its jobs come in the same batches, and in the same pieces."""
+    more: Mapping[str, Any] = {"pad": {"image": 0}, "buckets": {"image": [8, 16]}} if padded else {}
+    planner = Planner[int](costs(total, "image", max_rows=rows, **more), IMAGES)
+    lists = [[np.zeros((n, 5, 3), np.uint8) for n in job] for job in jobs]
+    ways = [[job(i, "image", column) for i, column in enumerate(columns)] for columns in (lists, map(held, lists))]
+    assert numbers(planner.batches(ways[0])) == numbers(planner.batches(ways[1]))
+    for one, other in zip(*ways, strict=True):
+        assert planner.too_large(one) == planner.too_large(other)
+        assert list(planner.pieces(one, 0, one.rows)) == list(planner.pieces(other, 0, other.rows))
+
+
+def held(rows: list[np.ndarray]) -> Any:
+    return RaggedRows.of(rows, fewest=1) or rows
+
+
+@given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 8), st.integers(1, 100), st.booleans())
+def test_pieces_are_as_long_as_fits(values: list[int], rows: int, total: int, padded: bool) -> None:
+    """Row by row: a piece ends where one more row would cost too much, or be one too many."""
+    more: Mapping[str, Any] = {"pad": {"tokens": 0}, "buckets": {"tokens": [8, 16]}} if padded else {}
+    planner = Planner[int](costs(total, max_rows=rows, **more), TOKENS)
+    expected: list[list[int]] = []
+    for value in values:
+        each = next((size for size in (8, 16) if size >= value), value) if padded else value
+        both = [*expected[-1], each] if expected else []
+        cost = len(both) * max(both, default=0) if padded else sum(both)
+        if both and len(both) <= rows and cost <= total:
+            expected[-1] = both
+        else:
+            expected.append([each])
+    (work,) = texts(values)
+    assert [end - start for start, end in planner.pieces(work, 0, len(values))] == [len(piece) for piece in expected]

@@ -18,6 +18,7 @@ from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
 from torchrelay.queues.job import Place
 from torchrelay.workers.compute import Failed
 from torchrelay.workers.custody import Custody, Read, makers_of
+from torchrelay.workers.rows_in_hand import RowsInHand
 from torchrelay.workers.settling import Settler
 
 MIB = 1 << 20
@@ -124,7 +125,7 @@ def test_an_output_copied_from_bytes_that_changed_is_not_committed(arena: Arena,
             fail=lambda failed: told.append(("fail", failed)),
         ),
         "custody": arena.custody,
-        "claimer": SimpleNamespace(expect=lambda wait_s: None),
+        "claimer": SimpleNamespace(expect=lambda wait_s: None, in_hand=RowsInHand()),
     }
     settler = Settler(**given)
     work: Any = SimpleNamespace(job=HELD, riding=SimpleNamespace(meta=b""))

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from torchrelay.config.columns import Column, check_table
 from torchrelay.config.imports import bind_args
+from torchrelay.config.ragged import shown
 from torchrelay.config.spec import StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 from torchrelay.errors import ConfigError, InputError, JobFailed
@@ -26,7 +27,7 @@ from torchrelay.workers.device import pick_device
 __all__ = ["run_stage"]
 
 AnyStage = Stage | type[Stage] | Callable[..., Any]
-Table = dict[str, Column]
+Table = dict[str, np.ndarray[Any, np.dtype[Any]] | list[Any]]
 
 
 @overload
@@ -114,7 +115,7 @@ def run_stage(
     spec = _spec(stage, dict(args or {}), options)
     types = _types("input", input)
     columns, total = check_table(types, table)
-    sent: Table = {name: _carried(name, column) for name, column in columns.items()}
+    sent = {name: _carried(name, column) for name, column in columns.items()}
     packed = SubmitOptions.parse({"meta": meta}).meta
     fields: Any = codec.decode(packed) if packed else {}
     runner = make_runner(stage, spec, types=types, outputs=_types("outputs", outputs))
@@ -125,7 +126,8 @@ def run_stage(
     finally:
         runner.close()
     _report(made, spec.name, rejected)
-    return made.columns if made.counts is None else Expand(made.columns, made.counts)
+    seen: Table = {name: shown(column) for name, column in made.columns.items()}
+    return seen if made.counts is None else Expand(seen, made.counts)
 
 
 def _spec(stage: AnyStage, args: dict[str, Any], options: dict[str, Any]) -> StageConfig:
@@ -168,7 +170,7 @@ def _carried(name: str, column: Column) -> Any:
         raise InputError(f"column {name!r}: {error}") from error
 
 
-def _run(runner: Runner, table: Table, total: int, max_rows: int, meta: Mapping[str, Any]) -> Made:
+def _run(runner: Runner, table: Mapping[str, Column], total: int, max_rows: int, meta: Mapping[str, Any]) -> Made:
     pieces: list[Made] = []
     refused: dict[int, str] = {}
     for start in range(0, max(total, 1), max_rows):
