@@ -13,6 +13,7 @@ from torch import nn
 
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph_build import build_graph
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import PipelineSpec
 from torchrelay.errors import InputError
 from torchrelay.stages import Batch, Runner, Stage, StageContext, TorchStage, make_group_runner
@@ -310,6 +311,39 @@ def test_padding_within_a_group(kind: Any) -> None:
     found = {name: values.tolist() for name, values in columns.items()}  # type: ignore[union-attr]
     assert found == {"sum": [3, 18, 24], "n": [2, 6, 4], "mask": [1, 3, 2]}
     assert [tuple(batch["t"].shape) for batch in b.seen] == [(2, 4), (1, 4)]
+
+
+@pytest.mark.parametrize("first", [Plain, Torch])
+@pytest.mark.parametrize("second", [Plain, Torch])
+def test_ragged_rows_in_one_array(first: Any, second: Any) -> None:
+    """Rows that came as one array, or that many small tensors made: each stage sees a list of its own kind, also in
+    slices and behind a rejection."""
+
+    def twice(batch: Batch) -> Mapping[str, Any]:
+        batch.reject(1, "no")
+        return {"twice": [row * 2 for row in batch["t"]]}
+
+    def add(batch: Batch) -> Mapping[str, Any]:
+        return {"s": [float((x + y).sum()) for x, y in zip(batch["t"], batch["twice"], strict=True)]}
+
+    a, b = first(twice), second(add)
+    runner = fused(
+        {
+            "a": (a, {"inputs": ["t"], "outputs": {"twice": "float32[*]"}}),
+            "b": (b, {"inputs": ["t", "twice"], "outputs": {"s": "float32"}, "batch": {"max_rows": 5}}),
+        },
+        types={"t": "float32[*]"},
+        output=["twice", "s"],
+    )
+    rows = RaggedRows.of([column(range(n)) for n in range(8)])
+    assert rows is not None
+    ((columns, _, rejected),) = runner.run([{"t": rows}], [8])
+    assert dict(rejected) == {1: "no"}
+    assert list(columns["s"]) == [3 * sum(range(n)) for n in range(8) if n != 1]
+    assert [row.tolist() for row in columns["twice"]] == [[2 * i for i in range(n)] for n in range(8) if n != 1]
+    kind = np.ndarray if second is Plain else torch.Tensor
+    assert {type(row) for batch in b.seen for name in ("t", "twice") for row in batch[name]} == {kind}
+    assert {type(batch[name]) for batch in b.seen for name in ("t", "twice")} == {list}
 
 
 def test_jobs_that_passed_the_first_stage_run_from_there() -> None:
