@@ -1,4 +1,4 @@
-"""The overlapped loop: who is suspected, what keeps its lease, how it ends, and that no schedule of its threads loses."""
+"""The overlapped loop: who is suspected, what keeps its lease, how it ends; no schedule of its threads loses a job."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.conftest import Workers, private_server, wait_until
+from tests.conftest import Workers, wait_until
 from tests.workers.in_process import YAML, Act, Device, InProcess, jitter
 from tests.workers.support import ForwardLog, WorkerProcess, assert_settled
 from torchrelay import Relay
-from torchrelay.errors import BrokerUnavailable, JobFailed, RetryLater
+from torchrelay.errors import BrokerUnavailable, JobFailed
 from torchrelay.queues import dead
 from torchrelay.queues.job import Failure
 from torchrelay.queues.registry import Registry, run
