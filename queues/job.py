@@ -190,7 +190,7 @@ def split_inline(
     """(inline, out of band): the largest columns leave until the rest is at most `most` bytes."""
     total = sum(map(len, columns.values()))
     if total <= most:
-        return {name: join(message) for name, message in columns.items()}, {}
+        return {name: m if type(m) is bytes else join(m) for name, m in columns.items()}, {}
     inline, large = dict(columns), {}
     for name in sorted(columns, key=lambda n: len(columns[n]), reverse=True):
         if total <= most:

@@ -188,12 +188,16 @@ def empty_outputs(types: Mapping[str, ColumnType] | None) -> dict[str, Column]:
 
 def own(made: Made) -> Made:
     """A copy: the stage may use its buffers again at the next call."""
-    columns: dict[str, Column] = {}
-    for name, column in made.columns.items():
-        if isinstance(column, np.ndarray):
-            columns[name] = column.copy()
-        elif isinstance(column, RaggedRows):
-            columns[name] = column  # no buffer of the stage's: its rows were put together here
-        else:
-            columns[name] = [v.copy() if isinstance(v, np.ndarray) else v for v in column]
-    return made._replace(columns=columns)
+    return made._replace(columns={name: _own(column) for name, column in made.columns.items()})
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, RaggedRows):
+        return value  # no buffer of the stage's: its rows were put together here
+    if isinstance(value, list | tuple):
+        return [_own(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _own(v) for k, v in value.items()}
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value

@@ -95,13 +95,12 @@ class Assembler(Generic[J]):
         parsed: list[_Parsed[J]] = []
         for incoming in batch:
             try:
-                brief = self._brief(incoming) if self._short and not incoming.keep else None
-                if brief is None:
-                    parsed.append(self._parse(incoming))
-                elif parsed or brief.refs():
-                    parsed.append(brief)
-                else:
-                    opened.ready.append(self._decode_shortly(brief, {}) or self._decode(brief, {}))
+                short = self._short and not incoming.keep
+                ready = self._open_shortly(incoming) if short and not parsed else None
+                if ready is not None:
+                    opened.ready.append(ready)
+                    continue
+                parsed.append(self._brief(incoming) if short else self._parse(incoming))
             except Exception as error:  # nothing here waits for anything: whatever it is, it is this job's
                 opened.bad.append((incoming.job, error))
         if parsed:
@@ -131,8 +130,23 @@ class Assembler(Generic[J]):
         known = all(1 <= maker <= len(self._graph.nodes) for maker in makers)
         return sum(1 << (maker - 1) for maker in makers) if known else 0
 
-    def _brief(self, incoming: Incoming[J]) -> _Parsed[J] | None:
-        """A job of a plain chain, of which nothing is to be worked out; None where something is missing."""
+    def _open_shortly(self, incoming: Incoming[J]) -> Work[J] | None:
+        """A job of a plain chain whose columns are all inline; None for any other."""
+        payload = decode_payload(incoming.payloads[0])
+        columns, rows = payload.columns, incoming.rows
+        table: dict[str, Column] = {}
+        for local, column in self._columns if self._columns is not None else zip(columns, columns, strict=True):
+            packed = columns.get(column)
+            if type(packed) is not bytes:
+                return None
+            value: Any = codec.decode(packed)
+            if not is_column(value) or len(value) != rows:
+                return None  # the long way says what is wrong
+            table[local] = value
+        return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
+
+    def _brief(self, incoming: Incoming[J]) -> _Parsed[J]:
+        """A job of a plain chain, of which nothing is to be worked out unless something is missing."""
         payload = decode_payload(incoming.payloads[0])
         columns = payload.columns
         wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
@@ -141,7 +155,7 @@ class Assembler(Generic[J]):
         for local, column in self._columns:
             packed = columns.get(column)
             if packed is None:
-                return None  # the long way says what is wrong
+                return self._parse(incoming)  # says what is wrong
             wanted[local] = (packed, ())
         return _Parsed(incoming, payload, wanted, {})
 

@@ -8,6 +8,7 @@ the child gives its work back and ends. Exit status: 0 drained, 2 it can never s
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -148,6 +149,9 @@ def serve(orders: Orders, stop: _Stop) -> None:
         ahead = spec.batch.ahead if spec.batch.ahead is not None else _AHEAD.get(device.partition(":")[0], 0)
         memory = SharedMemory.open(registry, settings, pinned_for=device if ahead else "")
         around = Surroundings(context, client, page, memory, stop)
+        # What was loaded stays for good: each full collection would look through all of it again, for every few jobs.
+        gc.collect()
+        gc.freeze()
         (OverlappedLoop(around, runner, ahead) if ahead else StageLoop(around, runner)).run()
     finally:
         runner.close()

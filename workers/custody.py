@@ -48,6 +48,11 @@ class Custody:
         self._writer = writer
         self._in_hand: dict[tuple[str, bytes], _InHand] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether no job in hand reads or has blocks."""
+        return not self._in_hand
+
     def reads(self, held: Held, read: Read) -> None:
         """The job reads this block."""
         self._entry(held).read.append(read)

@@ -60,29 +60,32 @@ class Settler:
         failed: list[Charge] = []
         given_up: list[Held] = []
         lost: list[tuple[Held, int]] = []
+        # Most jobs are small, and touch no shared memory.
+        reads = not self._custody.empty
         for work, outcome in group:
-            if not self._intact(work.job, lost, given_up):
+            job = work.job
+            if reads and not self._intact(job, lost, given_up):
                 # Whatever was computed, or raised, may come from bytes that were somebody else's by then.
                 continue
             if isinstance(outcome, Failed):
-                failed.append(self._charge(work.job, outcome))
+                failed.append(self._charge(job, outcome))
                 continue
             if isinstance(outcome, GivenUp):
-                given_up.append(work.job)
+                given_up.append(job)
                 continue
             try:
-                closed = self._assemblers[work.job.passed].close(work, outcome)
-                output, large = self._storage.place(work.job, closed, work.riding.meta)
+                closed = self._assemblers[job.passed].close(work, outcome)
+                output, large = self._storage.place(job, closed, work.riding.meta)
             except Exception as error:
                 # The stage returned something that cannot travel: its failure, as if it had raised. Nothing of this
                 # waits for the server, so whatever went wrong is this job's, and must not end the worker.
-                failed.append(self._charge(work.job, Failed(error)))
+                failed.append(self._charge(job, Failed(error)))
                 continue
             if large:
-                blobs.setdefault(work.job.lane, {}).update(large)
-                later.append((work.job, output))
-            elif self._intact(work.job, lost, given_up):
-                self._committer.commit(work.job, output)
+                blobs.setdefault(job.lane, {}).update(large)
+                later.append((job, output))
+            elif not reads or self._intact(job, lost, given_up):
+                self._committer.commit(job, output)
         self._storage.write(blobs)
         for job, output in later:
             if self._intact(job, lost, given_up):

@@ -21,6 +21,7 @@ stages:
     [
         "batch: {max_rows: 7, max_wait_ms: 3}",
         "batch: {max_cost: {column: x, total: 100}}",
+        "batch: {ahead: 2, in_flight_rows: 64, row_buckets: [8, 32]}",
         "torch: {cuda_graphs: false}",
         "replicas: {min: 2, max: 3}",
         "retry: {attempts: 9, backoff_s: [1, 2]}",

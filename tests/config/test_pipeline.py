@@ -147,6 +147,14 @@ stages:
         (ONE + "    batch: {max_cost: {column: x}}\n", ["5:13: stage 'a': batch.max_cost.total is missing; add it"]),
         (ONE + "    batch: {max_cost: {column: x, total: 0}}\n", None),
         (ONE + "    batch: {max_cost: 5}\n", None),
+        (ONE + "    batch: {in_flight_rows: 0}\n", None),
+        (
+            ONE + "    batch: {max_rows: 64, in_flight_rows: 63}\n",
+            [
+                "5:5: stage 'a': batch: in_flight_rows (63) is below the 64 rows that are taken at once (max_rows); "
+                "raise it or lower max_rows (64)"
+            ],
+        ),
         (ONE + "    batch: {pad: {x: 0}, buckets: {x: []}}\n", None),
         (ONE + "    batch: {pad: {x: 0}, buckets: {x: [0, 5]}}\n", None),
         (ONE + "    batch: {pad: {x: 0}, buckets: {x: [5, 5]}}\n", None),

@@ -1,4 +1,4 @@
-"""The overlapped loop: who is suspected, what keeps its lease, how it ends, and that no schedule loses anything."""
+"""The overlapped loop: who is suspected, what keeps its lease, how it ends; no schedule of its threads loses a job."""
 
 from __future__ import annotations
 
@@ -284,3 +284,55 @@ def test_thirty_drains_under_load_lose_and_strike_nothing(relay: Relay, registry
     last.stop()
     assert sorted(n for forward in stage.forwards for n in forward) == sorted(names)
     assert_settled(registry, {"work": 1500})
+
+
+# Bounds, order and memory.
+
+
+def test_no_more_rows_are_in_flight_than_allowed(relay: Relay, registry: Registry, serve: Serve) -> None:
+    """What the server counts as held stays within the bound, a larger job apart, and all is computed."""
+    held: list[int] = []
+
+    def look() -> None:
+        held.append(max([v for k, v in registry.loads().items() if k.endswith("held_rows")], default=0))
+
+    worker = serve(Device(Act({"look": look}), jitter(random.Random(1))), "batch: {max_rows: 4, in_flight_rows: 9}")
+    futures = relay.submit_many("act", [{"n": str(i), "do": "look"} for i in range(120)])
+    worker.start()
+    assert [worker.result(f) for f in futures] == [{"out": f"{i}!"} for i in range(120)]
+    # Commits that are not answered yet count at the server, and no longer here.
+    assert max(held) <= 9 + 8 * 4
+    large = relay.submit_table("act", {"n": [str(i) for i in range(50)]})
+    assert worker.result(large)["out"] == [f"{i}!" for i in range(50)]
+    wait_until(lambda: worker.parts.claimer.in_hand.room == 9)
+    worker.stop()
+
+
+def test_a_batch_that_raises_is_halved_and_never_run_again_as_a_whole(relay: Relay, serve: Serve) -> None:
+    """Whether `forward` raised or the device: what the whole raised is known."""
+    stage = Act({"raise": lambda: int("no number")})
+    worker = serve(Device(stage), "batch: {max_rows: 4, max_wait_ms: 500}", "retry: {attempts: 1}")
+    futures = relay.submit_many("act", [{"n": str(i), "do": "raise" if i == 2 else ""} for i in range(4)])
+    worker.start()
+    with pytest.raises(JobFailed, match="no number"):
+        worker.result(futures[2])
+    assert [worker.result(futures[i]) for i in (0, 1, 3)] == [{"out": f"{i}!"} for i in (0, 1, 3)]
+    worker.stop()
+    assert stage.forwards == [["0", "1", "2", "3"], ["0", "1"], ["2", "3"], ["2"], ["3"]]
+
+
+def test_a_job_of_high_priority_waits_for_few_forwards(relay: Relay, serve: Serve, tmp_path: Path) -> None:
+    """It is computed before all that the worker did not hold: what is launched, ready, in the window and asked for."""
+    gate = tmp_path / "gate"
+    stage = Act({"wait": lambda: wait_until(gate.exists)})
+    worker = serve(Device(stage), "batch: {max_rows: 1}")
+    futures = relay.submit_many("act", [{"n": str(i), "do": "wait"} for i in range(40)], priority="low")
+    worker.start()
+    wait_until(lambda: stage.forwards)
+    wait_until(lambda: worker.parts.claimer.asked_fences)
+    high = relay.submit("act", {"n": "high"}, priority="high")
+    gate.touch()
+    assert worker.result(high) == {"out": "high!"}
+    assert stage.forwards.index(["high"]) <= 8
+    assert [worker.result(f) for f in futures]
+    worker.stop()
