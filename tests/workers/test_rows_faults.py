@@ -122,7 +122,7 @@ def test_a_job_of_many_short_forwards_keeps_its_lease(
 ) -> None:
     """Several leases long, in slices or in halves: no other worker gets it meanwhile, and it is committed once."""
     for _ in range(2):
-        spawn(slices, lease_ms="500").ready()
+        spawn(slices, lease_ms="1500").ready()
     table: dict[str, Any] = {"x": range(240), "do": ["sleep 0.02"] * 240}
     expected = [2 * i for i in range(240)]
     if order != "sleep 0.02":
