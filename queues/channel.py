@@ -135,7 +135,7 @@ class Channel:
         try:
             connection = self._connected()
             connection.send_command("BLPOP", *keys, f"{max(timeout_s, 0.001):.3f}")
-            if self._ends(connection, timeout_s + 10.0):
+            if self._ends(connection, timeout_s):
                 connection.disconnect()
                 return None
             value: list[bytes] | None = connection.read_response(timeout=timeout_s + 10.0)
@@ -166,7 +166,7 @@ class Channel:
         return self._connection
 
     def _ends(self, connection: Any, timeout_s: float) -> bool:
-        """Waits for the answer, or for `until`; True when that came first."""
+        """Waits so long for the answer or for `until`; True when that came first."""
         if self._until is None or connection.can_read(timeout=0):
             return False
         with selectors.DefaultSelector() as selector:

@@ -216,7 +216,7 @@ def test_a_forward_longer_than_the_lease_keeps_the_jobs_that_were_claimed_ahead(
     """Leases of claims under way are renewed too; else every job behind a slow one would run twice, for ever."""
     path = obey("batch: {max_rows: 1}")
     relay.register(path)
-    spawn(path, lease_ms="500").ready()
+    spawn(path, lease_ms="800").ready()
     futures = relay.submit_many("obey", [{"n": str(i), "do": "sleep 1.7"} for i in range(2)])
     assert [f.result(20) for f in futures] == [{"out": f"{i}!"} for i in range(2)]
     assert set(forward_log.runs().values()) == {1}
