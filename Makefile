@@ -21,7 +21,8 @@ demo: $(READY) ## search the standard library's docstrings by meaning, through t
 	$(BIN)/python -m examples.docsearch.demo
 
 test: $(READY) ## all tests, on a real server with real workers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(READY) ## style, types and the rules between rooms
 	$(BIN)/ruff check .

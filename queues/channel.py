@@ -6,9 +6,10 @@ transport) answers as the first time, so a dropped reply does nothing twice. Not
 
 from __future__ import annotations
 
+import selectors
 import time
 from collections import deque
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import redis
 from redis.exceptions import (
@@ -34,6 +35,12 @@ def _passes(refusal: ResponseError) -> bool:
     if isinstance(refusal, ReadOnlyError | MasterDownError | ClusterDownError | TryAgainError):
         return True
     return str(refusal).startswith("BUSY ") or "-READONLY " in str(refusal)
+
+
+class Ending(Protocol):
+    """Something whose descriptor becomes readable when waits are to end."""
+
+    def fileno(self) -> int: ...
 
 
 class Pending(Generic[T]):
@@ -63,11 +70,13 @@ class Pending(Generic[T]):
 
 
 class Channel:
-    """Sends calls over one connection of `client`'s pool. `patience_s` bounds how long a lost server is waited for."""
+    """Sends calls over one connection of `client`'s pool. `patience_s` bounds how long a lost server is waited for;
+    `until` ends `block_pop` early."""
 
-    def __init__(self, client: redis.Redis, *, patience_s: float = 30.0) -> None:
+    def __init__(self, client: redis.Redis, *, patience_s: float = 30.0, until: Ending | None = None) -> None:
         self._pool = client.connection_pool
         self._patience_s = patience_s
+        self._until = until
         self._connection: Any = None
         self._flight: deque[Pending[Any]] = deque()
         self.reconnects = 0
@@ -120,11 +129,15 @@ class Channel:
         self._flight.popleft().settle(value)
 
     def block_pop(self, keys: list[str], timeout_s: float) -> list[bytes] | None:
-        """BLPOP on an idle channel: [key, value], or None after `timeout_s` (at least 1 ms) without one."""
+        """BLPOP on an idle channel: [key, value], or None after `timeout_s` (at least 1 ms) without one or when `until`
+        ends it: a token that comes at that moment is lost, as with a worker that dies."""
         self.drain()
         try:
             connection = self._connected()
             connection.send_command("BLPOP", *keys, f"{max(timeout_s, 0.001):.3f}")
+            if self._ends(connection, timeout_s):
+                connection.disconnect()
+                return None
             value: list[bytes] | None = connection.read_response(timeout=timeout_s + 10.0)
             return value
         except LOST as error:
@@ -151,6 +164,17 @@ class Channel:
         if self._connection is None:
             self._connection = self._pool.get_connection()
         return self._connection
+
+    def _ends(self, connection: Any, timeout_s: float) -> bool:
+        """Waits so long for the answer or for `until`; True when that came first."""
+        if self._until is None or connection.can_read(timeout=0):
+            return False
+        with selectors.DefaultSelector() as selector:
+            # redis-py offers no other way to wait for a connection and something else.
+            selector.register(connection._sock, selectors.EVENT_READ, False)
+            selector.register(self._until, selectors.EVENT_READ, True)
+            ready = selector.select(timeout_s)
+        return bool(ready) and all(key.data for key, _ in ready)
 
     def _write(self, command: list[Arg]) -> None:
         connection = self._connected()

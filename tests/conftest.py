@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
@@ -23,6 +25,18 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.server import server_command, server_program
 from torchrelay.testing.serving import await_ready, fresh_namespace
 from torchrelay.workers.supervisor import Supervisor
+
+# Worker processes are many here and the cores few: threads of torch that wait for each other would only burn them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("torchrelay", deadline=None)
+hypothesis.settings.load_profile("torchrelay")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: no collection need look at it again, in this process or in a fork of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
@@ -110,11 +124,16 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def await_no_shared_memory(arena_dir: Path) -> None:
+    """Whatever tests do, and whoever dies in them: once their processes are gone, so is their shared memory."""
+    wait_until(lambda: not list(arena_dir.rglob("*.data")), 5.0)
+
+
 @pytest.fixture(autouse=True)
 def no_shared_memory_left(arena_dir: Path) -> Iterator[None]:
-    """Whatever a test does, and whoever dies in it: once its processes are gone, so is their shared memory."""
+    """After each test; a module whose workers serve all its tests overrides this with one that looks at its end."""
     yield
-    wait_until(lambda: not list(arena_dir.rglob("*.data")), 5.0)
+    await_no_shared_memory(arena_dir)
 
 
 @pytest.fixture(scope="session")

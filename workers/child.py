@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import redis
 
@@ -40,6 +40,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
+from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import SharedMemory
 
 log = logging.getLogger("torchrelay.worker")
@@ -73,28 +74,16 @@ class Orders:
         return json.dumps(asdict(self)) + "\n"
 
 
-class _Stop:
-    """Set by SIGTERM, or when the supervisor is gone."""
+def _watch_parent(stop: Stop) -> None:
+    """Ends this process soon after its standard input closes, whatever the stage is doing."""
 
-    def __init__(self) -> None:
-        self._flag = False
+    def wait() -> None:
+        os.read(0, 1)
+        stop.set()
+        time.sleep(_ORPHAN_GRACE_S)
+        os._exit(EXIT_FAILED)
 
-    def __call__(self) -> bool:
-        return self._flag
-
-    def set(self, *_: Any) -> None:
-        self._flag = True
-
-    def watch_parent(self) -> None:
-        """Ends this process soon after its standard input closes, whatever the stage is doing."""
-
-        def wait() -> None:
-            os.read(0, 1)
-            self.set()
-            time.sleep(_ORPHAN_GRACE_S)
-            os._exit(EXIT_FAILED)
-
-        threading.Thread(target=wait, name="torchrelay-parent", daemon=True).start()
+    threading.Thread(target=wait, name="torchrelay-parent", daemon=True).start()
 
 
 def _read_orders() -> Orders:
@@ -114,7 +103,7 @@ def _end_at_once(error: BaseException) -> None:
     os._exit(EXIT_DEVICE)
 
 
-def serve(orders: Orders, stop: _Stop) -> None:
+def serve(orders: Orders, stop: Stop) -> None:
     """Loads the stage and runs the loop until it drains."""
     pipeline = Pipeline.load(orders.pipeline, orders.overrides)
     if pipeline.ref != orders.ref:
@@ -161,13 +150,13 @@ def main() -> int:
     """Runs one child; returns its exit status."""
     orders = _read_orders()
     set_up_logs(orders.log, worker=orders.worker, stage="+".join(orders.stages))
-    stop = _Stop()
+    stop = Stop()
     signal.signal(signal.SIGTERM, stop.set)
     # A terminal sends Ctrl-C to the whole group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    stop.watch_parent()
+    _watch_parent(stop)
     try:
         serve(orders, stop)
     except WorkerRetired:

@@ -22,6 +22,7 @@ from torchrelay.workers.patience import patiently
 from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.settling import Settler
 from torchrelay.workers.status import Status
+from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import SharedMemory, Storage
 from torchrelay.workers.work import Work
 
@@ -34,7 +35,7 @@ class Surroundings(NamedTuple):
     client: redis.Redis
     page: ProgressPage
     memory: SharedMemory
-    stopping: Callable[[], bool]
+    stopping: Stop
 
 
 class Parts:
@@ -44,7 +45,7 @@ class Parts:
         context = around.context
         session = Session(context.incarnation)
         self.around = around
-        self.claims = Channel(around.client)
+        self.claims = Channel(around.client, until=around.stopping)
         self.commits = Channel(around.client) if threads else self.claims
         self.custody = Custody(around.memory.reader, around.memory.placer.writer)
         # Each thread numbers its own operations.

@@ -37,6 +37,7 @@ log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
 GRACE_S = 30.0
 _LOOK_S = 0.25
+_LOOK_LOADING_S = 0.05
 _KEEP_S = 1.0
 _LOADS_BEFORE_BREAKER = 3
 # A child between forwards may wait half a minute for the server, twice.
@@ -265,7 +266,7 @@ class Supervisor:
                 told = state
             self._upkeep.tick()
             self._keep_arena()
-            self._changed.wait(_LOOK_S)
+            self._changed.wait(_LOOK_LOADING_S if progress.state == LOADING else _LOOK_S)
             self._changed.clear()
 
     def _hung(self, progress: Progress) -> bool:

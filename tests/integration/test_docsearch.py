@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from examples.docsearch.gather import Doc, gather
-from tests.conftest import PrivateServer, Workers
+from tests.conftest import PrivateServer, Workers, await_no_shared_memory
 from torchrelay import Pipeline, Relay
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,12 @@ def test_a_limit_spreads_over_all_texts() -> None:
     few = gather(50)
     assert len(few) == 50
     assert few[0]["name"] < "b" < "x" <= few[-1]["name"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_shared_memory_left(arena_dir: Path) -> Iterator[None]:
+    yield
+    await_no_shared_memory(arena_dir)
 
 
 @pytest.fixture(scope="module")

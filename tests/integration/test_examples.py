@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import redis
 
-from tests.conftest import PrivateServer, Workers, wait_until
+from tests.conftest import PrivateServer, Workers, await_no_shared_memory, wait_until
 from torchrelay import Relay
 from torchrelay.errors import JobFailed, QueueFull
 from torchrelay.queues.operate import Target, pause, purge
@@ -89,6 +89,12 @@ def serving(server: PrivateServer, name: str, pipeline: str) -> Iterator[Example
     finally:
         workers.stop()
         client.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_shared_memory_left(arena_dir: Path) -> Iterator[None]:
+    yield
+    await_no_shared_memory(arena_dir)
 
 
 @pytest.fixture(scope="module")

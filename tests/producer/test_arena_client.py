@@ -204,6 +204,7 @@ def test_caches_of_jobs_that_nobody_reads_any_more_go(
     relay.cancel([futures[0].id])
 
 
+@pytest.mark.alone
 def test_who_waits_for_room_in_the_arena_holds_up_nobody(
     make_pipeline: MakePipeline, server_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -639,6 +639,7 @@ def test_after_five_seconds_without_a_worker_the_waiting_client_warns_once(with_
     assert "torchrelay worker" in texts[0]
 
 
+@pytest.mark.alone
 def test_the_loop_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
     """Submits and results wait through a restart; the loop's other tasks do not."""
     path = write_pipeline(tmp_path)

@@ -82,6 +82,7 @@ def test_several_threads_may_ask_for_one_large_result(near: Relay) -> None:
     assert all(r is rows[0] for r in rows)
 
 
+@pytest.mark.alone
 def test_infer_past_its_deadline_leaves_no_job_behind(near: Relay) -> None:
     """Nobody serves the pipeline: the server ends the job, and the queue is empty again."""
     began = time.monotonic()
@@ -139,6 +140,7 @@ def test_map_names_a_bad_row_by_its_place_among_all_rows(near: Relay) -> None:
         list(near.map("echo", rows, in_flight=8))
 
 
+@pytest.mark.alone
 def test_map_gives_results_while_rows_come_slowly(near: Relay) -> None:
     """The first result is there long before `in_flight` rows are."""
 
@@ -349,6 +351,7 @@ def test_a_job_whose_deadline_passes_while_it_runs_ends_so(near: Relay) -> None:
     assert out(near.submit("one", row("b"))) == "b!"
 
 
+@pytest.mark.alone
 def test_a_delayed_job_starts_when_it_is_due(near: Relay) -> None:
     """Not sooner, and without waiting for the next poll."""
     began = time.monotonic()
@@ -473,6 +476,7 @@ def test_large_columns_travel_beside_the_job_and_are_freed(near: Relay) -> None:
     wait_until(lambda: not list(client.scan_iter(f"{tag.replace('{', '[{]')}blob:*", 1000)), 5.0)
 
 
+@pytest.mark.alone
 def test_close_ends_waiting_threads_and_can_be_repeated(server_url: str, served: str) -> None:
     """A thread in result() hears of it at once; a closed Relay refuses by name; jobs go on without it."""
     relay = Relay(server_url, namespace=served)
@@ -512,6 +516,7 @@ def test_futures_that_nobody_holds_are_forgotten_once_they_end(near: Relay) -> N
     assert near._core.inbox.outstanding == 0
 
 
+@pytest.mark.alone
 def test_a_full_queue_is_refused_or_waited_for(server_url: str, namespace: str, tmp_path: Path) -> None:
     """QueueFull holds what went in; with wait_s the rest follows as room comes, however long that takes."""
     path = write_pipeline(tmp_path)

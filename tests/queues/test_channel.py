@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.queues.conftest import Lane
 from torchrelay.errors import BrokerMisconfigured, BrokerUnavailable, PipelineNotFound
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.keys import new_token
+from torchrelay.workers.stop import Stop
 
 
 class Line:
@@ -257,6 +259,28 @@ def test_waiting_survives_a_killed_connection(lane, chain):
     killer.join()
     assert lane.channel.reconnects == 1
     lane.submit(chain)
+
+
+def test_waiting_ends_when_its_owner_is_to_end(lane, chain, server_url):
+    """A wait is cut short in the middle, a later one does not begin, and what the channel sends then is answered."""
+    stop = Stop()
+    channel = Channel(redis.Redis.from_url(server_url), until=stop)
+    wake = lane.keys.wake("p1@v/s1")
+
+    def end() -> None:
+        wait_until(lambda: [c for c in lane.redis.client_list() if c["cmd"] == "blpop"])
+        stop.set()
+
+    ender = threading.Thread(target=end)
+    ender.start()
+    began = time.monotonic()
+    assert channel.block_pop([wake], 30.0) is None
+    ender.join()
+    assert channel.block_pop([wake], 30.0) is None
+    assert time.monotonic() - began < 20.0
+    assert channel.run(lane.submitting(chain, [lane.job()])).statuses == "n"
+    assert lane.channel.block_pop([wake], 5.0) == [wake.encode(), b"1"]
+    channel.close()
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_a_server_that_loads_its_data_is_named(tmp_path: Path) -> None:
     slow = ("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
     with private_server() as made:
         client = admin(made)
-        client.mset({f"k{n}": "x" * 1000 for n in range(150)})
+        client.mset({f"k{n}": "x" * 1000 for n in range(1000)})
         client.bgrewriteaof()
         wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
         made.stop()
@@ -205,5 +205,6 @@ def test_a_server_that_loads_its_data_is_named(tmp_path: Path) -> None:
         wait_until(lambda: ping(made.socket) == "LOADING")
         with pytest.raises(BrokerUnavailable, match="is loading its data"):
             open_broker(made.url)
+        admin(made).config_set("key-load-delay", 0)
         starting.join()
         open_broker(made.url).close()

@@ -26,6 +26,7 @@ def start_two(workers: Workers, path: Path, registry: Registry) -> None:
     wait_until(lambda: [w.state for w in registry.workers()] == ["ready", "ready"], 30.0)
 
 
+@pytest.mark.alone
 def test_a_job_whose_worker_is_killed_in_mid_batch_starts_again_within_a_second_and_commits_once(
     relay: Relay, registry: Registry, workers: Workers, obey: Obey, forward_log: ForwardLog, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_random_kills_lose_nothing_and_double_nothing(
     assert not list(dead.scan(registry))
 
 
+@pytest.mark.alone
 def test_another_worker_takes_over_when_the_lease_of_a_killed_worker_runs_out(
     relay: Relay, registry: Registry, spawn: Spawn, obey: Obey, forward_log: ForwardLog, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_job_that_kills_its_worker_dies_after_three_solo_strikes_and_harms_no_
     assert_settled(registry, {"work": 7})
 
 
+@pytest.mark.alone
 def test_a_forward_past_its_timeout_is_shown_killed_and_done_again_by_a_fresh_process(
     relay: Relay, registry: Registry, spawn: Spawn, obey: Obey, forward_log: ForwardLog, tmp_path: Path
 ) -> None:
@@ -213,7 +216,7 @@ def test_a_forward_longer_than_the_lease_keeps_the_jobs_that_were_claimed_ahead(
     """Leases of claims under way are renewed too; else every job behind a slow one would run twice, for ever."""
     path = obey("batch: {max_rows: 1}")
     relay.register(path)
-    spawn(path, lease_ms="500").ready()
+    spawn(path, lease_ms="800").ready()
     futures = relay.submit_many("obey", [{"n": str(i), "do": "sleep 1.7"} for i in range(2)])
     assert [f.result(20) for f in futures] == [{"out": f"{i}!"} for i in range(2)]
     assert set(forward_log.runs().values()) == {1}

@@ -45,6 +45,8 @@ SLICES_CODE = """
             verb, _, rest = do.partition(" ")
             if verb == "sleep":
                 time.sleep(float(rest))
+            if verb == "slow-until" and not Path(rest).exists():
+                time.sleep(0.25)
             if verb == "die" or (verb == "die-until" and not Path(rest).exists()):
                 os._exit(7)
             if verb == "hang-until" and not Path(rest).exists():
@@ -72,12 +74,12 @@ def began(path: Path) -> list[tuple[int, int]]:
 
 
 def test_sigterm_between_slices_gives_the_job_back_unharmed(
-    slices: Path, relay: Relay, registry: Registry, spawn: Spawn
+    slices: Path, relay: Relay, registry: Registry, spawn: Spawn, tmp_path: Path
 ) -> None:
     """A job of many forwards does not hold up the drain; another worker does it, without a strike."""
     first = spawn(slices).ready()
-    rows = 4 * 60
-    future = relay.submit_table("slices", {"x": range(rows), "do": ["sleep 0.25", "", "", ""] * 60})
+    rows, gate = 4 * 60, tmp_path / "gate"
+    future = relay.submit_table("slices", {"x": range(rows), "do": [f"slow-until {gate}", "", "", ""] * 60})
     wait_until(lambda: len(began(slices)) >= 2)
     began_at = time.monotonic()
     first.process.terminate()
@@ -85,6 +87,7 @@ def test_sigterm_between_slices_gives_the_job_back_unharmed(
     assert time.monotonic() - began_at < 10.0
     assert len(began(slices)) < 30
     assert registry.client.hlen(registry.lanes[0].keys.grants) == 0
+    gate.touch()
     spawn(slices)
     assert np.asarray(future.result(60)["y"]).tolist() == [2 * i for i in range(rows)]
     assert_settled(registry, {"work": 1})
@@ -119,7 +122,7 @@ def test_a_job_of_many_short_forwards_keeps_its_lease(
 ) -> None:
     """Several leases long, in slices or in halves: no other worker gets it meanwhile, and it is committed once."""
     for _ in range(2):
-        spawn(slices, lease_ms="500").ready()
+        spawn(slices, lease_ms="1500").ready()
     table: dict[str, Any] = {"x": range(240), "do": ["sleep 0.02"] * 240}
     expected = [2 * i for i in range(240)]
     if order != "sleep 0.02":

@@ -103,6 +103,7 @@ def test_a_stage_that_ends_its_process_with_status_0_is_a_death_not_a_drain(
     assert_settled(registry, {"work": 1})
 
 
+@pytest.mark.alone
 def test_batches_fill_to_max_rows_and_a_partial_one_waits_max_wait_ms(
     relay: Relay, registry: Registry, workers: Workers, obey: Obey, forward_log: ForwardLog
 ) -> None:
@@ -188,6 +189,7 @@ def sent_commands(client: redis.Redis) -> int:
     return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval", "blpop", "ping"))
 
 
+@pytest.mark.alone
 def test_an_idle_worker_sends_at_most_five_commands_a_second(obey: Obey) -> None:
     """It blocks on its wake list with a poll of a second behind it; its supervisor beats and keeps the lane."""
     path = obey()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
 from torchrelay.queues.job import Place
 
 LIMITS = ArenaLimits(MIB, MIB // 4, MIB // 2)
+ROOT = Path(__file__).parents[3]
 _FOLDER = str(Path(arena.__file__).parent)
 Event = tuple[str, int]
 
@@ -140,15 +142,37 @@ def in_a_child(act: Callable[[], object]) -> None:
     os.waitpid(pid, 0)
 
 
-@pytest.fixture(autouse=True)
-def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keepers ask and clean at once: what they would wait for is dead for certain."""
-    monkeypatch.setattr(keeper_module, "_ASK_EVERY_S", 0.0)
-    monkeypatch.setattr(keeper_module, "_UNFINISHED_S", -1.0)
+def in_a_small_process(body: Callable[[ArenaHome, Path], None], home: ArenaHome, folder: Path) -> None:
+    """Runs it in a fresh process: this one may have loaded so much that each of a thousand forks takes long."""
+    code = f"from tests.queues.arena import test_crashes; test_crashes.run_here(test_crashes.{body.__name__})"
+    command = [sys.executable, "-c", code, str(home.folder), str(home.host), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_here(body: Callable[[ArenaHome, Path], None]) -> None:
+    """What that process runs. Keepers ask and clean at once: what they would wait for is dead for certain."""
+    keeper_module._ASK_EVERY_S, keeper_module._UNFINISHED_S = 0.0, -1.0
+    folder, host, journals = sys.argv[1:]
+    body(ArenaHome(Path(folder), int(host)), Path(journals))
 
 
 def test_a_writer_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
     """What the server accepted is read, to the byte, from the keeper that took over; then no file is left."""
+    in_a_small_process(writers_die, home, tmp_path)
+
+
+def test_a_reader_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
+    """What it had not released stays for the next one, what it held hinders nobody, and no list of it is left."""
+    in_a_small_process(readers_die, home, tmp_path)
+
+
+def test_a_keeper_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
+    """The next one takes over what it kept, with what was released meanwhile, and ends it the same way."""
+    in_a_small_process(keepers_die, home, tmp_path)
+
+
+def writers_die(home: ArenaHome, tmp_path: Path) -> None:
     points = deaths(lambda: write(home, Journal(tmp_path / "dry")))
     settle(home, Journal(tmp_path / "none"))
     assert len(points) > 150
@@ -183,6 +207,8 @@ def test_a_slot_that_was_just_taken_claims_nothing_of_a_living_block(
     home: ArenaHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A writer that dies with a slot's new generation and its old words: they overlap with what lies there now."""
+    monkeypatch.setattr(keeper_module, "_ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(keeper_module, "_UNFINISHED_S", -1.0)
     journal = Journal(tmp_path / "journal")
 
     def life() -> None:
@@ -219,8 +245,7 @@ def read(home: ArenaHome, journal: Journal) -> None:
     reader.close()
 
 
-def test_a_reader_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
-    """What it had not released stays for the next one, what it held hinders nobody, and no list of it is left."""
+def readers_die(home: ArenaHome, tmp_path: Path) -> None:
     names = ("a", "b")
     journal = Journal(tmp_path / "journal")
 
@@ -256,8 +281,7 @@ def test_a_reader_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
         settle(home, Journal(tmp_path / "none"))
 
 
-def test_a_keeper_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
-    """The next one takes over what it kept, with what was released meanwhile, and ends it the same way."""
+def keepers_die(home: ArenaHome, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
 
     def dead_writer() -> None:

@@ -207,6 +207,7 @@ def test_half_a_host_token_is_an_error(base: Path) -> None:
         ArenaHome.open(str(base), "ns")
 
 
+@pytest.mark.alone
 def test_thousands_of_stray_files_are_cleared_or_passed_by(home: ArenaHome, server_of_blocks: Server) -> None:
     """Locks and control files of the dead go; what has another name stays; a look stays quick."""
     for number in range(3000):
