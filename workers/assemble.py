@@ -135,7 +135,7 @@ class Assembler(Generic[J]):
         payload = decode_payload(incoming.payloads[0])
         columns, rows = payload.columns, incoming.rows
         table: dict[str, Column] = {}
-        for local, column in self._columns if self._columns is not None else zip(columns, columns, strict=True):
+        for local, column in self._read_of(columns):
             packed = columns.get(column)
             if type(packed) is not bytes:
                 return None
@@ -145,14 +145,16 @@ class Assembler(Generic[J]):
             table[local] = value
         return Work(incoming, table, rows, rows, payload, _fields(payload.meta), _NO_LEVELS)
 
+    def _read_of(self, columns: Iterable[str]) -> Sequence[tuple[str, str]]:
+        """What the stage reads of a plain chain's job: by its own name, and the job's."""
+        return self._columns if self._node.inputs is not None else [*((c, c) for c in columns), *self._columns]
+
     def _brief(self, incoming: Incoming[J]) -> _Parsed[J]:
         """A job of a plain chain, of which nothing is to be worked out unless something is missing."""
         payload = decode_payload(incoming.payloads[0])
         columns = payload.columns
         wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
-        if self._node.inputs is None:
-            wanted = {name: (packed, ()) for name, packed in columns.items()}
-        for local, column in self._columns:
+        for local, column in self._read_of(columns):
             packed = columns.get(column)
             if packed is None:
                 return self._parse(incoming)  # says what is wrong
