@@ -23,6 +23,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import Progress, ProgressPage
+from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import SharedMemory
 
 YAML = """
@@ -88,9 +89,9 @@ class InProcess:
         self.client = redis.Redis.from_url(url)
         self.page = ProgressPage.create(10_000)
         self.memory = SharedMemory.open(registry, Settings(redis_url=url, namespace=registry.control.namespace))
-        self.stopping = threading.Event()
+        self.stopping = Stop()
         self.loop = OverlappedLoop(
-            Surroundings(context, self.client, self.page, self.memory, self.stopping.is_set), runner, ahead
+            Surroundings(context, self.client, self.page, self.memory, self.stopping), runner, ahead
         )
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
