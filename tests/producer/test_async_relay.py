@@ -307,6 +307,7 @@ def test_who_waits_for_room_holds_up_nobody(server_url: str, namespace: str, tmp
         assert ready_rows(relay, "echo") == 3
 
 
+@pytest.mark.alone  # beside other tests, closing at once left the jobs of the first call in one run of three
 @pytest.mark.parametrize("closing", [False, True])
 def test_what_went_in_of_an_abandoned_submit_is_cancelled(
     server_url: str, namespace: str, tmp_path: Path, closing: bool
