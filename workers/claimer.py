@@ -21,6 +21,8 @@ _POLL_S = 1.0
 _LATER_EVERY_S = 0.5
 # A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
 _WINDOW_S = 0.05
+# Where rows of like length are put together, one that holds more leaves fewer batches half full at its end.
+_SORTED_WINDOW_S = 0.25
 
 
 @dataclass(slots=True)
@@ -95,11 +97,11 @@ class Claimer:
         if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
         passed, lane = self._next_place()
-        context = self._entrances[passed]
-        rows = max(context.spec.batch.window_rows, int(self.rows_per_s * _WINDOW_S))
+        rows = max(self.rows_at_once(passed), int(self.rows_per_s * _WINDOW_S))
         rows = min(rows, self.in_hand.room)
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
         fence = f"{self._context.incarnation}-{next(self._numbers):x}"
+        context = self._entrances[passed]
         call = self._context.lanes[lane].claim(
             self._session, fence, context.incarnation, context.number, context.nodes, limits
         )
@@ -177,10 +179,21 @@ class Claimer:
         self._found_empty.clear()
         self.ready_left = 1
 
+    def rows_at_once(self, passed: int = 0) -> int:
+        """How many rows are taken at once, of jobs that passed so many nodes; more than the stage's `batch` entry asks
+        for where they are sorted, as far as they are soon computed."""
+        batch = self._entrances[passed].spec.batch
+        if not batch.sorts:
+            return batch.window_rows
+        rows = int(self.rows_per_s * _SORTED_WINDOW_S)
+        if batch.in_flight_rows is not None:
+            rows = min(rows, batch.in_flight_rows // 2)  # the next is claimed while these are computed
+        return max(batch.window_rows, rows)
+
     @property
     def _missing(self) -> int:
         """How many rows the window lacks of what is taken next."""
-        return self._context.spec.batch.window_rows - self.window_rows
+        return self.rows_at_once() - self.window_rows
 
     @property
     def _full(self) -> bool:

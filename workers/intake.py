@@ -50,7 +50,8 @@ class Intake:
                 if claimer.idle():
                     claimer.wait()
                 return None
-        rules = self._context.group.stages[claimer.window[0].passed].batch
+        passed = claimer.window[0].passed
+        rules = self._context.group.stages[passed].batch
         deadline = claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
         while claimer.window_rows < rules.max_rows and not self._stopping():
             if claimer.ready_left and claimer.top_up():
@@ -60,7 +61,7 @@ class Intake:
                 break
             self._rest()
             claimer.wait(remaining)
-        batch = claimer.take(rules.window_rows)
+        batch = claimer.take(claimer.rows_at_once(passed))
         claimer.ask_ahead()
         return self._open(batch)
 

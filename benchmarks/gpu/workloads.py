@@ -127,12 +127,12 @@ def _padded(rows: list[np.ndarray], part: list[int], size: int, bucket: int) -> 
 #   A forward of 1,024 rows is 0.23 ms; 4,096 rows (four jobs) are the baseline's better batch too.
 # - tokens, 4 bytes each: 12 MB/s at 3 million/s; the cost is in the number of rows.
 _FULL = {
-    "resnet50": Workload("resnet50", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
-    "vit_b16": Workload("vit_b16", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
-    "tinycnn": Workload("tinycnn", "images", "image", "uint8", (224, 224, 3), 256, 128, 32, 1024),
+    "resnet50": Workload("resnet50", "images", "image", "uint8", (224, 224, 3), 256, 128, 64, 1024),
+    "vit_b16": Workload("vit_b16", "images", "image", "uint8", (224, 224, 3), 256, 128, 64, 1024),
+    "tinycnn": Workload("tinycnn", "images", "image", "uint8", (224, 224, 3), 256, 128, 64, 1024),
     "mlp": Workload("mlp", "rows", "features", "uint8", (256,), 4096, 1024, 64, 262_144, width=4096, layers=4),
     "text": Workload(
-        *("text", "tokens", "tokens", "int32", (), 512, 64, 64, 16_384),
+        *("text", "tokens", "tokens", "int32", (), 512, 64, 256, 16_384),
         buckets=(32, 64, 128, 256, 512),
         batch_tokens=16_384,
         width=768,

@@ -100,3 +100,25 @@ def test_jobs_of_two_nodes_are_not_taken_together(clock: Clock) -> None:
     claims.top_up()
     assert [held.passed for held in claims.window] == [1, 0]
     assert [[held.passed for held in claims.take(8)] for _ in range(2)] == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows_per_s", "at_once"),
+    [
+        ({}, 1e6, 8),
+        ({"sorts": True}, 0.0, 32),
+        ({"sorts": True}, 100.0, 32),
+        ({"sorts": True}, 4000.0, 1000),
+        ({"sorts": True, "in_flight_rows": 600}, 4000.0, 300),
+        ({"sorts": True, "in_flight_rows": 32}, 4000.0, 32),
+    ],
+)
+def test_rows_that_are_sorted_are_taken_by_the_quarter_of_a_second(
+    batch: dict[str, Any], rows_per_s: float, at_once: int
+) -> None:
+    sorts = {"max_cost": {"column": "x", "total": 64}} if batch.pop("sorts", False) else {}
+    server = Server(full=set())
+    server.spec = SimpleNamespace(batch=BatchSpec.model_validate({"max_rows": 8, **sorts, **batch}))
+    claims = claimer(server)
+    claims.rows_per_s = rows_per_s
+    assert claims.rows_at_once() == at_once
