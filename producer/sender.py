@@ -63,6 +63,11 @@ class Request:
         if not self._missing:
             self.reply(self)
 
+    @property
+    def answered(self) -> bool:
+        """Whether it is known of each of its jobs what became of it."""
+        return not self._missing
+
     def fail(self, error: Exception) -> None:
         self.error = error
         self.reply(self)
@@ -101,6 +106,8 @@ class Sender:
         self._core = core
         self._queue: SimpleQueue[Request | Cancel | None] = SimpleQueue()
         self._lines: dict[str, _Line] = {}
+        # Answered when their callers had gone already.
+        self._abandoned: list[Request] = []
         self._thread = threading.Thread(target=self._run, name="torchrelay-sender", daemon=True)
 
     def start(self) -> None:
@@ -123,13 +130,11 @@ class Sender:
                 self._submit([w for w in works if isinstance(w, Request)])
                 self._look_for_room()
             self._cancel([w for w in works if isinstance(w, Cancel)])
+            self._cancel_abandoned()
         why = InputError("this AsyncRelay was closed while a submit waited for room")
-        waiting = [parcel for line in self._lines.values() for parcel in line.parcels]
-        for parcel in waiting:
+        for parcel in [parcel for line in self._lines.values() for parcel in line.parcels]:
             self._refuse(parcel, why)
-        # Their callers hear of it too late to cancel what went in.
-        gone = {id(o): o for p in waiting for i in p.items if isinstance(o := i.draft.owner, Request) and o.gone}
-        self._cancel([Cancel(orphans(request)) for request in gone.values()])
+        self._cancel_abandoned()
 
     def _collect(self) -> list[Request | Cancel | None]:
         works: list[Request | Cancel | None] = []
@@ -194,7 +199,7 @@ class Sender:
 
     def _settle_and_tell(self, parcel: Parcel) -> None:
         for item, outcome in zip(parcel.items, self._core.submitter.settle(parcel), strict=True):
-            _tell(item.draft, outcome)
+            self._tell(item.draft, outcome)
 
     def _try(self, parcel: Parcel, step: Callable[[Parcel], object]) -> TorchrelayError | None:
         """Takes a step with a parcel; what is refused waits in line or its owners are told. Returns the refusal."""
@@ -212,14 +217,21 @@ class Sender:
     def _refuse(self, parcel: Parcel, why: TorchrelayError) -> None:
         self._core.submitter.drop(parcel, why)
         for item in parcel.items:
-            _tell(item.draft, why)
+            self._tell(item.draft, why)
 
-    @staticmethod
-    def _refuse_rest(drafts: list[Draft], why: TorchrelayError) -> None:
+    def _refuse_rest(self, drafts: list[Draft], why: TorchrelayError) -> None:
         for draft in drafts:
             owner = draft.owner
             if isinstance(owner, Request) and owner.outcomes[draft.number] is _UNANSWERED:
-                _tell(draft, why)
+                self._tell(draft, why)
+
+    def _tell(self, draft: Draft, outcome: Outcome) -> None:
+        owner = draft.owner
+        if owner is None:
+            return
+        owner.take(draft.number, outcome)
+        if isinstance(owner, Request) and owner.gone and owner.answered:
+            self._abandoned.append(owner)
 
     def _wait_in_line(self, parcel: Parcel) -> None:
         ref = parcel.encoder.ref
@@ -265,8 +277,14 @@ class Sender:
         if unwanted:
             self._core.submitter.take_out(parcel, unwanted)
             for item in unwanted:
-                _tell(item.draft, _UNWANTED)
+                self._tell(item.draft, _UNWANTED)
         return bool(parcel.items)
+
+    def _cancel_abandoned(self) -> None:
+        """What went in of requests whose callers had gone: when this client is being closed, the loop hears of their
+        answers too late to have it cancelled."""
+        gone, self._abandoned = self._abandoned, []
+        self._cancel([Cancel(ids) for request in gone if (ids := orphans(request))])
 
     def _cancel(self, cancels: list[Cancel]) -> None:
         if not cancels:
@@ -294,8 +312,3 @@ def _refusal(error: Exception) -> TorchrelayError:
 def orphans(request: Request) -> list[str]:
     """Jobs of a caller that went away before it heard of them; a job that was there before is not its own."""
     return [o.id for o in request.outcomes if isinstance(o, JobFuture) and not o.joined and not o.done()]
-
-
-def _tell(draft: Draft, outcome: Outcome) -> None:
-    if draft.owner is not None:
-        draft.owner.take(draft.number, outcome)

@@ -29,6 +29,7 @@ from torchrelay.errors import (
     QueueFull,
     RunConflict,
 )
+from torchrelay.producer.sender import Sender
 
 Act = Callable[[AsyncRelay], Coroutine[Any, Any, None]]
 
@@ -307,12 +308,20 @@ def test_who_waits_for_room_holds_up_nobody(server_url: str, namespace: str, tmp
         assert ready_rows(relay, "echo") == 3
 
 
-@pytest.mark.alone  # beside other tests, closing at once left the jobs of the first call in one run of three
-@pytest.mark.parametrize("closing", [False, True])
+@pytest.mark.parametrize("closing", ["no", "at once", "as room is looked for"])
 def test_what_went_in_of_an_abandoned_submit_is_cancelled(
-    server_url: str, namespace: str, tmp_path: Path, closing: bool
+    server_url: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closing: str
 ) -> None:
     """A part of it waits for room when its task is cancelled, and perhaps the client closed at once."""
+    end = Sender.close
+
+    def close(sender: Sender) -> None:
+        if closing == "as room is looked for":
+            for line in sender._lines.values():
+                line.look_at = 0.0
+        end(sender)
+
+    monkeypatch.setattr(Sender, "close", close)
     path = write_pipeline(tmp_path)
     path.write_text(path.read_text().replace("batch: {", "queue: {max_rows: 300}, batch: {"))
 
@@ -325,7 +334,7 @@ def test_what_went_in_of_an_abandoned_submit_is_cancelled(
             await asyncio.sleep(0)
             task.cancel()
             alone.cancel()
-            if not closing:
+            if closing == "no":
                 await until(lambda: ready_rows(looking, "echo") == 0)
         assert ready_rows(looking, "echo") == 0
         assert task.cancelled()
