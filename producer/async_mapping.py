@@ -100,10 +100,11 @@ async def map_rows_async(
     core.map_begins(changed)
     try:
         while True:
-            if feeding.done():
-                feeding.result()
             if feeder.make_room():
                 await asyncio.sleep(0)  # where results are always there, rows would never be drawn
+            # Looked at after every wait: it may have ended with an error meanwhile, which must not pass for the end.
+            if feeding.done():
+                feeding.result()
             if (job := window.pop()) is not None:
                 yield job
             elif feeding.done() and not len(window):
