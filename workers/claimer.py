@@ -100,8 +100,8 @@ class Claimer:
         rows = max(self.rows_at_once(passed), int(self.rows_per_s * _WINDOW_S))
         rows = min(rows, self.in_hand.room)
         limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
-        fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         context = self._entrances[passed]
+        fence = f"{self._context.incarnation}-{next(self._numbers):x}"
         call = self._context.lanes[lane].claim(
             self._session, fence, context.incarnation, context.number, context.nodes, limits
         )
