@@ -15,6 +15,11 @@ _AS_THEY_ARE = WireSpec()
 _TO_THE_END = 1 << 30  # in a mask of nodes, no node's bit: what carries it stays until the job ends
 
 
+def is_runs(name: str) -> bool:
+    """Whether a column or a node is one of a run's own, which a pipeline's stages know nothing of."""
+    return name[:1] == "@"
+
+
 @dataclass(frozen=True)
 class Node:
     """One stage. `preds` and `succs` are node numbers, from 1; 0 is the pipeline's input.
@@ -26,6 +31,9 @@ class Node:
 
     A stack lists the expanding nodes (by number) that rows came through and that no collapse has undone: `before` is
     that of the rows that come in, `at` that of the rows that `forward` sees, `stack` that of what it returns.
+
+    `gathers` is None but for the node that ends a run (see `run_graph`): it takes all rows of a job as one, lined up at
+    `before`. Where its `inputs` are None, it reads what the nodes of these numbers made.
     """
 
     index: int
@@ -42,6 +50,7 @@ class Node:
     at: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
     wire: WireSpec = _AS_THEY_ARE
+    gathers: frozenset[int] | None = None
 
     @property
     def bit(self) -> int:
@@ -68,6 +77,8 @@ class Node:
         return frozenset(s.rpartition(".")[2] for s in sources)
 
     def reads(self, column: str) -> bool:
+        if is_runs(column):
+            return self.gathers is not None or (self.inputs is not None and column in self.inputs)
         return self.needs is None or column in self.needs
 
 
@@ -78,6 +89,16 @@ class Graph:
     nodes: tuple[Node, ...]
     result: frozenset[str] | None
     input: dict[str, ColumnType]
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """The stack of the rows to which a failure is charged: those that were submitted."""
+        return ()
+
+    @property
+    def input_rank(self) -> int:
+        """The rank of what makes the pipeline's input: 0, which is no node's."""
+        return 0
 
     @cached_property
     def linear(self) -> bool:

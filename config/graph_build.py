@@ -132,15 +132,20 @@ def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:
     result = frozenset(spec.output) if spec.output is not None else None
     typed = {c: parse_type(t) for c, t in spec.input.items()}
     draft = Graph(tuple(_node(i, s, preds) for i, s in enumerate(spec.stages, 1)), result, typed)
+    return Graph(placed_in(draft), result, typed)
+
+
+def placed_in(draft: Graph) -> tuple[Node, ...]:
+    """The nodes of a graph with what follows from their order: rank, stacks, and what must stay behind each."""
     placed: dict[int, Node] = {}
     for rank, n in enumerate(draft.ordered, 1):
         # Branches that meet with unequal stacks are reported elsewhere.
         before = placed[n.preds[0]].stack if n.preds[0] else ()
-        at = before[:-1] if n.rows == "collapse" else before
+        at = () if n.gathers is not None else before[:-1] if n.rows == "collapse" else before
         stack = (*at, n.index) if n.rows == "expand" else at
-        keeps = _keeps(draft, n, result)
+        keeps = _keeps(draft, n, draft.result)
         placed[n.index] = replace(n, keeps=keeps, rank=rank, before=before, at=at, stack=stack)
-    return Graph(tuple(placed[n.index] for n in draft.nodes), result, typed)
+    return tuple(placed[n.index] for n in draft.nodes)
 
 
 def _keeps(graph: Graph, node: Node, result: frozenset[str] | None) -> frozenset[str] | None:

@@ -17,6 +17,7 @@ from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph
 from torchrelay.config.graph_build import build_graph
 from torchrelay.config.imports import import_named
+from torchrelay.config.run_graph import is_runs, run_ref, run_twin
 from torchrelay.config.spec import PipelineSpec
 from torchrelay.config.stage_spec import StageSpec, plain, use_text
 from torchrelay.config.types import ColumnType
@@ -56,6 +57,7 @@ class Pipeline:
     source: str | None = field(compare=False)
     _data: Mapping[str, Any] = field(compare=False)
     _marks: Mapping[Place, tuple[int, int]] = field(compare=False)
+    _base: Pipeline | None = field(compare=False)
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class Pipeline:
     def _fill(self, spec: PipelineSpec, version: str, graph: Graph, folder: Path | None) -> None:
         # Frozen: only a constructor may, and by this way.
         self.__dict__.update(name=spec.pipeline, version=version, spec=spec, graph=graph, _folder=folder)
-        self.__dict__.update(path=None, source=None, _data={}, _marks={})
+        self.__dict__.update(path=None, source=None, _data={}, _marks={}, _base=None)
 
     def __hash__(self) -> int:
         return hash((self.name, self.version))
@@ -192,8 +194,37 @@ class Pipeline:
         found = {name: fused.get(name, [name]) for name in (s.name for s in self.spec.stages)}
         return tuple(Group.of(self.spec, self.graph, names) for name, names in found.items() if name == names[0])
 
+    @property
+    def of_runs(self) -> bool:
+        """Whether it is the run graph of a pipeline."""
+        return self._base is not None
+
+    @cached_property
+    def twin(self) -> Pipeline | None:
+        """Its run graph (`config.run_graph`), that the chunks of a run go through; None where it can have none."""
+        made = run_twin(self.spec, self.graph)
+        if self.of_runs or isinstance(made, str):
+            return None
+        twin = type(self).__new__(type(self))
+        twin._fill(made[0], run_ref(self.version), made[1], self._folder)
+        twin.__dict__.update(path=self.path, source=self.source, _data=self._data, _marks=self._marks, _base=self)
+        return twin
+
+    def for_runs(self) -> Pipeline:
+        """Its run graph; raises ConfigError that says why it can have none."""
+        if self.twin is None:
+            raise ConfigError(f"{self.where('stages')}: {run_twin(self.spec, self.graph)}")
+        return self.twin
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Everything that a worker may serve: its stages, and the two of its run graph."""
+        return [s.name for s in (self.twin or self).spec.stages]
+
     def group_of(self, stage: str) -> Group:
         """The group that this stage is in; KeyError when there is no such stage."""
+        if is_runs(stage) and self.twin is not None:
+            return self.twin.group_of(stage)
         for group in self.groups:
             if stage in group.names:
                 return group
@@ -241,8 +272,11 @@ class Pipeline:
 
     def record(self) -> str:
         """What the registry keeps: enough for a producer without the files, and never an import path to follow."""
+        base = self._base or self
         # Not pydantic's JSON, which turns inf and nan into null.
-        content = {"format": RECORD_FORMAT, "version": self.version, "spec": self.spec.model_dump()}
+        content = {"format": RECORD_FORMAT, "version": base.version, "spec": base.spec.model_dump()}
+        if self.of_runs:
+            content["runs"] = True
         return json.dumps(content, sort_keys=True)
 
     @classmethod
@@ -259,7 +293,7 @@ class Pipeline:
                 raise ValueError("; ".join(problems))
             made = cls.__new__(cls)
             made._fill(spec, content["version"], graph, None)
-            return made
+            return made.for_runs() if content.get("runs") else made
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"a registered pipeline cannot be read by this torchrelay: {error}") from error
 

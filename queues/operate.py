@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchrelay.config.run_graph import base_ref
 from torchrelay.errors import ConfigError, InputError, PipelineNotFound
 from torchrelay.queues.registry import Registered, Registry, WorkerReport, run
 from torchrelay.queues.transitions import MAX_JOBS_PER_CALL
 
-_TARGET = re.compile(r"(?P<name>[^@/]+)(?:@(?P<version>[^@/]+))?(?:/(?P<stage>[^@/]+))?")
+_TARGET = re.compile(r"(?P<name>[^@/]+)(?:@(?P<version>[^@/]+))?(?:/(?P<stage>@?[^@/]+))?")
 _CENSUS_STEP = 500
 _LOOK_S = 0.2
 
@@ -57,7 +58,7 @@ class Target:
         name, version, stage = (part or "" for part in match.group("name", "version", "stage"))
         found = find_version(registry, name, version)
         refs = [found] if version else [r for r in registry.versions() if r.partition("@")[0] == name]
-        versions = [registry.find(ref) for ref in refs]
+        versions = [registry.find(ref) for ref in registry.with_runs(refs)]
         stages = {n.name for v in versions for n in v.pipeline.graph.nodes}
         if stage and stage not in stages:
             raise ConfigError(
@@ -99,7 +100,7 @@ def paused_nodes(registry: Registry) -> set[str]:
     found: set[str] = set()
     for lane in registry.lanes:
         fields: Any = registry.client.hgetall(lane.keys.paused)
-        found.update(k.decode() for k, v in fields.items() if b"@" in k and v == b"1")
+        found.update(k.decode() for k, v in fields.items() if b"@" in k.partition(b"/")[0] and v == b"1")
     return found
 
 
@@ -211,7 +212,7 @@ def live_versions(
         here = [n for n in graph.nodes if f"{ref}/{n.name}" in standing]
         needed = {n.index for n in here} | {d.index for n in here for d in graph.descendants(n.index)}
         missing = tuple(n.name for n in graph.nodes if n.index in needed and f"{ref}/{n.name}" not in served)
-        found.append(LiveVersion(ref, ref in current, total, missing, sources.get(ref, "")))
+        found.append(LiveVersion(ref, base_ref(ref) in current, total, missing, sources.get(base_ref(ref), "")))
     return found
 
 
@@ -229,7 +230,7 @@ def old_work(registry: Registry, ref: str) -> OldWork:
     jobs = {
         node: standing
         for node, standing in census(registry).items()
-        if node.partition("@")[0] == name and node.partition("/")[0] != ref
+        if node.partition("@")[0] == name and base_ref(node.partition("/")[0]) != ref
     }
     rows = {n: (loads.get(f"{n}.ready_rows", 0), loads.get(f"{n}.held_rows", 0)) for n in jobs}
     return OldWork(dict(sorted(jobs.items())), rows)

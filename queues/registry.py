@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ import redis
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.run_graph import base_ref, run_ref
 from torchrelay.errors import BrokerMisconfigured, InputError, PipelineNotFound
 from torchrelay.queues.keys import ControlKeys, LaneKeys, lane_of, new_token
 from torchrelay.queues.scripts import Arg, Call, explain, script
@@ -49,7 +50,7 @@ class WorkerReport:
 
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
     `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
-    serves beside `node`.
+    serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs.
     """
 
     worker: str
@@ -140,6 +141,7 @@ class Registry:
         """Makes a version known in every lane, and the one that new jobs take. Idempotent; updates tuning.
 
         With `current` False new jobs go on with the version that they take; the first one of a name is taken anyway.
+        The run graph of a pipeline, `pipeline.twin`, is registered by itself, and never taken by new jobs.
         """
         number, _ = self._write(pipeline.name, pipeline.ref, pipeline.record(), "0", pipeline.source)
         marks = [(s.queue.max_rows, s.queue.max_bytes) for s in pipeline.spec.stages]
@@ -147,7 +149,8 @@ class Registry:
         for lane in self.lanes:
             run(self.client, lane.define(number, graph))
         # Only now: a submit must not meet a lane that does not know the version yet.
-        self._write(pipeline.name, pipeline.ref, "", "1" if current else "f")
+        if not pipeline.of_runs:
+            self._write(pipeline.name, pipeline.ref, "", "1" if current else "f")
         registered = Registered(pipeline, number)
         self._by_ref[pipeline.ref] = registered
         return registered
@@ -213,7 +216,15 @@ class Registry:
         return {_text(k): _text(v) for k, v in self.client.hgetall(self.control.current).items()}
 
     def versions(self) -> dict[str, int]:
-        """name@version -> number, of every version that was ever registered."""
+        """name@version -> number, of every version that was ever registered; without those of run graphs."""
+        return {ref: number for ref, number in self._numbers().items() if ref == base_ref(ref)}
+
+    def with_runs(self, refs: Iterable[str]) -> list[str]:
+        """These refs, and with each that of its run graph where it was registered."""
+        known = self._numbers()
+        return [ref for base in refs for ref in (base, run_ref(base)) if ref == base or ref in known]
+
+    def _numbers(self) -> dict[str, int]:
         return {_text(k): int(v) for k, v in self.client.hgetall(self.control.numbers).items()}
 
     def beat(self, report: WorkerReport, *, leave: bool = False) -> int:

@@ -79,7 +79,7 @@ class Grant:
     """What a claim gave: entries under one fence until `expires_ms` (the server's clock).
 
     `next_due_ms` is -1 when nothing is delayed. `gated`: no more is given now, as a successor is full or the node is
-    `paused`.
+    `paused`. `entrance` is which of the places that the claim named this is about.
     """
 
     fence: str
@@ -89,6 +89,19 @@ class Grant:
     left: int
     gated: bool
     paused: bool = False
+    entrance: int = 0
+
+
+class Entrance(NamedTuple):
+    """A place at which a worker claims: a node of a pipeline, by its number and key, and the last node that the worker
+    runs from there. With how much it takes: jobs and rows. Without a `key` the graph is asked for it."""
+
+    number: int
+    node: int
+    last: int
+    key: str
+    jobs: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +153,9 @@ def _submitted(value: Any) -> Submitted:
 
 
 def _grant(value: Any) -> Grant:
-    fence, expires, packed, records, next_due, left, gated = value
+    fence, expires, packed, records, next_due, left, gated, entrance = value
     entries = list(decode_records(split_entries(packed), records))
-    return Grant(_text(fence), int(expires), entries, next_due, left, gated > 0, gated == 2)
+    return Grant(_text(fence), int(expires), entries, next_due, left, gated > 0, gated == 2, entrance)
 
 
 def _census(value: Any) -> tuple[int, list[tuple[str, int, int, int]]]:
@@ -186,18 +199,22 @@ class Transitions:
         limits: ClaimLimits,
     ) -> Call[Grant]:
         """`nodes` is the node to claim at, or with the last one that the worker runs."""
-        node, last = _first_and_last(nodes)
-        args: list[Arg] = [
-            fence,
-            incarnation,
-            number,
-            node,
-            limits.jobs,
-            limits.rows,
-            limits.nbytes,
-            limits.lease_ms,
-            last,
-        ]
+        entrance = Entrance(number, *_first_and_last(nodes), "", limits.jobs, limits.rows)
+        return self.claim_any(session, fence, incarnation, [entrance], limits.lease_ms, limits.nbytes)
+
+    def claim_any(
+        self,
+        session: Session,
+        fence: str,
+        incarnation: str,
+        entrances: Sequence[Entrance],
+        lease_ms: int,
+        nbytes: int = MAX_BYTES_PER_CALL,
+    ) -> Call[Grant]:
+        """At the entrance whose first job is best in rank."""
+        args: list[Arg] = [fence, incarnation, nbytes, lease_ms]
+        for entrance in entrances:
+            args += entrance
         return self._operation("claim", session, args, _grant)
 
     def commit(

@@ -12,7 +12,8 @@ check_types({GRAPH, PAUSED}, {})
 local matched = {}
 for _, pid in ipairs(call('HKEYS', GRAPH)) do
   local g = graph(tonumber(pid))
-  if version == '' and string.match(g.ref, '^[^@]*') == name or g.ref == name .. '@' .. version then
+  -- The graph of a version's runs has the version's ref and a suffix.
+  if version == '' and string.match(g.ref, '^[^@]*') == name or string.match(g.ref, '^[^+]*') == name .. '@' .. version then
     for _, node in ipairs(g.nodes) do
       if stage == '' or node.key == g.ref .. '/' .. stage then matched[#matched + 1] = node.key end
     end
