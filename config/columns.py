@@ -316,7 +316,7 @@ def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[
         )
     out: dict[str, Column] = {}
     for name, column in outputs.items():
-        if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
+        if not isinstance(name, str) or not (name in types or COLUMN_NAME.fullmatch(name)):
             raise InputError(f"stage {stage!r} returned a column named {name!r:.60}; names are like variables")
         try:
             if _length(name, column) != rows:

@@ -12,7 +12,7 @@ from torchrelay.config.types import ColumnType, grouped
 Made = dict[str, tuple[ColumnType, tuple[int, ...]]]
 """Column -> its declared type, and the stack at which it was made."""
 _AS_THEY_ARE = WireSpec()
-_TO_THE_END = 1 << 30  # in a mask of nodes, no node's bit: what carries it stays until the job ends
+TO_THE_END = 1 << 30  # in a mask of nodes, no node's bit: what carries it stays until the job ends
 
 
 def is_runs(name: str) -> bool:
@@ -139,13 +139,13 @@ class Graph:
         Hidden columns too: rejected rows (`!n`) belong to the result, counts (`#n`) where the result may need them.
         """
         if column[0] in "#!":
-            return 0 if column[0] == "!" or self._result_within(int(column[1:])) else _TO_THE_END
+            return 0 if column[0] == "!" or self._result_within(int(column[1:])) else TO_THE_END
         meets, ends = self._meets(column, origin)
         if (ends and column in self.result) if self.result is not None else self.ends_with(origin):
             return 0
         mask = sum(n.bit for n in meets if n.reads(column))
         # A column that nobody reads goes with the commit of the next node.
-        return mask or sum(n.bit for n in meets[:1]) or _TO_THE_END
+        return mask or sum(n.bit for n in meets[:1]) or TO_THE_END
 
     def _meets(self, column: str, origin: int) -> tuple[list[Node], bool]:
         """The nodes that the column comes to as `origin` made it, and whether it comes to the end as such: behind a
@@ -212,7 +212,7 @@ class Graph:
         """
         visible = self._visible(node)
         if node.inputs is None:
-            return {c: _seen(made, node.at) for c, made in visible.items()}
+            return {c: seen_at(made, node.at) for c, made in visible.items()}
         return {local: kind for local, source in node.inputs.items() if (kind := self._type_of(source, node, visible))}
 
     def type_of(self, source: str, node: Node) -> ColumnType | None:
@@ -222,19 +222,20 @@ class Graph:
     def _type_of(self, source: str, node: Node, visible: Made) -> ColumnType | None:
         stage, _, column = source.rpartition(".")
         made = (self._made_by(stage) if stage else visible).get(column)
-        return None if made is None else _seen(made, node.at)
+        return None if made is None else seen_at(made, node.at)
 
 
 def _made(node: Node, visible: Made) -> Made:
     kinds = dict(node.outputs)
     for column in kinds.keys() & visible.keys() if node.keeps_older else ():
         # Rows that skip keep what they had.
-        older = _seen(visible[column], node.at)
+        older = seen_at(visible[column], node.at)
         kinds[column] = replace(kinds[column], nullable=kinds[column].nullable or older.nullable)
     return {column: (kind, node.stack) for column, kind in kinds.items()}
 
 
-def _seen(made: tuple[ColumnType, tuple[int, ...]], at: tuple[int, ...]) -> ColumnType:
+def seen_at(made: tuple[ColumnType, tuple[int, ...]], at: tuple[int, ...]) -> ColumnType:
+    """The type of a column of this type and stack, as a row at another stack sees it."""
     kind, stack = made
     shared = next((i for i, (a, b) in enumerate(zip(stack, at, strict=False)) if a != b), min(len(stack), len(at)))
     for _ in stack[shared:]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torchrelay.config.graph import Graph, Made, Node, is_runs
+from torchrelay.config.graph import TO_THE_END, Graph, Made, Node, is_runs, seen_at
 from torchrelay.config.graph_build import placed_in
 from torchrelay.config.spec import BatchSpec, LimitsSpec, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
@@ -66,7 +66,7 @@ class RunGraph(Graph):
     def consumers(self, column: str, origin: int) -> int:
         """Of rejected rows too: they end in what `@write` writes, and not in the job's result."""
         if column[0] == "!":
-            return self.write.bit
+            return TO_THE_END
         return super().consumers(column, origin)
 
     def in_result(self, column: str, origin: int) -> bool:
@@ -84,6 +84,12 @@ class RunGraph(Graph):
     def written(self) -> tuple[str, ...] | None:
         """The columns that `@write` writes, in order; None where they are only known when they are there."""
         return None if self.write.inputs is None else tuple(self.write.inputs)
+
+    @cached_property
+    def written_types(self) -> dict[str, ColumnType]:
+        """Declared types of what is written, of each row."""
+        visible = self._visible(self.write)
+        return {c: seen_at(visible[c], self.write.before) for c in self.written or visible if c in visible}
 
 
 def run_twin(spec: PipelineSpec, graph: Graph) -> tuple[PipelineSpec, RunGraph] | str:

@@ -88,9 +88,15 @@ class Levels:
             return repeat(column, self.counts(read_at[shared]))
         return column if len(read_at) == shared else take_rows(column, self._sources(read_at[shared:], len(column)))
 
-    def entry_rows(self, stack: Stack, rows: int) -> Counts:
-        """Which submitted row each row at `stack` came from; `rows` is their number where the stack is empty."""
-        return self._sources(stack, len(self.counts(stack[0])) if stack else rows)
+    def entry_rows(self, stack: Stack, rows: int, entry: Stack = ()) -> Counts:
+        """Which row at `entry` (by default: which submitted row) each row at `stack` came from; `rows` is their number
+        where the stacks are the same."""
+        inner = stack[len(entry) :]
+        return self._sources(inner, self.outer_rows(inner, rows))
+
+    def outer_rows(self, inner: Stack, rows: int) -> int:
+        """How many rows there were before these expansions; `rows` where there were none."""
+        return len(self.counts(inner[0])) if inner else rows
 
     def _sources(self, stack: Stack, rows: int) -> Counts:
         index = np.arange(rows)

@@ -17,7 +17,7 @@ from torchrelay.config.ragged import RaggedRows, take_rows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Expand", "Made", "as_arrays", "as_mapping", "empty_outputs", "own", "pick", "split"]
+__all__ = ["Expand", "Made", "ReadRows", "as_arrays", "as_mapping", "empty_outputs", "own", "pick", "split"]
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 MAX_COUNT = 2**31 - 1
@@ -34,16 +34,29 @@ class Expand:
     counts: Sequence[int] | Any
 
 
+@dataclass(frozen=True, slots=True)
+class ReadRows(Expand):
+    """What the reading node of a run returns: rows of chunks, and what the run wants to know of them.
+
+    `own` are columns of the same rows, `beside` such of the chunks themselves. Their names begin with `@`; nothing
+    declares them, and no stage of the user sees them.
+    """
+
+    own: Mapping[str, Column]
+    beside: Mapping[str, Column]
+
+
 class Made(NamedTuple):
     """One job's part of what a stage returned.
 
     `rejected` says why, by the job's row number; those rows are not in `columns`. `counts` is None unless the stage
-    expands; it has one entry per row of the job, 0 for a rejected one.
+    expands; it has one entry per row of the job, 0 for a rejected one. `beside`: see ReadRows.
     """
 
     columns: dict[str, Column]
     counts: Counts | None = None
     rejected: Mapping[int, str] = {}  # never changed
+    beside: Mapping[str, Column] = {}
 
 
 def split(
@@ -78,7 +91,7 @@ def split(
     else:
         table, counts = _same(outputs, total, stage, types or {}, refused), None
     if len(job_rows) == 1:
-        return [Made(table, counts, refused)]
+        return [Made(table, counts, refused, outputs.beside if isinstance(outputs, ReadRows) else {})]
     return _shares(table, counts, job_rows, refused)
 
 
@@ -107,7 +120,8 @@ def _expanded(
         keep = np.repeat(~np.isin(np.arange(total), list(refused)), counts)
         plain = {n: pick(stage, n, c, np.flatnonzero(keep), made) for n, c in plain.items()}
         counts[list(refused)] = 0
-    return check_outputs(stage, types, plain, int(counts.sum())), counts
+    table = check_outputs(stage, types, plain, int(counts.sum()))
+    return ({**table, **outputs.own} if isinstance(outputs, ReadRows) else table), counts
 
 
 def _counts(counts: object, total: int, stage: str) -> Counts:

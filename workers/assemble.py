@@ -13,7 +13,7 @@ import numpy as np
 
 from torchrelay.config.columns import Column
 from torchrelay.config.fusing import Group
-from torchrelay.config.graph import Graph, Node
+from torchrelay.config.graph import Graph, Node, is_runs
 from torchrelay.config.ragged import take_rows
 from torchrelay.errors import BytesLost, DecodeError, InputError
 from torchrelay.queues import codec
@@ -32,6 +32,7 @@ from torchrelay.queues.job import (
 )
 from torchrelay.queues.levels import Levels, RowFailure, failures_of
 from torchrelay.workers.edge import Edge
+from torchrelay.workers.gathering import gathered
 from torchrelay.workers.rows import is_column, spread_rows, truth
 from torchrelay.workers.work import Closed, Incoming, J, Opened, Output, Rejection, Work
 
@@ -79,7 +80,7 @@ class Assembler(Generic[J]):
         self._last = last = node if group is None else group.last
         self._fetch = fetch
         self._rows_per_job = rows_per_job
-        self._ranks = {n.name: n.rank for n in graph.nodes} | {"input": 0}
+        self._ranks = {n.name: n.rank for n in graph.nodes} | {"input": graph.input_rank}
         # One chain on which rows stay as many as they are needs no origins; most jobs of it take a short way.
         self._plain = graph.plain
         self._short = graph.plain and node.when is None
@@ -198,7 +199,9 @@ class Assembler(Generic[J]):
         node = self._node
         wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
         if node.inputs is None:
-            wanted = {c: self._unique(parts, merged, c) for c in merged.columns if not is_hidden(c)}
+            wanted = {c: self._unique(parts, merged, c) for c in merged.columns if self._is_read(c, merged)}
+        elif node.gathers is not None:
+            wanted = {c: self._unique(parts, merged, c) for c in merged.columns if is_runs(c)}
         for local, source in self._inputs.items():
             wanted[local] = self._source(parts, merged, source)
         if node.when is not None:
@@ -207,6 +210,13 @@ class Assembler(Generic[J]):
             for column in node.outputs.keys() & merged.columns.keys():
                 wanted[_BEFORE + column] = self._unique(parts, merged, column)
         return wanted
+
+    def _is_read(self, column: str, merged: Payload) -> bool:
+        """Whether a stage that reads all columns reads this one; who ends a run, those that it is to write."""
+        if is_hidden(column) or is_runs(column) or self._node.gathers is None:
+            return not is_hidden(column) and is_runs(column) == (self._node.gathers is not None)
+        rank = merged.origins.get(column, FROM_INPUT)[0]
+        return any(n.rank == rank and n.index in self._node.gathers for n in self._graph.nodes)
 
     def _source(self, parts: Sequence[Payload], merged: Payload, source: str) -> tuple[Packed, tuple[int, ...]]:
         """What `column` or `stage.column` stands for."""
@@ -238,6 +248,8 @@ class Assembler(Generic[J]):
         incoming, node = job.incoming, self._node
         hidden = {name: _value(packed, fetched) for name, packed in job.hidden.items()}
         levels = Levels.of(hidden)
+        if node.gathers is not None:
+            return self._gathered(job, levels, failures_of(hidden), fetched)
         total = len(levels.counts(node.before[-1])) if node.rows == "collapse" else incoming.rows
         table: dict[str, Column] = {}
         for local, (packed, stack) in job.wanted.items():
@@ -247,18 +259,27 @@ class Assembler(Generic[J]):
             table[local] = levels.align(value, stack, node.at)
             if len(table[local]) != total:
                 raise DecodeError(f"column {local!r} does not hold the job's {total} rows")
-        work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels, at=node.at)
+        entry = self._graph.entry
+        work = Work(incoming, table, total, total, job.all, _fields(job.all.meta), levels, at=node.at, entry=entry)
         if node.when is not None or len(hidden):
             self._select(work, failures_of(hidden))
         if job.missing is not None and work.rows:
             raise job.missing
         return work
 
+    def _gathered(
+        self, job: _Parsed[J], levels: Levels, failures: Sequence[RowFailure], fetched: Mapping[Ref, _Bytes | None]
+    ) -> Work[J]:
+        """A chunk for the node that ends a run: all its rows as one, each column as a whole."""
+        columns = {name: (_value(packed, fetched), stack) for name, (packed, stack) in job.wanted.items()}
+        table = gathered(levels, columns, failures, self._graph.entry, self._node.before)
+        return Work(job.incoming, table, 1, 1, job.all, _fields(job.all.meta), levels)
+
     def _select(self, work: Work[J], failures: Sequence[RowFailure]) -> None:
         """Leaves the rows that enter: not those of rejected rows, nor those for which `when` is false."""
         alive = np.ones(work.total, bool)
         if failures:
-            alive = ~np.isin(work.levels.entry_rows(self._node.at, work.total), [f.row for f in failures])
+            alive = ~np.isin(work.levels.entry_rows(work.at, work.total, work.entry), [f.row for f in failures])
         enters = alive
         if self._node.when is not None:
             # It is missing only where no row is alive.
@@ -285,6 +306,7 @@ class Assembler(Generic[J]):
             counts[slice(None) if work.active is None else work.active] = output.counts
             total = int(counts.sum(dtype=np.int64))
             made[f"{COUNTS}{node.index}"] = codec.encode(counts)
+            made.update((name, _encoded(name, column)) for name, column in output.beside.items())
         elif work.active is not None or output.rejected:
             columns = self._spread(work, output)
         if total > self._rows_per_job:
@@ -293,7 +315,11 @@ class Assembler(Generic[J]):
             made[f"{REJECTED}{self._last.index}"] = codec.encode(self._failures(work, output.rejected))
         self._encode(columns, made)
         riding = self._riding(work.riding, made)
-        return Closed(made, riding, None if self._plain else self._origins(work.riding.origins, made, riding), total)
+        if self._plain:
+            return Closed(made, riding, None, total)
+        origins = self._origins(work.riding.origins, made, riding)
+        origins.update((name, (node.rank, *node.at)) for name in output.beside)
+        return Closed(made, riding, origins, total)
 
     def _close_shortly(self, work: Work[J], output: Output) -> Closed:
         """Of a plain chain, without rejected rows."""
@@ -311,7 +337,7 @@ class Assembler(Generic[J]):
         """Adds the columns that stay in the job, as they travel."""
         keeps, edge = self._last.keeps, self._edge
         for name, column in columns.items():
-            if keeps is None or name in keeps:
+            if keeps is None or name in keeps or is_runs(name):
                 mine = edge is not None and self._maker(name) is self._last
                 made[name] = _encoded(name, edge.narrowed(name, column) if edge is not None and mine else column)
 
@@ -342,10 +368,11 @@ class Assembler(Generic[J]):
         for name, packed in payload.columns.items() if node.identity or not self._ends else ():
             stack = payload.origins.get(name, FROM_INPUT)[1:]
             mine = not self._ends or stack[: len(node.before)] == node.before
-            if mine and name not in made and not is_hidden(name) and (node.keeps is None or name in node.keeps):
+            keeps = node.keeps is None or name in node.keeps or is_runs(name)
+            if mine and keeps and name not in made and not is_hidden(name) and node.gathers is None:
                 kept[name] = packed
                 stacks.update(stack)
-        for name, packed in payload.columns.items():
+        for name, packed in payload.columns.items() if node.gathers is None else ():
             if name[0] == REJECTED or (name[0] == COUNTS and int(name[1:]) in stacks):
                 kept[name] = packed
         return kept

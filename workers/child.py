@@ -24,9 +24,11 @@ import redis
 
 from torchrelay.config.flow import columns_of
 from torchrelay.config.fusing import Group
+from torchrelay.config.graph import is_runs
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
+from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.registry import Registry
@@ -40,6 +42,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
+from torchrelay.workers.run_stages import StillHeld, run_stage
 from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import SharedMemory
 
@@ -103,6 +106,24 @@ def _end_at_once(error: BaseException) -> None:
     os._exit(EXIT_DEVICE)
 
 
+def _stage(spec: StageConfig, home: Pipeline, still_held: StillHeld) -> object:
+    """What a stage's entry names; what reads and writes for runs is ours."""
+    if is_runs(spec.name):
+        return run_stage(spec.name, home, still_held)
+    return spec.use and import_use(spec.use, home.base_dir)
+
+
+def _context(home: Pipeline, group: Group, registry: Registry, orders: Orders) -> NodeContext:
+    """Where it claims: the stages in their pipeline, and the same stages in the graph of its runs."""
+    twin = None
+    if home.twin is not None:
+        mine = Group.of(home.twin.spec, home.twin.graph, group.names)
+        twin = _context(home.twin, mine, registry, orders)
+    number = registry.register(home, current=False).number
+    lanes, lease_ms = registry.lanes, orders.lease_ms
+    return NodeContext(home, number, group, lanes, orders.incarnation, orders.worker, lease_ms, twin=twin)
+
+
 def serve(orders: Orders, stop: Stop) -> None:
     """Loads the stage and runs the loop until it drains."""
     pipeline = Pipeline.load(orders.pipeline, orders.overrides)
@@ -111,22 +132,23 @@ def serve(orders: Orders, stop: Stop) -> None:
             f"{orders.pipeline} or its code changed since this worker was started: it was {orders.ref} and is "
             f"{pipeline.ref} now; restart the worker to serve the new version"
         )
+    home = pipeline.for_runs() if is_runs(orders.stages[0]) else pipeline
     # What is fused is tuning: it is as the supervisor read it, and told in its reports, whatever the file says now.
-    group = Group.of(pipeline.spec, pipeline.graph, orders.stages)
+    group = Group.of(home.spec, home.graph, orders.stages)
     spec = group.stages[0]
-    check_codecs(pipeline.graph, group.last)
+    check_codecs(home.graph, group.last)
     device = pick_device(spec, orders.device)
-    runner = make_group_runner(lambda s: s.use and import_use(s.use, pipeline.base_dir), group)
+    still_held = StillHeld(orders.lease_ms)
+    runner = make_group_runner(lambda s: _stage(s, home, still_held), group)
     runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
     for member, node in zip(runner.members, group.nodes, strict=True):
-        member.warm_up(columns_of(pipeline.graph, node))
+        member.warm_up(columns_of(home.graph, node))
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
     registry.open()
-    registered = registry.register(pipeline, current=False)
-    context = NodeContext(
-        pipeline, registered.number, group, registry.lanes, orders.incarnation, orders.worker, orders.lease_ms
-    )
+    still_held.connect(client, registry.lanes)
+    registry.register(pipeline, current=False)
+    context = _context(home, group, registry, orders)
     page = ProgressPage(Path(orders.page))
     # Both sides hold it by now; its name would outlive a supervisor that is killed.
     page.path.unlink(missing_ok=True)

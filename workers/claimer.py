@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
-from torchrelay.queues.transitions import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, ClaimLimits, Grant, Session
+from torchrelay.queues.transitions import MAX_JOBS_PER_CALL, Entrance, Grant, Session
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.rows_in_hand import RowsInHand
 
 _POLL_S = 1.0
-# A job stands at a later node of fused ones only if it came there without them: there, it is looked so often.
-_LATER_EVERY_S = 0.5
 # A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
 _WINDOW_S = 0.05
 # Where rows of like length are put together, one that holds more leaves fewer batches half full at its end.
@@ -27,13 +25,13 @@ _SORTED_WINDOW_S = 0.25
 
 @dataclass(slots=True)
 class Held:
-    """One granted job in this worker's hands; it passed so many of the worker's nodes before it was claimed."""
+    """One granted job in this worker's hands; `entrance` is at which of the worker's it was claimed."""
 
     lane: int
     fence: str
     entry: Entry
     claimed_at: float
-    passed: int = 0
+    entrance: int = 0
 
 
 def weight(entry: Entry) -> int:
@@ -42,9 +40,8 @@ def weight(entry: Entry) -> int:
 
 
 class _Asked(NamedTuple):
-    """A claim under way, at which of the worker's nodes, and time.monotonic() when it was sent."""
+    """A claim under way, in which lane, and time.monotonic() when it was sent."""
 
-    passed: int
     lane: int
     at: float
     pending: Pending[Grant]
@@ -67,12 +64,9 @@ class Claimer:
         self._asks = asks
         self._context = context
         self._entrances = context.entrances()
-        lanes = range(len(context.lanes))
-        # Where to claim next, each as (nodes that jobs there have passed, lane).
-        self._first = deque((0, lane) for lane in lanes)
-        self._later = deque((passed, lane) for passed in range(1, len(self._entrances)) for lane in lanes)
-        self._later_at = -math.inf
-        self._found_empty: set[tuple[int, int]] = set()
+        self._keys = [entrance.key for entrance in self._entrances]
+        self._lanes = deque(range(len(context.lanes)))
+        self._found_empty: set[int] = set()
         self._channel = channel
         self._session = session
         self._numbers = count(1)
@@ -96,33 +90,29 @@ class Claimer:
         """Sends a claim unless one is under way or the window holds what is taken next."""
         if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
-        passed, lane = self._next_place()
-        rows = max(self.rows_at_once(passed), int(self.rows_per_s * _WINDOW_S))
-        rows = min(rows, self.in_hand.room)
-        limits = ClaimLimits(min(rows, MAX_JOBS_PER_CALL), rows, MAX_BYTES_PER_CALL, self._context.lease_ms)
-        context = self._entrances[passed]
-        fence = f"{self._context.incarnation}-{next(self._numbers):x}"
-        call = self._context.lanes[lane].claim(
-            self._session, fence, context.incarnation, context.number, context.nodes, limits
-        )
+        context, lane = self._context, self._next_lane()
+        fence = f"{context.incarnation}-{next(self._numbers):x}"
+        places = [self._place(number) for number in range(len(self._entrances))]
+        call = context.lanes[lane].claim_any(self._session, fence, context.incarnation, places, context.lease_ms)
         # Its lease may begin any moment from here on.
         self.asked_fences = (fence,)
         self._asks()
-        self._asked = _Asked(passed, lane, time.monotonic(), self._channel.send(call))
+        self._asked = _Asked(lane, time.monotonic(), self._channel.send(call))
 
-    def _next_place(self) -> tuple[int, int]:
-        """Where to claim: at the first node in each lane in turn; at the later ones where that is empty, and now and
-        then before it is, so that nothing waits there for ever."""
-        now = time.monotonic()
-        for places, due in ((self._later, now - self._later_at >= _LATER_EVERY_S), (self._first, True)):
-            for _ in range(len(places) if due else 0):
-                places.rotate(-1)
-                if places[-1] not in self._found_empty:
-                    self._later_at = now if places is self._later else self._later_at
-                    return places[-1]
-        places = self._later or self._first
-        places.rotate(-1)
-        return places[-1]
+    def _place(self, entrance: int) -> Entrance:
+        """Where to claim, and how much."""
+        context = self._entrances[entrance]
+        rows = max(self.rows_at_once(entrance), int(self.rows_per_s * _WINDOW_S))
+        rows = min(rows, self.in_hand.room)
+        return Entrance(context.number, *context.nodes, self._keys[entrance], min(rows, MAX_JOBS_PER_CALL), rows)
+
+    def _next_lane(self) -> int:
+        """Each lane in turn; one that was found empty only when all were."""
+        for _ in range(len(self._lanes)):
+            self._lanes.rotate(-1)
+            if self._lanes[-1] not in self._found_empty:
+                break
+        return self._lanes[-1]
 
     def collect(self) -> bool:
         """Waits for the claim under way, if any; True when it brought jobs."""
@@ -134,9 +124,8 @@ class Claimer:
         # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
         self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - asked.at * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
-        if grant.entries or not asked.passed:
-            self.ready_left = 0 if grant.gated else grant.left
-        held = [Held(asked.lane, grant.fence, entry, now, asked.passed) for entry in grant.entries]
+        self.ready_left = 0 if grant.gated else grant.left
+        held = [Held(asked.lane, grant.fence, entry, now, grant.entrance) for entry in grant.entries]
         self._opened(held)
         # Only now: another thread would find the grant neither asked for nor opened, and its lease would end.
         self._asked, self.asked_fences = None, ()
@@ -147,7 +136,7 @@ class Claimer:
         if grant.entries:
             self._found_empty.clear()
         else:
-            self._found_empty.add((asked.passed, asked.lane))
+            self._found_empty.add(asked.lane)
         return bool(grant.entries)
 
     def top_up(self) -> bool:
@@ -160,8 +149,8 @@ class Claimer:
         self._expected_at = min(self._expected_at, time.monotonic() + wait_s + 0.001)
 
     def idle(self) -> bool:
-        """Whether every lane was found empty in turn, at every node, or no more may be taken just now."""
-        return len(self._found_empty) == len(self._first) + len(self._later) or self._full
+        """Whether every lane was found empty in turn, or no more may be taken just now."""
+        return len(self._found_empty) == len(self._lanes) or self._full
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Blocks until a wake token comes, a delayed job is due, or the time-out (at most a second) is over.
@@ -171,7 +160,7 @@ class Claimer:
         if self._full:
             self.in_hand.wait(self._missing, _POLL_S if timeout_s is None else min(timeout_s, _POLL_S))
             return
-        keys = [lane.keys.wake(key) for lane in self._context.lanes for key in self._context.keys]
+        keys = [lane.keys.wake(key) for lane in self._context.lanes for key in self._keys]
         limit = min(self._next_due_s, self._expected_at - time.monotonic())
         self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
         if time.monotonic() >= self._expected_at:
@@ -179,10 +168,10 @@ class Claimer:
         self._found_empty.clear()
         self.ready_left = 1
 
-    def rows_at_once(self, passed: int = 0) -> int:
-        """How many rows are taken at once, of jobs that passed so many nodes; more than the stage's `batch` entry asks
-        for where they are sorted, as far as they are soon computed."""
-        batch = self._entrances[passed].spec.batch
+    def rows_at_once(self, entrance: int = 0) -> int:
+        """How many rows are taken at once, of jobs of this entrance; more than the stage's `batch` entry asks for where
+        they are sorted, as far as they are soon computed."""
+        batch = self._entrances[entrance].spec.batch
         if not batch.sorts:
             return batch.window_rows
         rows = int(self.rows_per_s * _SORTED_WINDOW_S)
@@ -200,15 +189,15 @@ class Claimer:
         return self._asked is None and self.in_hand.room < self._missing
 
     def take(self, rows: int) -> list[Held]:
-        """Up to so many rows from the head of the window, in order; at least one job. All were claimed at one node; a
-        suspect comes alone."""
+        """Up to so many rows from the head of the window, in order; at least one job. All were claimed at one entrance;
+        a suspect comes alone."""
         taken: list[Held] = []
         total = 0
         while self.window:
             head = self.window[0]
             if taken and (total + weight(head.entry) > rows or head.entry.suspect or taken[-1].entry.suspect):
                 break
-            if taken and head.passed != taken[0].passed:
+            if taken and head.entrance != taken[0].entrance:
                 break
             taken.append(self.window.popleft())
             total += weight(head.entry)

@@ -33,15 +33,15 @@ class Charge(NamedTuple):
 
 
 class _Grant(NamedTuple):
-    """Jobs that were claimed together, at one node."""
+    """Jobs that were claimed together, at one entrance."""
 
     lane: int
     fence: str
-    passed: int
+    entrance: int
 
 
 def _grant_of(held: Held) -> _Grant:
-    return _Grant(held.lane, held.fence, held.passed)
+    return _Grant(held.lane, held.fence, held.entrance)
 
 
 class Committer:
@@ -110,7 +110,7 @@ class Committer:
         self._closed(grant, len(outputs))
 
     def _send_part(self, grant: _Grant, outputs: list[Output]) -> None:
-        context, fence = self._entrances[grant.passed], grant.fence
+        context, fence = self._entrances[grant.entrance], grant.fence
         while len(self._sent) >= _IN_FLIGHT:
             self._settle()
         call = context.lanes[grant.lane].commit(self._session, fence, context.number, context.nodes, outputs)
@@ -147,7 +147,7 @@ class Committer:
         """
         shortest_s = self._entrances[0].spec.retry.backoff_s[1]
         for grant, final in {(_grant_of(c.held), c.final) for c in failed}:
-            context = self._entrances[grant.passed]
+            context = self._entrances[grant.entrance]
             attempts = context.spec.retry.attempts
             mine = [c for c in failed if _grant_of(c.held) == grant and c.final == final]
             charges = []
@@ -167,7 +167,7 @@ class Committer:
         return shortest_s
 
     def _wait_s(self, held: Held) -> float:
-        base_s, cap_s = self._entrances[held.passed].spec.retry.backoff_s
+        base_s, cap_s = self._entrances[held.entrance].spec.retry.backoff_s
         return random.uniform(0.0, min(cap_s, base_s * 2.0 ** min(held.entry.attempts, 30)))
 
     def lose(self, lost: Sequence[tuple[Held, int]], why: Failure) -> None:

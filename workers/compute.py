@@ -126,9 +126,9 @@ def _failed(fault: BaseException) -> Failed:
 def judged(work: Work[J], made: Made) -> Outcome:
     """What becomes of a job of which this was made."""
     if not made.rejected:
-        return Output(made.columns, made.counts, {})
+        return Output(made.columns, made.counts, {}, made.beside)
     rejected = {i: _rejection(why) for i, why in made.rejected.items()}
-    return _unless_refused(work, Output(made.columns, made.counts, rejected))
+    return _unless_refused(work, Output(made.columns, made.counts, rejected, made.beside))
 
 
 def _rejection(why: str) -> Rejection:

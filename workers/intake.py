@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.claimer import Claimer, Held
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.run_columns import HELD
 from torchrelay.workers.work import Incoming, Work
 
 
@@ -23,7 +24,7 @@ class Taken:
 
 
 class Intake:
-    """Claims and opens; `assemblers` are those of each node at which it claims. `rest` is called before each wait for
+    """Claims and opens; `assemblers` are those of each of the worker's entrances. `rest` is called before each wait for
     more."""
 
     def __init__(
@@ -34,7 +35,7 @@ class Intake:
         stopping: Callable[[], bool],
         rest: Callable[[], object],
     ) -> None:
-        self._context = context
+        self._entrances = context.entrances()
         self._claimer = claimer
         self._assemblers = assemblers
         self._stopping = stopping
@@ -50,8 +51,8 @@ class Intake:
                 if claimer.idle():
                     claimer.wait()
                 return None
-        passed = claimer.window[0].passed
-        rules = self._context.group.stages[passed].batch
+        entrance = claimer.window[0].entrance
+        rules = self._entrances[entrance].spec.batch
         deadline = claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
         while claimer.window_rows < rules.max_rows and not self._stopping():
             if claimer.ready_left and claimer.top_up():
@@ -61,7 +62,7 @@ class Intake:
                 break
             self._rest()
             claimer.wait(remaining)
-        batch = claimer.take(claimer.rows_at_once(passed))
+        batch = claimer.take(claimer.rows_at_once(entrance))
         claimer.ask_ahead()
         return self._open(batch)
 
@@ -71,11 +72,16 @@ class Intake:
         late = [h for h in batch if 0 < h.entry.deadline_ms <= now_ms]
         if late:
             batch = [h for h in batch if not 0 < h.entry.deadline_ms <= now_ms]
-        passed = batch[0].passed if batch else 0
-        last = self._context.group.stages[passed].retry.attempts - 1
-        opened = self._assemblers[passed].open_all(
-            Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep, h.entry.attempts >= last) for h in batch
+        entrance = batch[0].entrance if batch else 0
+        context = self._entrances[entrance]
+        last, keeps = context.spec.retry.attempts - 1, context.keeps_rows
+        opened = self._assemblers[entrance].open_all(
+            Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep and keeps, h.entry.attempts >= last) for h in batch
         )
+        if context.node.gathers is not None:
+            for work in opened.ready:
+                # Before it makes its files visible, it asks whether the job is still this worker's.
+                work.fields[HELD] = work.job
         return Taken(opened.ready, opened.bad, opened.lost, late)
 
     def surrender(self) -> Taken:

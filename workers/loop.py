@@ -60,7 +60,7 @@ class StageLoop:
             # What is finished must not wait for a long forward to end.
             parts.committer.drain()
         started = time.monotonic()
-        runner = self._runner.behind(works[0].job.passed)
+        runner = parts.runner(self._runner, works)
         for group in compute(works, runner, parts.planner(works), self._meter):
             parts.settler.settle(group)
         parts.measured(sum(w.job.entry.rows for w in works), time.monotonic() - started)

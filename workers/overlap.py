@@ -186,7 +186,7 @@ class OverlappedLoop:
         return _Batch(pieces, prepared)
 
     def _runner_of(self, works: Works) -> Runner:
-        return self._runner.behind(works[0].job.passed if works else 0)
+        return self._parts.runner(self._runner, works)
 
     def _stopping(self) -> bool:
         return self._error is not None or self._around.stopping()

@@ -11,6 +11,7 @@ import redis
 from torchrelay.queues.channel import Channel
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Session
+from torchrelay.stages.runner import Runner
 from torchrelay.workers.assemble import Assembler
 from torchrelay.workers.batching import Planner
 from torchrelay.workers.claimer import Claimer, Held
@@ -53,12 +54,9 @@ class Parts:
         self.committer = Committer(context, self.commits, committing, self.custody.settle)
         self.claimer = Claimer(context, self.claims, session, self.committer.opened, lambda: self.status.report())
         self.storage = Storage(context, around.client, around.memory, self.custody)
-        graph, limit = context.pipeline.graph, context.pipeline.spec.limits.rows_per_job
-        groups = [entrance.group for entrance in context.entrances()]
-        self._assemblers: list[Assembler[Held]] = [
-            Assembler(graph, group.first, self.storage.fetch, limit, group) for group in groups
-        ]
-        self._planners: list[Planner[Held]] = [Planner(group.batch, group.types) for group in groups]
+        self._entrances = entrances = context.entrances()
+        self._assemblers: list[Assembler[Held]] = [self._assembler(entrance) for entrance in entrances]
+        self._planners: list[Planner[Held]] = [Planner(e.group.batch, e.group.types) for e in entrances]
         self.settler = Settler(context, self._assemblers, self.storage, self.committer, self.custody, self.claimer)
         self.status = Status(
             around.page,
@@ -70,13 +68,21 @@ class Parts:
         around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
         self._loaded_at = -1
 
+    def _assembler(self, entrance: NodeContext) -> Assembler[Held]:
+        pipeline, group = entrance.pipeline, entrance.group
+        return Assembler(pipeline.graph, group.first, self.storage.fetch, pipeline.spec.limits.rows_per_job, group)
+
+    def runner(self, runner: Runner, works: Sequence[Work[Held]]) -> Runner:
+        """What runs these jobs, claimed at one entrance: the worker's stages, or what is left of them."""
+        return runner.behind(self._entrances[works[0].job.entrance].passed if works else 0)
+
     def intake(self, rest: Callable[[], object], stopping: Callable[[], bool]) -> Intake:
         """The side on which jobs come in; `rest` is called before each wait for more."""
         return Intake(self.around.context, self.claimer, self._assemblers, stopping, rest)
 
     def planner(self, works: Sequence[Work[Held]]) -> Planner[Held]:
-        """What cuts these jobs, claimed at one node, into batches."""
-        return self._planners[works[0].job.passed if works else 0]
+        """What cuts these jobs, claimed at one entrance, into batches."""
+        return self._planners[works[0].job.entrance if works else 0]
 
     def load_scripts(self) -> None:
         """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""

@@ -21,8 +21,8 @@ from torchrelay.workers.work import Work
 
 
 class Settler:
-    """Settles jobs with the server, through one committer; `assemblers` are those of each node at which jobs are
-    claimed. One thread calls it."""
+    """Settles jobs with the server, through one committer; `assemblers` are those of each of the worker's
+    entrances. One thread calls it."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class Settler:
         claimer: Claimer,
     ) -> None:
         self._context = context
+        self._entrances = context.entrances()
         self._assemblers = assemblers
         self._storage = storage
         self._committer = committer
@@ -74,7 +75,7 @@ class Settler:
                 given_up.append(job)
                 continue
             try:
-                closed = self._assemblers[job.passed].close(work, outcome)
+                closed = self._assemblers[job.entrance].close(work, outcome)
                 output, large = self._storage.place(job, closed, work.riding.meta)
             except Exception as error:
                 # The stage returned something that cannot travel: its failure, as if it had raised. Nothing of this
@@ -127,5 +128,5 @@ class Settler:
         trace = "".join(traceback.format_exception(error)) if error else ""
         kind = failed.error_type or type(error).__name__
         message = failed.message or (told(error) if error else "")
-        stage = failed.stage or self._context.group.nodes[held.passed].name
+        stage = failed.stage or self._entrances[held.entrance].node.name
         return Failure(stage, kind, message, trace, self._context.worker)

@@ -93,9 +93,10 @@ class Storage:
         self._placer = memory.placer
         self._reader = memory.reader
         self._custody = custody
-        self._edge = Edge.of(context.pipeline.graph, context.group.last)
+        self._entrances = context.entrances()
+        self._wires = [Edge.of(e.pipeline.graph, e.group.last) for e in self._entrances]
         self._edges: dict[tuple[str, int, int], tuple[int, ...]] = {}
-        self._readers: dict[str, list[str]] = {}
+        self._readers: dict[tuple[str, int], list[str]] = {}
         self._ended_at = 0.0
         self._ended: set[bytes] = set()
 
@@ -122,11 +123,12 @@ class Storage:
 
     def _edges_of(self, held: Held, ref: Ref) -> tuple[int, ...]:
         """Those of all the nodes that this worker runs for the job: its commit is theirs."""
-        key = (ref.column, ref.maker or 0, held.passed)
+        key = (ref.column, ref.maker or 0, held.entrance)
         edges = self._edges.get(key)
         if edges is None:
-            group, graph = self._context.group, self._context.pipeline.graph
-            found = [edge_of(graph, *key[:2], reader=node.index) for node in group.nodes[held.passed :]]
+            entrance = self._entrances[held.entrance]
+            graph = entrance.pipeline.graph
+            found = [edge_of(graph, *key[:2], reader=node.index) for node in entrance.group.nodes]
             edges = self._edges[key] = tuple(edge for edge in found if edge is not None)
         return edges
 
@@ -135,7 +137,8 @@ class Storage:
 
         Raises InputError for a large column whose name no ref can hold.
         """
-        node, graph = self._context.group.last, self._context.pipeline.graph
+        entrance, wire = self._entrances[held.entrance], self._wires[held.entrance]
+        node, graph = entrance.group.last, entrance.pipeline.graph
         inline, large = split_inline(closed.made, INLINE_MAX_BYTES if node.succs else INLINE_RESULT_MAX_BYTES)
         columns: dict[str, Packed] = {**closed.riding, **inline}
         refs = ""
@@ -143,25 +146,27 @@ class Storage:
         for column, message in large.items():
             name = f"{held.entry.job_id}.{node.index}.{held.fence}.{column}"
             # What was lost once is not entrusted to one host again: a reader elsewhere would restart it for ever.
-            readers = () if held.entry.restarted else self._readers_of(column)
+            readers = () if held.entry.restarted else self._readers_of(column, held.entrance)
             place = self._placer.put(name, held.lane, message, readers, patience_s=_PATIENCE_S)
             if place is not None:
                 self._custody.makes(held, place)
             else:
-                blobs[name] = message = message if self._edge is None else self._edge.compressed(column, message)
+                blobs[name] = message = message if wire is None else wire.compressed(column, message)
             ref = Ref.of(name, len(message), place, in_redis=place is None)
             columns[column] = ref
             refs += ref.text(graph.consumers(column, node.index))
         if not node.succs:
-            columns = in_order(columns, self._context.pipeline.output)
+            columns = in_order(columns, entrance.pipeline.output)
         rows = None if closed.rows == held.entry.rows else closed.rows
         return Output(held.entry.packed, encode_payload(columns, meta, closed.origins), rows, refs), blobs
 
-    def _readers_of(self, column: str) -> list[str]:
-        if column not in self._readers:
-            pipeline = self._context.pipeline
-            self._readers[column] = readers_of(pipeline.graph, pipeline.ref, column, self._context.group.last.index)
-        return self._readers[column]
+    def _readers_of(self, column: str, number: int) -> list[str]:
+        found = self._readers.get((column, number))
+        if found is None:
+            entrance = self._entrances[number]
+            pipeline, maker = entrance.pipeline, entrance.group.last.index
+            found = self._readers[column, number] = readers_of(pipeline.graph, pipeline.ref, column, maker)
+        return found
 
     def write(self, blobs: dict[int, dict[str, Message]]) -> None:
         """Writes output columns that are too large to travel inline, by lane and name."""

@@ -19,6 +19,7 @@ from typing import IO, TextIO
 import redis
 
 from torchrelay.config.fusing import Group
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, DeviceError, StageLoadError, WorkerError
@@ -61,9 +62,16 @@ class WorkerPlan:
         return self.pipeline.group_of(self.stage)
 
     @property
+    def home(self) -> Pipeline:
+        """The pipeline whose graph has the stage: its own, or for what reads and writes that of its runs."""
+        return self.pipeline.for_runs() if is_runs(self.stage) else self.pipeline
+
+    @property
     def nodes(self) -> list[str]:
-        """`pipeline@version/stage` of each of these stages."""
-        return [f"{self.pipeline.ref}/{name}" for name in self.group.names]
+        """`pipeline@version/stage` of each of these stages, then the same in the graph of the pipeline's runs."""
+        twin = self.home.twin
+        refs = [self.home.ref] if twin is None else [self.home.ref, twin.ref]
+        return [f"{ref}/{name}" for ref in refs for name in self.group.names]
 
 
 class Supervisor:

@@ -32,7 +32,7 @@ class Work(Generic[J]):
     """One job made ready for its stage: `table` holds the `rows` rows that enter, of `total` that the job has here.
 
     `active` are their numbers, None for all. `before` are the values that output columns had, for rows that skip. `at`
-    is the stack that these rows stand at.
+    is the stack that these rows stand at, `entry` that of those to which failures are charged.
     """
 
     incoming: Incoming[J]
@@ -46,6 +46,7 @@ class Work(Generic[J]):
     skips: bool = False
     before: Mapping[str, Column] | None = None
     at: tuple[int, ...] = ()
+    entry: tuple[int, ...] = ()
 
     @property
     def job(self) -> J:
@@ -53,12 +54,12 @@ class Work(Generic[J]):
 
     @property
     def submitted(self) -> int:
-        """How many rows the job was submitted with."""
-        return len(self.levels.counts(self.at[0])) if self.at else self.total
+        """How many rows the job was submitted with; of a chunk, how many were read."""
+        return self.levels.outer_rows(self.at[len(self.entry) :], self.total)
 
     def entry_rows(self) -> Index:
-        """Which submitted row each row that enters came from."""
-        entry = self.levels.entry_rows(self.at, self.total)
+        """Which of these each row that enters came from."""
+        entry = self.levels.entry_rows(self.at, self.total, self.entry)
         return entry if self.active is None else entry[self.active]
 
 
@@ -74,12 +75,14 @@ class Rejection(NamedTuple):
 class Output(NamedTuple):
     """One job's part of a batch: columns of the rows that were made, and by row number those that were not.
 
-    `counts` has an entry per row that entered, None unless the stage expands.
+    `counts` has an entry per row that entered, None unless the stage expands; `beside` are columns of those rows that
+    an expanding stage makes beside those of what it makes of them.
     """
 
     columns: Mapping[str, Column]
     counts: Index | None
     rejected: Mapping[int, Rejection]
+    beside: Mapping[str, Column] = {}  # noqa: RUF012  # never changed
 
 
 class Closed(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -17,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.run_graph import base_ref, run_ref
 from torchrelay.queues import operate
 from torchrelay.queues.registry import Registry, WorkerReport
 
@@ -124,7 +126,8 @@ def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]
 def _node_rows(
     registry: Registry, standing: Mapping[str, operate.Standing], workers: Sequence[WorkerReport]
 ) -> list[dict[str, Any]]:
-    """Per node that has work, workers or is current: what waits, what runs, who serves it."""
+    """Per node that has work, workers or is current: what waits, what runs, who serves it. What runs put through a stage
+    counts beside what else does; their reading and writing have rows of their own while they have work or workers."""
     loads = registry.loads()
     paused = operate.paused_nodes(registry)
     serving: dict[str, list[WorkerReport]] = {}
@@ -132,35 +135,61 @@ def _node_rows(
         for served in report.nodes:
             serving.setdefault(served, []).append(report)
     current = set(registry.current().values())
+    versions = registry.versions()
+    known = set(registry.with_runs(versions))
     rows = []
-    for ref in registry.versions():
-        for node in registry.find(ref).pipeline.graph.nodes:
-            key = f"{ref}/{node.name}"
-            mine = serving.get(key, [])
-            here = standing.get(key, operate.Standing())
-            ready, held = loads.get(f"{key}.ready_rows", 0), loads.get(f"{key}.held_rows", 0)
-            if not (ready or held or here or mine or ref in current):
-                continue
-            batches = sum(w.batches for w in mine)
-            fill = sum(w.rows for w in mine) / sum(w.batches * w.max_rows for w in mine) if batches else None
-            rows.append(
-                {
-                    "node": key,
-                    "paused": key in paused,
-                    "waiting_rows": ready,
-                    "waiting_bytes": loads.get(f"{key}.ready_bytes", 0),
-                    "running_rows": held,
-                    "delayed_jobs": here.delayed,
-                    "committed": loads.get(f"{key}.committed", 0),
-                    "failed_attempts": loads.get(f"{key}.failed", 0),
-                    "workers": len(mine),
-                    "states": sorted({w.state for w in mine}),
-                    "batch_fill": fill,
-                    "moved_bytes": _moved(mine),
-                    "device_idle_s": round(sum(w.device_idle_s for w in mine), 3),
-                }
-            )
+    for ref in versions:
+        pipeline = registry.find(ref).pipeline
+        twin = registry.find(run_ref(ref)).pipeline if run_ref(ref) in known else None
+        for node in (twin or pipeline).graph.nodes:
+            keys = [f"{p.ref}/{node.name}" for p in (pipeline, twin) if p is not None and _has(p, node.name)]
+            row = _node_row(keys, loads, standing, paused, {w.worker: w for k in keys for w in serving.get(k, [])})
+            if row.pop("busy") or row["workers"] or (ref in current and not is_runs(node.name)):
+                rows.append(row)
     return rows
+
+
+def _has(pipeline: Pipeline, stage: str) -> bool:
+    return any(n.name == stage for n in pipeline.graph.nodes)
+
+
+def _node_row(
+    keys: Sequence[str],
+    loads: Mapping[str, int],
+    standing: Mapping[str, operate.Standing],
+    paused: Collection[str],
+    workers: Mapping[str, WorkerReport],
+) -> dict[str, Any]:
+    """One stage, in its pipeline and in the graph of the pipeline's runs."""
+
+    def total(counter: str) -> int:
+        return sum(loads.get(f"{key}.{counter}", 0) for key in keys)
+
+    here = operate.Standing()
+    for key in keys:
+        one = standing.get(key, operate.Standing())
+        here.add(one.waiting, one.running, one.delayed)
+    mine = list(workers.values())
+    batches = sum(w.batches for w in mine)
+    fill = sum(w.rows for w in mine) / sum(w.batches * w.max_rows for w in mine) if batches else None
+    ready, held = total("ready_rows"), total("held_rows")
+    ref, _, name = keys[0].partition("/")
+    return {
+        "node": f"{base_ref(ref)}/{name}",
+        "paused": any(key in paused for key in keys),
+        "waiting_rows": ready,
+        "waiting_bytes": total("ready_bytes"),
+        "running_rows": held,
+        "delayed_jobs": here.delayed,
+        "committed": total("committed"),
+        "failed_attempts": total("failed"),
+        "workers": len(mine),
+        "states": sorted({w.state for w in mine}),
+        "batch_fill": fill,
+        "moved_bytes": _moved(mine),
+        "device_idle_s": round(sum(w.device_idle_s for w in mine), 3),
+        "busy": bool(ready or held or here),
+    }
 
 
 def _moved(workers: Sequence[WorkerReport]) -> dict[str, int]:

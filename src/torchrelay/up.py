@@ -15,6 +15,7 @@ from rich.console import RenderableType
 from rich.live import Live
 
 from torchrelay import terminal
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError
@@ -77,14 +78,18 @@ class Fleet:
                 f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
                 "as module.py:name, or write a YAML file"
             )
-        names = [s.name for s in pipeline.spec.stages]
+        names = pipeline.stage_names
         if stage is not None and stage not in names:
+            if is_runs(stage):
+                pipeline.for_runs()  # says why there are none
             raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {', '.join(names)}")
         if not _DEVICE.match(device):
             raise ConfigError(f"device {device!r:.40} is none of auto, cpu, cuda, cuda:N")
         if device == "auto" and self._allow_cpu:
             device = "auto-cpu"
         self._pipelines.append(pipeline)
+        if stage is not None and is_runs(stage):
+            self._plans.append(WorkerPlan(pipeline, stage, "cpu", overrides or {}))
         for group in pipeline.groups:
             if stage is None or stage in group.names:
                 count = 1 if stage is not None else group.replicas

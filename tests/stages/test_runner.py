@@ -113,7 +113,7 @@ def test_what_is_no_stage(obj: object, says: str) -> None:
 
 def test_a_function_is_a_stage() -> None:
     """A plain function of a batch serves as a stage; its args come with each call."""
-    ((out, _, _),) = Runner(make_stage(scaled, {"by": 5}, "s"), "s").run([{"x": np.array([1, 2])}], [2])
+    ((out, *_),) = Runner(make_stage(scaled, {"by": 5}, "s"), "s").run([{"x": np.array([1, 2])}], [2])
     assert out["y"].tolist() == [5, 10]  # type: ignore[union-attr]  # an array
 
 
@@ -128,7 +128,7 @@ def test_make_runner_takes_what_the_yaml_says() -> None:
     spec = StageConfig(name="double", use="a.py:Double", args={"factor": 5}, batch=BatchSpec(pad={"x": 1}))
     runner = make_runner(Double, spec, {"x": parse_type("int64[*]")}, {"y": parse_type("int64[*]")})
     runner.load(StageContext())
-    ((out, _, _),) = runner.run([{"x": [np.array([1, 2]), np.array([3])]}], [2])
+    ((out, *_),) = runner.run([{"x": [np.array([1, 2]), np.array([3])]}], [2])
     assert [row.tolist() for row in out["y"]] == [[5, 10], [15, 5]]
 
 

@@ -22,7 +22,7 @@ from torchrelay.workers.rows_in_hand import RowsInHand
 from torchrelay.workers.settling import Settler
 
 MIB = 1 << 20
-HELD: Any = SimpleNamespace(fence="f.1", lane=0, passed=0, entry=SimpleNamespace(packed=b"a" * 16 + b"\x80"))
+HELD: Any = SimpleNamespace(fence="f.1", lane=0, entrance=0, entry=SimpleNamespace(packed=b"a" * 16 + b"\x80"))
 
 
 class Arena:
@@ -115,7 +115,9 @@ def test_an_output_copied_from_bytes_that_changed_is_not_committed(arena: Arena,
         return "output", {"blob": b"x"} if large else {}
 
     given: dict[str, Any] = {
-        "context": SimpleNamespace(group=SimpleNamespace(nodes=[SimpleNamespace(name="s")]), worker="w"),
+        "context": SimpleNamespace(
+            entrances=lambda: [SimpleNamespace(node=SimpleNamespace(name="s"))], worker="w"
+        ),
         "assemblers": [SimpleNamespace(close=lambda work, outcome: "closed")],
         "storage": SimpleNamespace(place=put, write=lambda blobs: reuse()),
         "committer": SimpleNamespace(

@@ -1,0 +1,68 @@
+"""`@write`: writes one part file of each chunk, when all that the pipeline made of it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.run_graph import CHUNK, RESULT, RunGraph, is_runs
+from torchrelay.config.run_task import RunTask
+from torchrelay.config.runs import WriteOptions
+from torchrelay.errors import RetryLater
+from torchrelay.stages import Batch, Stage
+from torchrelay.stages.writing import PartId, PartRows, RowError, open_output, write_part
+from torchrelay.workers.gathering import FAILED, PARTS, FailedRow
+from torchrelay.workers.run_columns import HELD, KEY, REFUSED, ROW, SOURCE, keep_column
+
+if TYPE_CHECKING:
+    from torchrelay.stages.writing.found import Output
+    from torchrelay.workers.run_stages import StillHeld
+
+__all__ = ["Write"]
+
+
+class Write(Stage):
+    """One chunk a call: its columns come whole (`workers.gathering`), and a part's name and counts are returned."""
+
+    def __init__(self, twin: Pipeline, still_held: StillHeld) -> None:
+        self._types = cast(RunGraph, twin.graph).written_types
+        self._base_dir = twin.base_dir
+        self._still_held = still_held
+        self._output = lru_cache(8)(self._open)
+
+    def _open(self, options: WriteOptions) -> Output:
+        return open_output(options, self._base_dir)
+
+    def forward(self, batch: Batch) -> Mapping[str, Any]:
+        task = RunTask.decode(batch[CHUNK][0])
+        held = batch.meta[0][HELD]
+        part = PartId(task.run, task.chunk.number, task.round)
+        written = write_part(
+            self._output(task.write), part, held.fence, self._rows(task, batch), lambda: self._still_held(held)
+        )
+        if written is None:
+            raise RetryLater(0, f"chunk {task.chunk.number} was taken over by another worker before it was written")
+        return {RESULT: [written._asdict()]}
+
+    def _rows(self, task: RunTask, batch: Batch) -> PartRows:
+        extra = {name: batch[keep_column(number)][0] for number, name in enumerate(task.write.keep)}
+        if task.write.key is not None:
+            extra[task.write.key] = batch[KEY][0]
+        failed = [_row_error(row) for row in batch[FAILED][0]]
+        refused = [RowError(*values) for values in batch[REFUSED][0]]
+        return PartRows(
+            columns={name: batch[name][0] for name in batch if not is_runs(name)},
+            sources=batch[SOURCE][0],
+            rows=batch[ROW][0],
+            parts=batch[PARTS][0],
+            extra=extra,
+            errors=sorted([*failed, *refused], key=lambda e: (e.source, e.row)),
+            types=self._types,
+        )
+
+
+def _row_error(failed: FailedRow) -> RowError:
+    why, of = failed
+    return RowError(of[SOURCE], of[ROW], why.stage, why.error_type, why.message, why.attempts, of.get(KEY))
