@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from torchrelay.config.graph import TO_THE_END, Graph, Made, Node, is_runs, seen_at
 from torchrelay.config.graph_build import placed_in
-from torchrelay.config.spec import BatchSpec, LimitsSpec, PipelineSpec, StageConfig
+from torchrelay.config.spec import BatchSpec, CollapseSpec, LimitsSpec, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 
 __all__ = ["CHUNK", "READ", "RESULT", "RUN_SUFFIX", "WRITE", "RunGraph", "base_ref", "is_runs", "run_ref", "run_twin"]
@@ -115,7 +116,7 @@ def run_twin(spec: PipelineSpec, graph: Graph) -> tuple[PipelineSpec, RunGraph] 
     chunk: dict[str, ColumnType] = {CHUNK: parse_type("str")}
     draft = RunGraph(nodes, frozenset((RESULT,)), chunk, graph)
     twin = replace(draft, nodes=placed_in(draft))
-    stages = [*spec.stages, *(_stage(name) for name in (READ, WRITE))]
+    stages = [*spec.stages, _stage(READ, "expand"), _stage(WRITE, CollapseSpec(collapse=READ))]
     limits = LimitsSpec(rows_per_job=_ROWS_PER_CHUNK)
     return spec.model_copy(update={"stages": stages, "output": [RESULT], "limits": limits}), twin
 
@@ -135,7 +136,8 @@ def _user_node(node: Node, read: int, write: int) -> Node:
     return replace(node, preds=preds, succs=node.succs or (write,), keeps=None)
 
 
-def _stage(name: str) -> StageConfig:
-    made = StageConfig(name=name[1:], use="torchrelay:run", batch=BatchSpec(max_rows=1), timeout_s=_TIMEOUT_S)
+def _stage(name: str, rows: Literal["expand"] | CollapseSpec) -> StageConfig:
+    batch = BatchSpec(max_rows=1)
+    made = StageConfig(name=name[1:], use="torchrelay:run", rows=rows, batch=batch, timeout_s=_TIMEOUT_S)
     # The name is none that a file could give.
     return made.model_copy(update={"name": name})

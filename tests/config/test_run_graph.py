@@ -23,7 +23,7 @@ pipeline: p
 input: {t: str}
 stages:
   - {name: a, use: 's.py:Stage', after: input, outputs: {x: str}, rows: expand}
-  - {name: b, use: 's.py:Stage', after: a, inputs: [x], outputs: {y: str?}, when: x}
+  - {name: b, use: 's.py:Stage', after: a, inputs: [x], outputs: {y: 'str?'}, when: x}
   - {name: c, use: 's.py:Stage', after: a, inputs: [x], outputs: {z: str}, wire: {dtype: float16}}
 """
 
