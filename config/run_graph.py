@@ -18,11 +18,12 @@ from torchrelay.config.graph_build import placed_in
 from torchrelay.config.spec import BatchSpec, CollapseSpec, LimitsSpec, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 
-__all__ = ["CHUNK", "READ", "RESULT", "RUN_SUFFIX", "WRITE", "RunGraph", "base_ref", "is_runs", "run_ref", "run_twin"]
+__all__ = ["CHUNK", "READ", "RESULT", "ROWS", "RUN_SUFFIX", "WRITE", "RunGraph", "base_ref", "is_runs", "run_ref", "run_twin"]
 
 READ, WRITE = "@read", "@write"
-CHUNK, RESULT = "@chunk", "@written"
-"""The column that a run's job is submitted with, the chunk's descriptor, and the one that it ends with."""
+CHUNK, ROWS, RESULT = "@chunk", "@rows", "@written"
+"""The columns that a run's job is submitted with, the chunk's descriptor and, of an input that lies in memory, its
+encoded rows; and the one that it ends with."""
 RUN_SUFFIX = "+run"
 # The mask of a job's nodes has 30 bits.
 _MOST_STAGES = 28
@@ -110,10 +111,10 @@ def run_twin(spec: PipelineSpec, graph: Graph) -> tuple[PipelineSpec, RunGraph] 
     result = parse_type("json")
     nodes = (
         *users,
-        Node(read, READ, (0,), first, {CHUNK: CHUNK}, dict(graph.input), None, rows="expand"),
+        Node(read, READ, (0,), first, {CHUNK: CHUNK, ROWS: ROWS}, dict(graph.input), None, rows="expand"),
         Node(write, WRITE, last, (), inputs, {RESULT: result}, None, rows="collapse", gathers=ending),
     )
-    chunk: dict[str, ColumnType] = {CHUNK: parse_type("str")}
+    chunk: dict[str, ColumnType] = {CHUNK: parse_type("str"), ROWS: parse_type("bytes?")}
     draft = RunGraph(nodes, frozenset((RESULT,)), chunk, graph)
     twin = replace(draft, nodes=placed_in(draft))
     stages = [*spec.stages, _stage(READ, "expand"), _stage(WRITE, CollapseSpec(collapse=READ))]

@@ -1,0 +1,75 @@
+"""`@read`: makes the rows of a chunk, as the pipeline's stages know them, of its descriptor."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from torchrelay.config.columns import Column
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.ragged import take_rows
+from torchrelay.config.run_graph import CHUNK, READ, ROWS, RunGraph
+from torchrelay.config.run_task import RunTask
+from torchrelay.config.runs import MEMORY
+from torchrelay.errors import InputError
+from torchrelay.queues import codec
+from torchrelay.stages import Batch, Stage
+from torchrelay.stages.outputs import ReadRows
+from torchrelay.stages.reading import BadRow, ReadResult, choose, read_chunk
+from torchrelay.stages.reading.raw import Raw, ids
+from torchrelay.workers.run_columns import KEY, REFUSED, ROW, SOURCE, keep_column
+
+__all__ = ["Read"]
+
+_NOTHING = ReadResult({}, ids(()), ids(()))
+
+
+class Read(Stage):
+    """One chunk a call. What cannot be read at all fails for good; a row that cannot be read is only told of."""
+
+    def __init__(self, twin: Pipeline) -> None:
+        self._types = cast(RunGraph, twin.graph).base.input
+
+    def forward(self, batch: Batch) -> ReadRows:
+        task = RunTask.decode(batch[CHUNK][0])
+        try:
+            found = _selected(self._read(task, batch[ROWS][0]), task.only)
+        except InputError as error:
+            # Its file is gone or damaged: that is as bad the next time.
+            batch.reject(0, f"{type(error).__name__}: {error}")
+            found = _NOTHING
+        own: dict[str, Column] = {SOURCE: found.sources, ROW: found.rows}
+        if found.key is not None:
+            own[KEY] = found.key
+        own.update((keep_column(number), found.keep[name]) for number, name in enumerate(task.read.keep) if found.keep)
+        # As the values of a RowError, which knows the stage and how often it was tried.
+        refused = [[bad.source, bad.row, READ, bad.error, bad.text, 1, None] for bad in found.bad]
+        return ReadRows(found.table, [len(found)], own, {REFUSED: [refused]})
+
+    def _read(self, task: RunTask, rows: bytes | None) -> ReadResult:
+        if task.chunk.format != MEMORY:
+            return read_chunk(task.chunk, task.read, self._types)
+        columns = codec.decode(rows or b"")
+        numbers = np.arange(task.chunk.start, task.chunk.end)
+        raw = Raw(np.full(len(numbers), task.chunk.source), numbers, columns)
+        return choose(raw, MEMORY, task.read, self._types)
+
+
+def _selected(found: ReadResult, only: tuple[tuple[int, int], ...] | None) -> ReadResult:
+    """The rows with these ids, as (source, row)."""
+    if only is None:
+        return found
+    wanted = set(only)
+    at = [i for i, pair in enumerate(zip(found.sources.tolist(), found.rows.tolist(), strict=True)) if pair in wanted]
+    chosen = np.asarray(at, np.int64)
+    bad: tuple[BadRow, ...] = tuple(row for row in found.bad if (row.source, row.row) in wanted)
+    return ReadResult(
+        {name: take_rows(column, chosen) for name, column in found.table.items()},
+        found.sources[chosen],
+        found.rows[chosen],
+        None if found.key is None else take_rows(found.key, chosen),
+        {name: take_rows(column, chosen) for name, column in found.keep.items()},
+        bad,
+        found.nbytes,
+    )
