@@ -70,7 +70,7 @@ def _number(name: str, kind: ColumnType, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
             raise _refuse(name, kind, value, "it does not fit 64 bits")
         if not isinstance(value, np.ndarray | np.generic):
-            value = _as_array(name, kind, value)
+            value = fit_numbers(name, kind, value)
         array = _cast(name, kind, np.asarray(value))
     if array.ndim != len(kind.shape):
         raise _refuse(name, kind, array, f"it has {array.ndim} dims, not {len(kind.shape)}")
@@ -82,7 +82,12 @@ def _number(name: str, kind: ColumnType, value: Any) -> Any:
     return array
 
 
-def _as_array(name: str, kind: ColumnType, value: Any) -> Any:
+def fit_numbers(name: str, kind: ColumnType, value: Any) -> Any:
+    """Numbers whose own width does not count, such as Python's or a file's, as an array of the column's dtype.
+
+    Integers must fit and floats may round; what needs another kind of number is given back as an array unchanged.
+    Raises InputError where a value does not fit.
+    """
     try:
         array = np.asarray(value)
     except Exception as error:  # a stranger's __array__ may raise anything

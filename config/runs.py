@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 CHUNK_ROWS = 1024
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 32 << 20
 MEMORY = "memory"
 """The format of a source whose rows the driver itself pushes."""
 Unit = Literal["rows", "bytes"]
@@ -132,7 +132,8 @@ class Chunk(_Message):
 
 @dataclass(frozen=True, slots=True)
 class ChunkSize(_Message):
-    """How much of a dataset one job takes at most; a single row may be larger. Lines are counted by estimate."""
+    """How much of a dataset one job takes at most, once unpacked; a single row may be larger. Both are estimates where
+    only reading would tell: rows of lines, bytes of what is compressed."""
 
     rows: int = CHUNK_ROWS
     nbytes: int = CHUNK_BYTES

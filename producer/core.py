@@ -44,7 +44,7 @@ from torchrelay.queues.registry import Registry, run
 WARN_AFTER_S = 5.0
 FOREIGN_POLL_S = (0.005, 0.5)
 _CANCELS_PER_CALL = 256
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(@[0-9a-f]{8})?")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(@[0-9a-f]{8}(\+run)?)?")
 
 log = logging.getLogger("torchrelay.producer")
 
