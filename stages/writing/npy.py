@@ -58,7 +58,7 @@ class Npy:
     def read(self, store: Store, record: PartRecord, names: Sequence[str]) -> Iterator[dict[str, Column]]:
         columns: dict[str, Column] = {}
         # The part's own name has no dot.
-        found = {n[n.index(".", n.rfind("/")) :]: n for n in names}
+        found = {n[n.index(".", n.rfind("/") + 1) :]: n for n in names}
         for name, layout in record.layouts.items():
             begin = _file_name(name)
             if f"{begin}.jsonl" in found:

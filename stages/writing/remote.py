@@ -88,6 +88,9 @@ class RemoteStore:
             raise self._trouble("written", error) from error
         return True
 
+    def replace(self, made: Path, name: str) -> None:
+        self.add(made, name)
+
     def remove(self, name: str) -> None:
         try:
             self._fs.rm_file(self.path(name))

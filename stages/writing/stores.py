@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,9 @@ class Store(Protocol):
     def add(self, made: Path, name: str) -> bool:
         """Gives a local file, which is on the disk, its final name; False where that is taken already. Where `links`
         is False it replaces."""
+
+    def replace(self, made: Path, name: str) -> None:
+        """The same, in place of what has that name."""
 
     def remove(self, name: str) -> None:
         """Nothing where it is gone."""
@@ -151,6 +155,19 @@ class LocalStore:
             sync_folder(target.parent)
         return True
 
+    def replace(self, made: Path, name: str) -> None:
+        with disk_trouble(self.where):
+            target = self._folder(os.path.dirname(name)) / os.path.basename(name)
+            try:
+                os.replace(made, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+                shutil.copyfile(made, aside)
+                os.replace(aside, target)
+            sync_folder(target.parent)
+
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
 
@@ -170,19 +187,22 @@ class LocalStore:
 
     def _can_link(self) -> bool:
         with disk_trouble(self.where):
-            probe = self.tmp_folder() / f"probe.{secrets.token_hex(6)}"
-            linked = probe.with_suffix(".linked")
-            probe.touch(exist_ok=False)
-            try:
-                os.link(probe, linked)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                return False
-            finally:
-                probe.unlink(missing_ok=True)
-                linked.unlink(missing_ok=True)
-        return True
+            while True:
+                probe = self.tmp_folder() / f"probe.{secrets.token_hex(6)}"
+                linked = probe.with_suffix(".linked")
+                probe.touch(exist_ok=False)
+                try:
+                    os.link(probe, linked)
+                    return True
+                except FileNotFoundError:
+                    continue  # a driver that cleans up took it for one of a dead writer
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    return False
+                finally:
+                    probe.unlink(missing_ok=True)
+                    linked.unlink(missing_ok=True)
 
 
 @contextmanager

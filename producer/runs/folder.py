@@ -1,0 +1,246 @@
+"""The output folder of a run while a driver works on it: opened fresh or to go on, and what is there already.
+
+Promise: one driver at a time; a chunk counts as done when a whole part of it lies there, whoever wrote it; what does
+not verify is put aside and not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+from torchrelay.config.runs import ChunkSize, Source
+from torchrelay.errors import ConfigError, RunConflict
+from torchrelay.producer.runs.holding import Hold, take_hold
+from torchrelay.producer.runs.manifest import Manifest, RunPlan, read_manifest, resumed, started, write_manifest
+from torchrelay.stages.writing.found import Found, Output, Scan, choose, file_names, load, scan
+from torchrelay.stages.writing.part import open_output
+from torchrelay.stages.writing.record import PartId, parse_name
+from torchrelay.stages.writing.staging import remove_dead
+from torchrelay.stages.writing.stores import BAD, HIDDEN, LocalStore, open_store
+
+__all__ = ["Retry", "RunFolder", "open_existing", "open_run"]
+
+WINNERS: Final = f"{HIDDEN}/winners.json"
+_log = logging.getLogger(__name__)
+Key = tuple[int, int]
+"""(chunk, round)."""
+
+
+class Retry(NamedTuple):
+    """Rows of a chunk to try again, by (source, row); they become the part of this round."""
+
+    chunk: int
+    round: int
+    rows: tuple[tuple[int, int], ...]
+
+
+def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path()) -> RunFolder:
+    """Takes hold of the output folder and starts a run in it, or goes on with the one that it holds.
+
+    With `resume`, a folder that holds none gets a new one. `base_dir` is where a writer's class is looked up.
+
+    Raises:
+        RunConflict: the folder holds a run and `resume` was not given; it holds another run, or files that no run
+            made; another driver works on it.
+        ConfigError: the folder or the format cannot be used.
+    """
+    output = open_output(plan.write, base_dir)
+    hold = take_hold(output.store)
+    try:
+        known = read_manifest(output.store)
+        if known is None:
+            _refuse_strangers(output)
+            manifest = started(plan)
+            write_manifest(output.store, manifest)
+        elif not resume:
+            raise RunConflict(
+                f"output {output.store.where} holds run {known.run} of {known.plan.pipeline} "
+                f"(begun {known.created}); go on with --resume, or choose another folder"
+            )
+        else:
+            manifest = resumed(known, plan)
+            if manifest is not known:
+                write_manifest(output.store, manifest)
+        folder = RunFolder(output, manifest, hold)
+        folder.look()
+    except BaseException:
+        hold.release()
+        raise
+    return folder
+
+
+def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Path()) -> RunFolder:
+    """The run of a folder to be read, while its driver may still work on it. Changes nothing there.
+
+    `format` must name the writer's class where the parts are of one: what a folder says is not imported.
+
+    Raises ConfigError where there is no run, and DecodeError where it cannot be read.
+    """
+    manifest = read_manifest(open_store(folder))
+    if manifest is None:
+        raise ConfigError(f"{folder}: holds no run; is it the folder that was given as the output?")
+    kind = manifest.plan.write.format
+    if ":" in kind and format != kind:
+        raise ConfigError(f"{folder}: its parts are of format {kind!r:.80}; pass format={kind!r:.80} to run that code")
+    # The folder may have been moved since.
+    output = open_output(replace(manifest.plan.write, folder=folder), base_dir)
+    run = RunFolder(output, manifest)
+    run.find()
+    return run
+
+
+def _refuse_strangers(output: Output) -> None:
+    names = [n for n in output.store.names("") if not n.startswith((".", "_"))]
+    mixed = [n for n in names if n.endswith(output.format.suffix) or parse_name(n.partition(".")[0])]
+    if mixed:
+        raise RunConflict(
+            f"output {output.store.where} holds {mixed[0]!r:.80} and no run; its rows would mix with those of the run, "
+            "choose an empty folder"
+        )
+
+
+class RunFolder:
+    """An open run. `close` gives the folder free; the run can go on at any later time."""
+
+    def __init__(self, output: Output, manifest: Manifest, hold: Hold | None = None) -> None:
+        self.output = output
+        self.manifest = manifest
+        self._hold = hold
+        self._winners: dict[Key, str] = _read_winners(output)
+        self._parts: dict[Key, Found] = {}
+
+    @property
+    def run(self) -> str:
+        return self.manifest.run
+
+    @property
+    def size(self) -> ChunkSize:
+        """The chunk size that the run is planned with, whatever was asked for this time."""
+        return self.manifest.plan.size
+
+    @property
+    def batches(self) -> list[list[Source]]:
+        """What to plan: each batch by itself, with chunk numbers that go on from the last of the one before."""
+        return self.manifest.source_batches()
+
+    @property
+    def parts(self) -> dict[Key, Found]:
+        """The parts that count, as of the last `look`, by (chunk, round)."""
+        return self._parts
+
+    def done(self) -> set[int]:
+        """Chunks that need not be computed."""
+        return {chunk for chunk, round_ in self._parts if round_ == 0}
+
+    def part(self, chunk: int, round_: int = 0) -> PartId:
+        """What a chunk's writer is told to write."""
+        return PartId(self.run, chunk, round_)
+
+    def commit(self, chunk: int, name: str, round_: int = 0) -> None:
+        """Takes down which part the chunk's job committed. A part that counts already goes on to count."""
+        self._winners.setdefault((chunk, round_), name)
+
+    def renew(self) -> None:
+        """To be called every few seconds while the run goes on; raises RunConflict when another driver took over."""
+        if self._hold is not None:
+            self._hold.renew()
+
+    def look(self) -> None:
+        """Finds the parts that are there and whole, and tidies: what is left of dead writers goes, of several parts of
+        a chunk all but one, and what does not verify is put into `_run/bad`."""
+        output, found = self.output, scan(self.output, self.run)
+        if found.foreign:
+            name, why = min(found.foreign.items())
+            raise RunConflict(f"output {output.store.where}: {name}: {why}; move it away, then go on with --resume")
+        for name, why in found.broken.items():
+            _log.warning("output %s: %s is put into %s: %s", output.store.where, name, BAD, why)
+            self._move_away(name)
+        for other in self._take(found):
+            self._remove(other)
+        # After the scan, which gave their names to files that dead writers had left complete.
+        if isinstance(output.store, LocalStore):
+            remove_dead(output.store)
+
+    def find(self) -> None:
+        """Finds the parts that are there and whole, and touches nothing."""
+        self._take(scan(self.output, self.run))
+
+    def _take(self, found: Scan) -> list[Found]:
+        """Decides which parts count; gives back those that do not."""
+        self._parts, others = {}, []
+        for key, parts in found.parts.items():
+            winner = choose(parts, self._winners.get(key))
+            self._parts[key], self._winners[key] = winner, winner.name
+            others += [other for other in parts if other is not winner]
+        return others
+
+    def retries(self) -> Iterator[Retry]:
+        """The rows that failed at their last try, chunk by chunk. Chunks that were not done at all are not among them:
+        going on computes those."""
+        for last in self.last_rounds():
+            if last.record.failed:
+                errors = load(self.output, last).record.errors()
+                part = last.record.part
+                yield Retry(part.chunk, part.round + 1, tuple((e.source, e.row) for e in errors))
+
+    def last_rounds(self) -> Iterator[Found]:
+        """The part of each chunk's last round, by chunk: its errors are those that are left."""
+        last: dict[int, Found] = {}
+        for (chunk, _), found in sorted(self._parts.items()):
+            last[chunk] = found
+        yield from last.values()
+
+    def remove_strays(self) -> None:
+        """Removes files that look like parts and belong to none that counts; for when no chunk is under way."""
+        wanted = {name for found in self._parts.values() for name in (*file_names(found), found.name)}
+        for name in self.output.store.names(""):
+            if parse_name(name.partition(".")[0]) is not None and name not in wanted:
+                self.output.store.remove(name)
+
+    def close(self) -> None:
+        """Keeps what the folder cannot tell by itself, and gives it free."""
+        try:
+            if not self.output.store.links and self._hold is not None and self._winners:
+                rows = [[chunk, round_, name] for (chunk, round_), name in self._winners.items()]
+                self.output.store.write(WINNERS, json.dumps(rows).encode())
+        finally:
+            if self._hold is not None:
+                self._hold.release()
+                self._hold = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _move_away(self, record: str) -> None:
+        store = self.output.store
+        store.move_away(record)
+        if not self.output.format.inside:
+            stem = record.rpartition("/")[2].partition(".")[0]
+            for name in store.names("", f"{stem}."):
+                store.move_away(name)
+
+    def _remove(self, found: Found) -> None:
+        # The record last: without it nobody knows of the files.
+        for name in [*file_names(found), found.name]:
+            self.output.store.remove(name)
+
+
+def _read_winners(output: Output) -> dict[Key, str]:
+    if output.store.links:
+        return {}  # there a chunk has one part, and its name
+    try:
+        rows = json.loads(output.store.read(WINNERS))
+        return {(int(chunk), int(round_)): str(name) for chunk, round_, name in rows}
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,217 @@
+"""What defines a run's results, as its output folder keeps it, and whether a run that goes on is still the same.
+
+`_run/manifest.json` holds all but the list of sources, which can be long and lies beside it under the name of its
+digest. It is replaced as a whole, after the list that it names. Pure but for `read_manifest` and `write_manifest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
+from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
+from torchrelay.stages.writing.stores import HIDDEN, Store
+
+__all__ = ["Manifest", "RunPlan", "read_manifest", "resumed", "started", "write_manifest"]
+
+MANIFEST: Final = f"{HIDDEN}/manifest.json"
+_SCHEMA = 1
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the user asks for. `size` is tuning: a run that goes on keeps the size that it began with."""
+
+    pipeline: str
+    version: str
+    input: str
+    """As the user wrote it; for people."""
+    sources: Sequence[Source]
+    read: ReadOptions
+    write: WriteOptions
+    size: ChunkSize = field(default_factory=ChunkSize)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A run as its folder knows it.
+
+    `batches` says how many sources each start of the run added: the first as many as there were, each later one those
+    that had been added to the input. A batch is planned by itself, so that no chunk of an earlier one ever changes.
+    """
+
+    run: str
+    created: str
+    plan: RunPlan
+    batches: tuple[int, ...]
+
+    def source_batches(self) -> list[list[Source]]:
+        """The sources of each batch, numbered through."""
+        out, at = [], 0
+        for size in self.batches:
+            out.append(list(self.plan.sources[at : at + size]))
+            at += size
+        return out
+
+    def fingerprint(self) -> str:
+        """Digest of the whole input."""
+        return sources_digest(self.plan.sources)
+
+
+def started(plan: RunPlan) -> Manifest:
+    """The manifest of a new run."""
+    now = datetime.now(UTC)
+    run = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    return Manifest(run, now.isoformat(timespec="seconds"), _numbered(plan, plan.sources), (len(plan.sources),))
+
+
+def resumed(known: Manifest, asked: RunPlan) -> Manifest:
+    """The manifest of the run that goes on, with sources that were added since.
+
+    Raises:
+        RunConflict: it would not be the same run; the message says each thing that differs.
+    """
+    plan = known.plan
+    differs = [*_differences(plan, asked), *_changed_sources(plan.sources, asked.sources)]
+    if differs:
+        lines = "".join(f"\n  {line}" for line in differs)
+        raise RunConflict(
+            f"run {known.run} cannot go on in {asked.write.folder}, for its results would not be the same:{lines}\n"
+            "Undo that, or start a new run in another folder."
+        )
+    have = {_identity(s) for s in plan.sources}
+    added = [s for s in asked.sources if _identity(s) not in have]
+    if not added:
+        return known
+    batches = (*known.batches, len(added))
+    return replace(known, plan=_numbered(plan, [*plan.sources, *added]), batches=batches)
+
+
+def _numbered(plan: RunPlan, sources: Sequence[Source]) -> RunPlan:
+    return replace(plan, sources=tuple(s if s.number == i else replace(s, number=i) for i, s in enumerate(sources)))
+
+
+def _identity(source: Source) -> tuple[str, str]:
+    return source.path, source.format
+
+
+def _differences(known: RunPlan, asked: RunPlan) -> list[str]:
+    pairs: list[tuple[str, Any, Any]] = [
+        ("pipeline", known.pipeline, asked.pipeline),
+        ("version of the pipeline", known.version, asked.version),
+        ("columns", dict(known.read.columns), dict(asked.read.columns)),
+        ("key", known.write.key, asked.write.key),
+        ("keep", list(known.write.keep), list(asked.write.keep)),
+        ("format", known.write.format, asked.write.format),
+        ("limit", known.limit, asked.limit),
+    ]
+    return [f"{what} was {_text(was)}, and is {_text(now)} now" for what, was, now in pairs if was != now]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if value is not None and value != [] else "none"
+
+
+def _changed_sources(known: Sequence[Source], asked: Sequence[Source]) -> list[str]:
+    now = {_identity(s): s for s in asked}
+    removed = [s.path for s in known if _identity(s) not in now]
+    changed = [s.path for s in known if _identity(s) in now and now[_identity(s)].fingerprint != s.fingerprint]
+    return [*_listed("is gone from the input", removed), *_listed("has changed since", changed)]
+
+
+def _listed(what: str, paths: list[str]) -> list[str]:
+    more = len(paths) - _SHOWN
+    return [f"{path} {what}" for path in paths[:_SHOWN]] + ([f"... and {more} more {what}"] if more > 0 else [])
+
+
+def sources_digest(sources: Iterable[Source]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sources:
+        digest.update(source.encode().encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Whole or not at all: the folder then holds this run, or what it held before."""
+    plan = manifest.plan
+    name = _sources_name(sources_digest(plan.sources))
+    if store.size(name) is None:
+        lines = "".join(s.encode() + "\n" for s in plan.sources)
+        store.write(name, lines.encode("utf-8", "surrogatepass"))
+    content = {
+        "torchrelay_run": _SCHEMA,
+        "run": manifest.run,
+        "created": manifest.created,
+        "pipeline": plan.pipeline,
+        "version": plan.version,
+        "input": plan.input,
+        "sources": name.rpartition("/")[2],
+        "batches": list(manifest.batches),
+        "read": asdict(plan.read),
+        "write": asdict(plan.write),
+        "size": asdict(plan.size),
+        "limit": plan.limit,
+    }
+    store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    # What an earlier manifest named.
+    for old in store.names(HIDDEN, "sources-"):
+        if f"{HIDDEN}/{old}" != name:
+            store.remove(f"{HIDDEN}/{old}")
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The manifest of the run that the folder holds; None when it holds none.
+
+    Raises DecodeError for one that is damaged, or of a newer torchrelay.
+    """
+    try:
+        text = store.read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        found = json.loads(text)
+        if found["torchrelay_run"] != _SCHEMA:
+            raise DecodeError(f"it has schema {found['torchrelay_run']!r:.20}, this torchrelay knows {_SCHEMA}")
+        sources = _read_sources(store, str(found["sources"]))
+        plan = RunPlan(
+            found["pipeline"],
+            found["version"],
+            found["input"],
+            sources,
+            ReadOptions(**_tuples(found["read"])),
+            WriteOptions(**_tuples(found["write"])),
+            ChunkSize(**found["size"]),
+            found["limit"],
+        )
+        batches = tuple(int(n) for n in found["batches"])
+        if sum(batches) != len(sources):
+            raise DecodeError(f"it has {len(sources)} sources, and names {sum(batches)}")
+        return Manifest(str(found["run"]), str(found["created"]), plan, batches)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, TorchrelayError) as error:
+        raise DecodeError(
+            f"{store.where}/{MANIFEST} is not readable: {error}; start a new run in another folder", length=len(text)
+        ) from error
+
+
+def _sources_name(digest: str) -> str:
+    return f"{HIDDEN}/sources-{digest}.jsonl"
+
+
+def _read_sources(store: Store, name: str) -> tuple[Source, ...]:
+    text = store.read(f"{HIDDEN}/{name.rpartition('/')[2]}").decode("utf-8", "surrogatepass")
+    sources = tuple(Source.decode(line) for line in text.split("\n") if line)
+    if _sources_name(sources_digest(sources)).rpartition("/")[2] != name:
+        raise DecodeError(f"{name} is damaged")
+    return sources
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
