@@ -199,6 +199,11 @@ class Pipeline:
         """Whether it is the run graph of a pipeline."""
         return self._base is not None
 
+    @property
+    def base(self) -> Pipeline:
+        """The pipeline whose run graph this is; of any other, itself."""
+        return self._base or self
+
     @cached_property
     def twin(self) -> Pipeline | None:
         """Its run graph (`config.run_graph`), that the chunks of a run go through; None where it can have none."""
@@ -272,7 +277,7 @@ class Pipeline:
 
     def record(self) -> str:
         """What the registry keeps: enough for a producer without the files, and never an import path to follow."""
-        base = self._base or self
+        base = self.base
         # Not pydantic's JSON, which turns inf and nan into null.
         content = {"format": RECORD_FORMAT, "version": base.version, "spec": base.spec.model_dump()}
         if self.of_runs:

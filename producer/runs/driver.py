@@ -1,0 +1,297 @@
+"""Drives one run: keeps some chunks under way, takes down what became of each, and ends with a summary.
+
+It neither reads nor writes the dataset: jobs carry descriptors, and parts are written by workers. Whatever ends it, the
+folder holds a run that can go on; chunks that were under way are found again by their keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+
+import redis
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.run_graph import CHUNK, RESULT, ROWS
+from torchrelay.errors import BrokerError, JobError, JobFailed, QueueFull, ResultExpired, RunConflict
+from torchrelay.producer.core import Core
+from torchrelay.producer.encoding import Draft, JobEncoder, SubmitOptions
+from torchrelay.producer.futures import JobFuture
+from torchrelay.producer.mapping import accepted_of
+from torchrelay.producer.runs.finishing import ChunkFailure
+from torchrelay.producer.runs.folder import RunFolder
+from torchrelay.producer.runs.options import RunOptions
+from torchrelay.producer.runs.pace import Progress, StageFigures, Throughput, bottleneck, chunks_in_flight, stage_figures
+from torchrelay.producer.runs.works import Work
+from torchrelay.queues.dead import drop
+from torchrelay.queues.registry import WorkerReport
+from torchrelay.stages.writing.found import find
+
+__all__ = ["Driver"]
+
+log = logging.getLogger("torchrelay.runs")
+_LOOK_S = 0.5
+_FIGURES_S = 1.0
+_HINT_S = 5.0
+_PART = 32
+_TRIES = 3
+# How a job ends through no fault of its rows: once more may help.
+_NOT_ITS_FAULT = ("WorkerDied", "BytesLost")
+_WAIT_FOR_ROOM_S = 1.0
+
+
+class _Flight(NamedTuple):
+    work: Work
+    future: JobFuture[Any]
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What the namespace last told of the pipeline's stages."""
+
+    at: float = 0.0
+    reports: list[WorkerReport] = field(default_factory=list)
+    before: dict[str, WorkerReport] = field(default_factory=dict)
+    stages: tuple[StageFigures, ...] = ()
+
+
+class Driver:
+    """One run from its first chunk to its last. `run()` blocks; `cancel()` may be called from any thread.
+
+    Args:
+        core: the client.
+        twin: the run graph of the pipeline, registered.
+        folder: held by this driver.
+        works: what there is to do.
+        options: as asked for.
+    """
+
+    def __init__(
+        self, core: Core, twin: Pipeline, folder: RunFolder, works: Iterator[Work], options: RunOptions
+    ) -> None:
+        self._core = core
+        self._twin = twin
+        self._folder = folder
+        self._works = works
+        self._options = options
+        self._encoder: JobEncoder = core.encoder(twin.ref)
+        self._submit = SubmitOptions(priority=options.priority, wait_s=_WAIT_FOR_ROOM_S)
+        self._again: deque[Work] = deque()
+        self._flights: list[_Flight] = []
+        self._cancelled = threading.Event()
+        self._throughput = Throughput()
+        self._watch = _Watch()
+        self._told_at = 0.0
+        self._moved_at = time.monotonic()
+        self.failures: list[ChunkFailure] = []
+        self.rows = self.failed_rows = 0
+        self.chunks: int | None = None
+        """How many there are to do, once somebody counted them."""
+        self.status = "done"
+
+    def cancel(self) -> None:
+        """Ends the run soon: what is under way is cancelled, and can be done by a later run that goes on."""
+        self._cancelled.set()
+        if self._core.opened:
+            with self._core.settled:
+                self._core.settled.notify_all()
+
+    def run(self) -> str:
+        """Until all is done: "done", "failed" where a chunk has no part, "stopped" at too many errors, or "cancelled"."""
+        try:
+            self._loop()
+            if self._cancelled.is_set():
+                self.status = "cancelled"
+            elif self.status == "done" and self.failures:
+                self.status = "failed"
+        except BaseException:
+            self.status = "cancelled"
+            raise
+        finally:
+            self._call_off()
+            self._tell(last=True)
+        return self.status
+
+    def _loop(self) -> None:
+        more = True
+        while not self._cancelled.is_set():
+            while more and (room := self._room()) > 0:
+                more = self._send(room)
+            if not self._flights and not self._again and not more:
+                return
+            self._wait()
+            ended = [f for f in self._flights if f.future.done()]
+            self._flights = [f for f in self._flights if not f.future.done()]
+            for flight in ended:
+                self._ended(flight)
+            if self._too_many_errors():
+                self.status = "stopped"
+                return
+            more = more or bool(self._again)
+            self._folder.renew()
+            self._tell()
+
+    def _room(self) -> int:
+        return self._window() - len(self._flights) if not self._cancelled.is_set() else 0
+
+    def _window(self) -> int:
+        if self._options.in_flight is not None:
+            return self._options.in_flight
+        self._look()
+        nodes = [f"{self._twin.ref}/{n.name}" for n in self._twin.graph.nodes]
+        return chunks_in_flight(nodes, self._watch.reports)
+
+    def _send(self, room: int) -> bool:
+        """Submits some of what is next; False when nothing is left to submit."""
+        part: list[Work] = []
+        while self._again and len(part) < min(room, _PART):
+            part.append(self._again.popleft())
+        part += islice(self._works, min(room, _PART) - len(part))
+        if not part:
+            return False
+        drafts = [self._draft(work) for work in part]
+        try:
+            futures: Sequence[JobFuture[Any]] = self._core.send(self._encoder, drafts, self._submit)
+        except QueueFull as full:
+            # They went in from the front; the others have to wait for room.
+            futures = accepted_of(full)
+            self._again.extendleft(reversed(part[len(futures) :]))
+        self._flights += [_Flight(work, future) for work, future in zip(part, futures, strict=False)]
+        return True
+
+    def _draft(self, work: Work) -> Draft:
+        """The same job of the same run has the same key, so that one that is under way already is joined."""
+        text = work.task.encode()
+        content = blake2b(text.encode(), digest_size=8).hexdigest()
+        key = f"{work.task.run}/{work.place[0]}/{work.place[1]}/{work.attempts}/{content}"
+        return self._encoder.table({CHUNK: [text], ROWS: [work.rows]}, "keep", key)
+
+    def _wait(self) -> None:
+        """Until a chunk ended, or for a moment."""
+        flights = self._flights
+
+        def over() -> bool:
+            return self._cancelled.is_set() or self._core.closed or any(f.future.done() for f in flights)
+
+        with self._core.settled:
+            self._core.settled.wait_for(over, _LOOK_S)
+        if self._core.closed:
+            raise self._core.is_closed()
+        if any(f.future.done() for f in flights):
+            self._moved_at = time.monotonic()
+        elif time.monotonic() - self._moved_at > _HINT_S:
+            self._moved_at = time.monotonic()
+            for text in self._core.unserved_hints(self._twin.ref):
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _ended(self, flight: _Flight) -> None:
+        work, future = flight
+        error = future.exception(0)
+        if error is None:
+            try:
+                (written,) = future.result()[RESULT]
+                # A job that was there before may have written what somebody took away since.
+                if not future.joined or find(self._folder.output, self._folder.part(*work.place)) is not None:
+                    self._written(work, written)
+                    return
+                error = ResultExpired("its part is gone", job_id=future.id)
+            except ResultExpired as expired:
+                error = expired
+        if self._once_more(work, error):
+            self._again.append(work._replace(attempts=work.attempts + 1))
+            return
+        self._failed(work, error)
+
+    def _once_more(self, work: Work, error: JobError) -> bool:
+        if work.attempts + 1 >= _TRIES or self._cancelled.is_set():
+            return False
+        return not isinstance(error, JobFailed) or error.error_type in _NOT_ITS_FAULT
+
+    def _written(self, work: Work, written: dict[str, Any]) -> None:
+        self._folder.commit(work.place[0], written["name"], work.place[1])
+        self.rows += written["rows"]
+        self.failed_rows += written["failed"]
+        self._throughput.ended(written["rows"] + written["failed"])
+
+    def _failed(self, work: Work, error: JobError) -> None:
+        chunk = work.task.chunk
+        log.warning("chunk %d of %s: %s", chunk.number, chunk.path, error)
+        # Of a retry, the rows' former errors are in the part that they failed in.
+        if work.task.only is None:
+            rows = chunk.end - chunk.start if chunk.unit == "rows" else None
+            kind, text = error.error_type or type(error).__name__, error.message
+            self.failures.append(
+                ChunkFailure(chunk.number, chunk.source, rows, error.stage, kind, text, error.attempts)
+            )
+        self._throughput.ended(0)
+        if isinstance(error, JobFailed) and error.job_id:
+            # It stands in the run's errors, from where the run goes on: among the dead letters it would be done twice.
+            try:
+                drop(self._core.registry, [error.job_id])
+            except (BrokerError, redis.RedisError) as away:
+                log.info("dead letter %s is left: %s", error.job_id, away)
+
+    def _too_many_errors(self) -> bool:
+        most = self._options.max_errors
+        return most is not None and self.failed_rows + sum(f.rows or 1 for f in self.failures) > most
+
+    def _call_off(self) -> None:
+        left = [f.future.id for f in self._flights if not f.future.done()]
+        if left and not self._core.closed:
+            try:
+                self._core.cancel(left)
+            except (BrokerError, redis.RedisError, OSError, RunConflict) as away:
+                log.warning("%d chunks stay under way: %s", len(left), away)
+
+    def _look(self) -> None:
+        """Reads reports and loads once a second."""
+        watch, now = self._watch, time.monotonic()
+        if now - watch.at < _FIGURES_S:
+            return
+        watch.at = now
+        try:
+            registry = self._core.registry
+            watch.reports, loads = registry.workers(), registry.loads()
+        except (BrokerError, redis.RedisError, OSError) as away:
+            log.info("how the stages stand is not known: %s", away)
+            return
+        for report in watch.reports:
+            watch.before.setdefault(report.worker, report)
+        graph = self._twin.graph
+        names = [n.name for n in sorted(graph.nodes, key=lambda n: n.rank)]
+        refs = [self._twin.ref, self._twin.base.ref]
+        seconds = self._throughput.seconds
+        watch.stages = tuple(stage_figures(names, refs, loads, watch.reports, watch.before, seconds))
+
+    def progress(self) -> Progress:
+        """How it stands now."""
+        through = self._throughput
+        left = None if self.chunks is None else max(self.chunks - through.chunks, 0)
+        return Progress(
+            self.chunks,
+            through.chunks,
+            self.rows,
+            self.failed_rows,
+            len(self.failures),
+            through.seconds,
+            through.rates()[0],
+            through.eta_s(left),
+            self._watch.stages,
+            bottleneck(self._watch.stages),
+        )
+
+    def _tell(self, *, last: bool = False) -> None:
+        told, now = self._options.on_progress, time.monotonic()
+        if told is None or (now - self._told_at < _LOOK_S and not last):
+            return
+        self._told_at = now
+        self._look()
+        told(self.progress())

@@ -1,0 +1,83 @@
+"""What a run is asked for, checked before anything is opened."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from torchrelay.config.runs import CHUNK_BYTES, CHUNK_ROWS, ChunkSize, ReadOptions, WriteOptions
+from torchrelay.errors import InputError
+from torchrelay.producer.runs.pace import Progress
+from torchrelay.queues.priority import Priority, parse_priority
+
+__all__ = ["RunKeywords", "RunOptions"]
+
+
+class RunKeywords(TypedDict, total=False):
+    """What `Relay.run` takes by keyword; it says there what each means."""
+
+    columns: Mapping[str, str] | None
+    key: str | None
+    keep: Sequence[str]
+    format: str
+    resume: bool
+    retry_errors: bool
+    limit: int | None
+    max_errors: int | None
+    merge: bool
+    chunk_rows: int
+    chunk_bytes: int
+    priority: str | int
+    in_flight: int | None
+    on_progress: Callable[[Progress], object] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """One run as it was asked for. `in_flight` None lets the run decide how many chunks are under way."""
+
+    read: ReadOptions
+    write: WriteOptions
+    size: ChunkSize
+    resume: bool = False
+    retry_errors: bool = False
+    limit: int | None = None
+    max_errors: int | None = None
+    merge: bool = False
+    priority: int = Priority.LOW
+    in_flight: int | None = None
+    on_progress: Callable[[Progress], object] | None = None
+
+    @classmethod
+    def parse(cls, output: str, given: Mapping[str, Any]) -> RunOptions:
+        """Raises InputError or ConfigError that names the option, the value and what it may be."""
+        for name in given.keys() - RunKeywords.__annotations__.keys():
+            near = difflib.get_close_matches(name, list(RunKeywords.__annotations__), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(RunKeywords.__annotations__)}"
+            raise InputError(f"unknown option {name!r:.60}; {hint}")
+        key, keep = given.get("key"), given.get("keep") or ()
+        if isinstance(keep, str):
+            raise InputError(f"keep {keep!r:.60} is a list of columns; write [{keep!r:.60}]")
+        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep))
+        write = WriteOptions(output, given.get("format") or "parquet", key, tuple(keep))
+        size = ChunkSize(given.get("chunk_rows") or CHUNK_ROWS, given.get("chunk_bytes") or CHUNK_BYTES)
+        for name, least in (("limit", 0), ("max_errors", 0), ("in_flight", 1)):
+            value = given.get(name)
+            if value is not None and (type(value) is not int or value < least):
+                raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
+        retry_errors = bool(given.get("retry_errors"))
+        return cls(
+            read,
+            write,
+            size,
+            bool(given.get("resume")) or retry_errors,
+            retry_errors,
+            given.get("limit"),
+            given.get("max_errors"),
+            bool(given.get("merge")),
+            parse_priority(given.get("priority", Priority.LOW)),
+            given.get("in_flight"),
+            given.get("on_progress"),
+        )

@@ -1,0 +1,195 @@
+"""`Run`: one dataset on its way through one pipeline, as `Relay.run` gives it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.errors import ConfigError, InputError, TorchrelayError
+from torchrelay.producer.core import Core
+from torchrelay.producer.lookups import reached
+from torchrelay.producer.runs.driver import Driver
+from torchrelay.producer.runs.finishing import RunSummary, finish
+from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
+from torchrelay.producer.runs.manifest import RunPlan
+from torchrelay.producer.runs.merging import merge
+from torchrelay.producer.runs.options import RunOptions
+from torchrelay.producer.runs.pace import Progress
+from torchrelay.producer.runs.planning import check_columns, find_sources, measure, plan_chunks, root_of
+from torchrelay.producer.runs.reading import rows_of
+from torchrelay.producer.runs.works import Chunks, planned, works_of
+from torchrelay.stages.writing.table import check_names
+
+__all__ = ["Run", "start_run"]
+
+log = logging.getLogger("torchrelay.runs")
+_JOIN_S = 0.2
+
+
+class Run:
+    """A run that was started. Its methods may be called from any thread.
+
+    `id` names it, `output` is its folder. The folder holds all that there is to know of it: a run that was interrupted
+    goes on with `resume=True`, from any process.
+    """
+
+    def __init__(self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks, base_dir: Path) -> None:
+        self.id = folder.run
+        self.output = folder.output.store.where
+        self._driver = driver
+        self._folder = folder
+        self._options = options
+        self._chunks = chunks
+        self._base_dir = base_dir
+        self._summary: dict[str, Any] | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="torchrelay-run", daemon=True)
+
+    def __repr__(self) -> str:
+        state = "under way" if self._summary is None and self._error is None else self.status
+        return f"<Run {self.id} into {self.output}: {state}>"
+
+    def start(self) -> Run:
+        """Begins; who waits calls `wait`."""
+        self._thread.start()
+        return self
+
+    @property
+    def status(self) -> str:
+        """running; then done, failed (a chunk has no part), stopped (too many errors) or cancelled."""
+        return "running" if self._thread.is_alive() else self._driver.status
+
+    def done(self) -> bool:
+        """Whether it has ended, however."""
+        return not self._thread.is_alive()
+
+    def progress(self) -> Progress:
+        """How it stands now."""
+        return self._driver.progress()
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Until it has ended; raises TimeoutError after so many seconds, and whatever made it impossible to go on.
+
+        Ctrl-C cancels what is under way, and leaves a run that can go on.
+        """
+        try:
+            if timeout is not None:
+                self._thread.join(timeout)
+            while timeout is None and self._thread.is_alive():
+                self._thread.join(_JOIN_S)  # in short steps, for a wait without end cannot be interrupted everywhere
+        except KeyboardInterrupt:
+            self.cancel()
+            self._thread.join()
+            raise
+        if self._thread.is_alive():
+            raise TimeoutError(f"run {self.id} has not ended yet; it goes on")
+        if self._error is not None:
+            raise self._error
+        return self
+
+    def cancel(self) -> None:
+        """Ends it soon: chunks under way are cancelled, parts that are there stay, and `resume=True` goes on."""
+        self._driver.cancel()
+
+    def summary(self) -> dict[str, Any]:
+        """What `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, figures of each stage. Waits."""
+        self.wait()
+        assert self._summary is not None  # else there was an error, which `wait` raised
+        return self._summary
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows that were written, in the order of the input; of a run under way, those that are there by now."""
+        options = self._options.write
+        run = open_existing(self.output, format=options.format, base_dir=self._base_dir)
+        return rows_of(run, columns)
+
+    def _work(self) -> None:
+        try:
+            counting = threading.Thread(target=self._count, name="torchrelay-run-plan", daemon=True)
+            counting.start()
+            try:
+                self._driver.run()
+            finally:
+                self._summary = self._finish()
+        except BaseException as error:
+            self._error = error
+        finally:
+            try:
+                self._folder.close()
+            except (TorchrelayError, OSError) as error:
+                self._error = self._error or error
+
+    def _count(self) -> None:
+        """How many chunks there are, beside the work: it only tells how long the rest will take."""
+        done = self._folder.done() if not self._options.retry_errors else None
+        try:
+            if done is None:
+                return
+            total = measure(chunk for chunk, _ in self._chunks()).chunks
+            self._driver.chunks = total - len(done)
+            self._planned = total
+        except (TorchrelayError, OSError) as error:
+            log.info("the chunks are not counted: %s", error)
+
+    def _finish(self) -> dict[str, Any]:
+        driver, progress = self._driver, self._driver.progress()
+        stages = {s.name: {k: v for k, v in asdict(s).items() if k != "name"} for s in progress.stages}
+        more = {"bottleneck": progress.bottleneck, "rows_now": driver.rows, "errors_now": driver.failed_rows}
+        chunks = getattr(self, "_planned", None)
+        summary = RunSummary(driver.status, progress.seconds, chunks, stages, more)
+        content = finish(self._folder, summary, driver.failures)
+        if self._options.merge and driver.status == "done":
+            content["merged"] = merge(self._folder)
+        return content
+
+
+def start_run(core: Core, pipeline: Pipeline, data: Any, options: RunOptions) -> Run:
+    """Plans, takes hold of the output folder and starts.
+
+    Raises ConfigError and InputError for what cannot be run, RunConflict for a folder that holds another run.
+    """
+    twin = pipeline.for_runs()
+    base_dir = Path() if pipeline._folder is None else pipeline._folder
+    graph: Any = twin.graph
+    if graph.written is not None:
+        check_names(graph.written, options.write.key, options.write.keep)
+    if not _names_files(data):
+        raise InputError(f"input is a path, a URL, a glob, or several of them, not {type(data).__name__}")
+    sources = find_sources(data)
+    if not sources:
+        raise ConfigError(f"input {data!r:.200} names no file")
+    check_columns(sources, options.read, pipeline.input)
+    root = root_of(data) if sources[0].format == "image" else None
+    text = data if isinstance(data, str) else repr(data)
+    plan = RunPlan(
+        pipeline.name, pipeline.version, text, sources, options.read, options.write, options.size, options.limit
+    )
+    with reached():
+        core.registry.register(twin)
+    folder = open_run(plan, resume=options.resume, base_dir=base_dir)
+    try:
+
+        def chunks() -> Iterator[Any]:
+            return planned(folder, root)
+
+        works = works_of(folder, chunks, retry_errors=options.retry_errors)
+        driver = Driver(core, twin, folder, works, options)
+        with core.lock:
+            core.start()
+            core.inbox.start()
+        return Run(driver, folder, options, chunks, base_dir).start()
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _names_files(data: Any) -> bool:
+    if isinstance(data, str | os.PathLike):
+        return True
+    return isinstance(data, list | tuple) and bool(data) and all(isinstance(d, str | os.PathLike) for d in data)
