@@ -41,8 +41,8 @@ class _Message:
     """A frozen dataclass with `encode` and `decode` as JSON; unknown, missing and mistyped fields are refused."""
 
     def encode(self) -> str:
-        """One line of JSON, the same for equal values."""
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True, separators=(",", ":"))  # type: ignore[call-overload]
+        """One line of ASCII, the same for equal values. File names need not be UTF-8, and pass it all the same."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))  # type: ignore[call-overload]
 
     @classmethod
     def decode(cls, text: str) -> Self:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
@@ -14,8 +14,13 @@ from torchrelay.errors import JobError
 from torchrelay.producer.core import Core, options_of, past_deadline
 from torchrelay.producer.encoding import Options, SubmitOptions, kept_rows
 from torchrelay.producer.futures import JobFuture, Row, Table
+from torchrelay.producer.lookups import reached
 from torchrelay.producer.mapping import Window, map_rows, yields_errors
 from torchrelay.queues.registry import Registry
+
+if TYPE_CHECKING:
+    from torchrelay.producer.runs.options import RunKeywords
+    from torchrelay.producer.runs.run import Run
 
 __all__ = ["Relay"]
 
@@ -214,6 +219,53 @@ class Relay:
                 jobs.close()
 
         return results()
+
+    def run(
+        self, pipeline: str, *, input: Any, output: str | os.PathLike[str], wait: bool = True, **options: Unpack[RunKeywords]
+    ) -> Run:
+        """Puts a dataset through a pipeline, chunk by chunk, and writes what comes out of it into a folder.
+
+        Workers read the dataset and write the parts (`torchrelay worker FILE --stage @read`, and `@write`, beside those of
+        the stages); this process only says which chunk is next. The folder holds all that is needed to go on with a run
+        that was interrupted, by whatever: `resume=True` does what is missing.
+
+        Args:
+            pipeline: name, or name@version.
+            input: a Parquet, JSONL, CSV, text, .npy, .npz or tar file, a folder of these or of images, a glob, a dataset
+                that Hugging Face's `save_to_disk` wrote, local or a URL that fsspec opens; several of them; or rows in
+                memory: a map-style Dataset, a table, any iterable of rows.
+            output: a folder or URL.
+            wait: until it has ended. Else it goes on beside; see the methods of `Run`.
+
+        Options:
+
+        - `columns`: pipeline column -> dataset column, where their names differ
+        - `key`: the dataset's column that identifies a row in the output; else a row has `_source`, `_row` and `_part`
+        - `keep`: columns of the dataset that the output repeats
+        - `format`: "parquet" (default), "jsonl", "npy", or "file.py:Writer"
+        - `resume`: go on with the run that the folder holds; without it, such a folder is refused
+        - `retry_errors`: of a run that is done, try the rows that failed once more
+        - `limit`: rows to stop after; `max_errors`: failed rows at which to stop
+        - `merge`: also write one file of all parts, in the order of the input
+        - `chunk_rows`, `chunk_bytes`: how much one job takes; about a second's work lets other jobs through in time
+        - `priority`: of its jobs, default "low": at every stage, jobs of higher priority overtake them
+        - `in_flight`: chunks under way; default what keeps the workers busy
+        - `on_progress`: called about twice a second, in another thread, with a `Progress`
+
+        Rows that fail are told of in `_run/errors.parquet` and are no error here; see `run.summary()`.
+
+        Raises ConfigError and InputError for what cannot be run, RunConflict for a folder that holds another run (or
+        any, without `resume`), PipelineNotFound, BrokerUnavailable.
+        """
+        # Only who runs datasets needs what reads and writes them.
+        from torchrelay.producer.runs.options import RunOptions
+        from torchrelay.producer.runs.run import start_run
+
+        parsed = RunOptions.parse(output_folder(output), options)
+        with reached():
+            found = self.registry.find(pipeline).pipeline
+        run = start_run(self._core, found, input, parsed)
+        return run.wait() if wait else run
 
     def job(self, job_id: str) -> JobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.

@@ -17,8 +17,8 @@ from torchrelay.queues import codec
 from torchrelay.stages import Batch, Stage
 from torchrelay.stages.outputs import ReadRows
 from torchrelay.stages.reading import BadRow, ReadResult, read_chunk
-from torchrelay.stages.reading.choosing import choose
-from torchrelay.stages.reading.raw import Raw, ids
+from torchrelay.stages.reading.pushed import from_columns
+from torchrelay.stages.reading.raw import ids
 from torchrelay.workers.run_columns import KEY, REFUSED, ROW, SOURCE, keep_column
 
 __all__ = ["Read"]
@@ -51,10 +51,7 @@ class Read(Stage):
     def _read(self, task: RunTask, rows: bytes | None) -> ReadResult:
         if task.chunk.format != MEMORY:
             return read_chunk(task.chunk, task.read, self._types)
-        columns = cast(dict[str, Column], codec.decode(rows or b""))
-        numbers = np.arange(task.chunk.start, task.chunk.end)
-        raw = Raw(np.full(len(numbers), task.chunk.source), numbers, columns)
-        return choose(raw, MEMORY, task.read, self._types)
+        return from_columns(codec.decode(rows or b""))
 
 
 def _selected(found: ReadResult, only: tuple[tuple[int, int], ...] | None) -> ReadResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.errors import ConfigError, InputError, TorchrelayError
+from torchrelay.errors import TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
@@ -19,11 +18,12 @@ from torchrelay.producer.runs.finishing import RunSummary, finish
 from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.merging import merge
+from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.options import RunOptions
 from torchrelay.producer.runs.pace import Progress
-from torchrelay.producer.runs.planning import check_columns, find_sources, measure, plan_chunks, root_of
+from torchrelay.producer.runs.planning import check_columns, find_sources, measure, root_of
 from torchrelay.producer.runs.reading import rows_of
-from torchrelay.producer.runs.works import Chunks, planned, works_of
+from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.stages.writing.table import check_names
 
 __all__ = ["Run", "start_run"]
@@ -39,13 +39,14 @@ class Run:
     goes on with `resume=True`, from any process.
     """
 
-    def __init__(self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks, base_dir: Path) -> None:
+    def __init__(self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks | None, base_dir: Path) -> None:
         self.id = folder.run
         self.output = folder.output.store.where
         self._driver = driver
         self._folder = folder
         self._options = options
         self._chunks = chunks
+        self._planned: int | None = None
         self._base_dir = base_dir
         self._summary: dict[str, Any] | None = None
         self._error: BaseException | None = None
@@ -127,13 +128,12 @@ class Run:
 
     def _count(self) -> None:
         """How many chunks there are, beside the work: it only tells how long the rest will take."""
-        done = self._folder.done() if not self._options.retry_errors else None
+        done = self._folder.done()
         try:
-            if done is None:
-                return
-            total = measure(chunk for chunk, _ in self._chunks()).chunks
-            self._driver.chunks = total - len(done)
-            self._planned = total
+            if self._chunks is not None:
+                self._planned = measure(chunk for chunk, _ in self._chunks()).chunks
+                again = sum(1 for _ in self._folder.retries()) if self._options.retry_errors else 0
+                self._driver.chunks = self._planned - len(done) + again
         except (TorchrelayError, OSError) as error:
             log.info("the chunks are not counted: %s", error)
 
@@ -141,8 +141,7 @@ class Run:
         driver, progress = self._driver, self._driver.progress()
         stages = {s.name: {k: v for k, v in asdict(s).items() if k != "name"} for s in progress.stages}
         more = {"bottleneck": progress.bottleneck, "rows_now": driver.rows, "errors_now": driver.failed_rows}
-        chunks = getattr(self, "_planned", None)
-        summary = RunSummary(driver.status, progress.seconds, chunks, stages, more)
+        summary = RunSummary(driver.status, progress.seconds, self._planned, stages, more)
         content = finish(self._folder, summary, driver.failures)
         if self._options.merge and driver.status == "done":
             content["merged"] = merge(self._folder)
@@ -159,14 +158,12 @@ def start_run(core: Core, pipeline: Pipeline, data: Any, options: RunOptions) ->
     graph: Any = twin.graph
     if graph.written is not None:
         check_names(graph.written, options.write.key, options.write.keep)
-    if not _names_files(data):
-        raise InputError(f"input is a path, a URL, a glob, or several of them, not {type(data).__name__}")
-    sources = find_sources(data)
-    if not sources:
-        raise ConfigError(f"input {data!r:.200} names no file")
-    check_columns(sources, options.read, pipeline.input)
+    in_memory = is_in_memory(data)
+    sources = [memory_source(data)] if in_memory else find_sources(data)
+    if not in_memory:
+        check_columns(sources, options.read, pipeline.input)
     root = root_of(data) if sources[0].format == "image" else None
-    text = data if isinstance(data, str) else repr(data)
+    text = data if isinstance(data, str) else f"{type(data).__name__} in memory" if in_memory else repr(data)
     plan = RunPlan(
         pipeline.name, pipeline.version, text, sources, options.read, options.write, options.size, options.limit
     )
@@ -176,20 +173,15 @@ def start_run(core: Core, pipeline: Pipeline, data: Any, options: RunOptions) ->
     try:
 
         def chunks() -> Iterator[Any]:
-            return planned(folder, root)
+            return pushed(folder, data, pipeline.input) if in_memory else planned(folder, root)
 
         works = works_of(folder, chunks, retry_errors=options.retry_errors)
         driver = Driver(core, twin, folder, works, options)
         with core.lock:
             core.start()
             core.inbox.start()
-        return Run(driver, folder, options, chunks, base_dir).start()
+        # Rows in memory may come but once: only what files hold is counted ahead.
+        return Run(driver, folder, options, None if in_memory else chunks, base_dir).start()
     except BaseException:
         folder.close()
         raise
-
-
-def _names_files(data: Any) -> bool:
-    if isinstance(data, str | os.PathLike):
-        return True
-    return isinstance(data, list | tuple) and bool(data) and all(isinstance(d, str | os.PathLike) for d in data)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torchrelay.config.columns import Types
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import Chunk
 from torchrelay.producer.runs.folder import Retry, RunFolder
+from torchrelay.producer.runs.memory import push_chunks
 from torchrelay.producer.runs.planning import plan_chunks
+from torchrelay.queues import codec
+from torchrelay.stages.reading.pushed import as_columns
 
-__all__ = ["Work", "planned", "works_of"]
+__all__ = ["Work", "planned", "pushed", "works_of"]
 
 
 class Work(NamedTuple):
@@ -28,7 +32,7 @@ class Work(NamedTuple):
 
 
 Chunks = Callable[[], Iterator[tuple[Chunk, bytes | None]]]
-"""Gives the run's plan, from its beginning, each time it is called."""
+"""Gives what is to do of the run's plan, from its beginning."""
 
 
 def planned(folder: RunFolder, root: str | None) -> Iterator[tuple[Chunk, bytes | None]]:
@@ -40,6 +44,14 @@ def planned(folder: RunFolder, root: str | None) -> Iterator[tuple[Chunk, bytes 
         for chunk in plan_chunks(batch, folder.size, limit=plan.limit, root=root, first_number=number):
             yield chunk, None
             number = chunk.number + 1
+
+
+def pushed(folder: RunFolder, data: Any, types: Types) -> Iterator[tuple[Chunk, bytes | None]]:
+    """Every chunk of an input that lies in this process's memory, with its rows; those that are done need not be made."""
+    plan = folder.manifest.plan
+    done = folder.done() - {retry.chunk for retry in folder.retries()}
+    for chunk, found in push_chunks(data, plan.read, types, folder.size, limit=plan.limit, done=done):
+        yield chunk, codec.encode(as_columns(found))
 
 
 def works_of(folder: RunFolder, chunks: Chunks, *, retry_errors: bool) -> Iterator[Work]:

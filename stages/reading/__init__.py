@@ -1,7 +1,7 @@
 """Reading a run's chunks inside a worker: descriptor in, rows of the pipeline's input out. Imports no redis.
 
-`read_chunk` is all that a worker needs. Per format a module makes `Raw` rows under the dataset's names; `choosing` makes
-the pipeline's columns of them. Libraries that only some formats need are imported when such a file is read.
+`read_chunk` is all that a worker needs. Per format a module makes `Raw` rows under the dataset's names; `choosing`
+makes the pipeline's columns of them. Libraries that only some formats need are imported when such a file is read.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ def _header(file: Any, where: str) -> Header:
     npy = np.lib.format
     try:
         version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the format is not read; its fields have names beyond Latin-1")
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        if version == (3, 0):
-            read = lambda f: npy._read_array_header(f, version=(3, 0))  # type: ignore[attr-defined]  # noqa: E731
         shape, fortran, dtype = read(file)
     except (ValueError, EOFError) as error:
         raise InputError(f"{where} is no .npy array: {error}") from error
@@ -129,7 +129,8 @@ class _Arrays:
 def _begin_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
     """Where a stored member's bytes begin: behind its local header and the two names of varying length in it."""
     file.seek(info.header_offset + 26)
-    return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+    name, extra = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset + 30 + name + extra)
 
 
 def read_arrays(chunk: Chunk, wanted: frozenset[str] | None) -> Raw:

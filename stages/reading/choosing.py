@@ -69,8 +69,8 @@ def wanted_columns(format: str, options: ReadOptions, types: Types | None) -> fr
 def resolve(format: str, available: Iterable[str] | None, options: ReadOptions, types: Types | None) -> dict[str, str]:
     """Pipeline column to dataset column.
 
-    `available` are the dataset's columns, None where each row has its own. Raises InputError where a column that must be
-    there is not, with what to write.
+    `available` are the dataset's columns, None where each row has its own. Raises InputError where a column that must
+    be there is not, with what to write.
     """
     known = None if available is None else list(available)
     unknown = [n for n in options.columns if types and n not in types]

@@ -164,7 +164,7 @@ def raw_of_arrow(table: Any, source: int, first: int) -> Raw:
     return Raw(ids([source] * table.num_rows), rows, columns, nbytes=table.nbytes, images=frozenset(images))
 
 
-def _image_bytes(value: dict[str, Any]) -> Any:
+def _image_bytes(value: Any) -> Any:
     """The image of Hugging Face's struct: its bytes, else those of the file at its path."""
     content, path = (value[k] for k in IMAGE_KEYS)
     if content is not None or path is None:

@@ -23,7 +23,7 @@ from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.images import IMAGE_SUFFIXES
 from torchrelay.stages.reading.raw import MISSING, BadRow, Raw, Unreadable, ids
 
-__all__ = ["KEY_COLUMN", "Sample", "Samples", "read_tar"]
+__all__ = ["KEY_COLUMN", "Sample", "Samples", "count_samples", "read_tar"]
 
 KEY_COLUMN = "__key__"
 _TEXTS = frozenset({"txt", "text", "caption", "transcript"})
@@ -99,7 +99,7 @@ class Samples:
                 self._damage = InputError(f"the tar is cut or damaged near byte {self.damaged_at}: {error}")
                 info = None
             # It keeps each header for look-ups by name, which nobody does here.
-            self._tar.members = []
+            self._tar.members = []  # type: ignore[attr-defined]  # a public name that typeshed does not list
             self._ended = info is None
             if self._ended and self._damage is None and self._block().strip(b"\0"):
                 # TarFile takes a broken header for the end.
@@ -163,6 +163,13 @@ def read_tar(chunk: Chunk, wanted: frozenset[str] | None) -> Raw:
     columns: dict[str, Any] = {name: [row.get(name, MISSING) for row in rows] for name in names}
     images = frozenset(n for n in names if "." + n.rpartition(".")[2] in IMAGE_SUFFIXES)
     return Raw(ids([chunk.source] * len(rows)), ids(numbers), columns, bad, nbytes, images)
+
+
+def count_samples(chunk: Chunk) -> int:
+    """The rows of a chunk, damage counted as one, as it is a bad row."""
+    key = (chunk.path, chunk.format, chunk.options.get("fingerprint"))
+    with CURSORS.borrow(key, chunk.start, lambda: _begin(chunk)) as samples:
+        return sum(1 for _ in samples.take(chunk.start, chunk.end))
 
 
 def _begin(chunk: Chunk) -> Samples:

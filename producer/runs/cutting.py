@@ -1,0 +1,155 @@
+"""Cutting one source into chunks, format by format, from what its footer, header or first bytes say."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torchrelay.config.runs import Chunk, ChunkSize, Source
+from torchrelay.errors import ConfigError, DecodeError
+from torchrelay.producer.runs.formats import compression_of
+from torchrelay.stages.reading.arrays import array_headers
+from torchrelay.stages.reading.files import open_file, shown
+from torchrelay.stages.reading.images import IMAGE_COLUMN, PATH_COLUMN
+from torchrelay.stages.reading.tables import arrow_batches, parquet_file
+from torchrelay.stages.reading.tars import Samples
+from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header
+from torchrelay.stages.reading.unpacking import unpacked_pieces
+
+__all__ = ["columns_of", "cut_images", "cut_source"]
+
+_HEAD_BYTES = 64 << 10
+_HEAD_SAMPLES = 64
+# How much an image file grows by decoding, roughly.
+_IMAGE_GROWTH = 8
+Piece = tuple[int, int]
+
+
+def cut_source(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
+    """The chunks of a file; raises InputError where it is not of its format, ConfigError for an unknown one."""
+    if source.format in ("jsonl", "text", "tar", *DELIMITERS):
+        yield from _cut_bytes(source, size, number)
+        return
+    with open_file(source.path, source.fingerprint) as file:
+        if source.format == "parquet":
+            metadata = parquet_file(source.path, file).metadata
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+            pieces = _merged(((g.num_rows, g.total_byte_size) for g in groups), size)
+        elif source.format == "arrow":
+            pieces = _merged(((b.num_rows, b.nbytes) for b in arrow_batches(source.path, file)[1]), size)
+        elif source.format in ("npy", "npz"):
+            headers = array_headers(source.path, source.format, file).values()
+            rows = next(iter(headers)).shape[0]
+            pieces = _merged([(rows, rows * sum(h.row_bytes for h in headers))], size)
+        else:
+            raise ConfigError(f"{shown(source.path)}: format {source.format!r:.40} is not known")
+        options = {"fingerprint": source.fingerprint}
+        for i, (start, end) in enumerate(pieces):
+            yield Chunk(number + i, source.number, source.path, source.format, start, end, "rows", start, options)
+
+
+def _merged(groups: Iterable[Piece], size: ChunkSize) -> Iterator[Piece]:
+    """Ranges of rows: groups of (rows, bytes) are joined while they fit, and cut evenly where one is too large."""
+    start, rows, nbytes = 0, 0, 0
+    for group_rows, group_bytes in groups:
+        if rows and (rows + group_rows > size.rows or nbytes + group_bytes > size.nbytes):
+            yield start, start + rows
+            start, rows, nbytes = start + rows, 0, 0
+        pieces = max(-(-group_rows // size.rows), min(-(-group_bytes // size.nbytes), group_rows))
+        if pieces > 1:
+            for i in range(pieces):
+                yield start + group_rows * i // pieces, start + group_rows * (i + 1) // pieces
+            start += group_rows
+        else:
+            rows, nbytes = rows + group_rows, nbytes + group_bytes
+    if rows:
+        yield start, start + rows
+
+
+def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
+    """Even ranges of the stored file, of as many bytes as hold about as many rows as are asked for."""
+    if not source.nbytes:
+        return
+    compression = compression_of(source.path)
+    options: dict[str, Any] = {"fingerprint": source.fingerprint}
+    if compression:
+        options["compression"] = compression
+    with open_file(source.path, source.fingerprint) as file:
+        if source.format == "tar":
+            row_bytes, growth = _tar_head(source, file), 1.0
+        else:
+            row_bytes, growth = _text_head(file.read(_HEAD_BYTES), compression)
+    # CSV's header stands for itself; it is not repeated.
+    target = max(int(min(size.nbytes / growth, size.rows * row_bytes)), 1)
+    pieces = -(-source.nbytes // target)
+    for i in range(pieces):
+        start, end = source.nbytes * i // pieces, source.nbytes * (i + 1) // pieces
+        yield Chunk(number + i, source.number, source.path, source.format, start, end, "bytes", None, options)
+
+
+def _text_head(head: bytes, compression: str) -> tuple[float, float]:
+    """(stored bytes per line, unpacked bytes per stored byte) of a file's first bytes."""
+    lines, length = 0, 0
+    try:
+        for _, piece in unpacked_pieces(io.BytesIO(head), compression) if compression else [(0, head)]:
+            lines += piece.count(b"\n")
+            length += len(piece)
+    except DecodeError:
+        pass  # the head is cut within a stream; and whoever reads the file says what is damaged
+    return len(head) / max(lines, 1), max(length / len(head), 1.0)
+
+
+def _tar_head(source: Source, file: Any) -> float:
+    """Bytes per sample of a tar's first samples; raises InputError where it is no tar."""
+    samples = Samples(source.path, file)
+    count, last = 0, 0
+    for sample in samples.take(0, source.nbytes):
+        if isinstance(sample, Exception) or count == _HEAD_SAMPLES:
+            break
+        count += 1
+        last = max(at + length for at, length in sample.members.values())
+    return last / count if count else float(source.nbytes)
+
+
+def cut_images(images: Sequence[Source], size: ChunkSize, folder: str, number: int) -> Iterator[Chunk]:
+    """Chunks of image files that follow each other, each of which is one row."""
+    prefix = folder.rstrip("/") + "/"
+    group: list[Source] = []
+    nbytes = 0
+    for source in images:
+        if not source.path.startswith(prefix):
+            raise ConfigError(f"{shown(source.path)} does not lie in {shown(folder)}, the folder of this run's images")
+        grown = source.nbytes * _IMAGE_GROWTH
+        full = len(group) == size.rows or nbytes + grown > size.nbytes
+        if group and (full or source.number != group[-1].number + 1):
+            yield _image_chunk(group, folder, prefix, number)
+            group, nbytes, number = [], 0, number + 1
+        group.append(source)
+        nbytes += grown
+    if group:
+        yield _image_chunk(group, folder, prefix, number)
+
+
+def _image_chunk(group: list[Source], folder: str, prefix: str, number: int) -> Chunk:
+    names = [s.path.removeprefix(prefix) for s in group]
+    return Chunk(number, group[0].number, folder, "image", 0, len(names), "rows", 0, {"files": names})
+
+
+def columns_of(source: Source) -> list[str] | None:
+    """A source's columns; None where each row has its own. Raises InputError where they cannot be read."""
+    if source.format in ("jsonl", "tar"):
+        return None
+    if source.format == "image":
+        return [IMAGE_COLUMN, PATH_COLUMN]
+    if source.format == "text":
+        return [TEXT_COLUMN]
+    if source.format in DELIMITERS:
+        return csv_header(source.path, source.format, compression_of(source.path), source.fingerprint)
+    with open_file(source.path, source.fingerprint) as file:
+        if source.format == "parquet":
+            return list(parquet_file(source.path, file).schema_arrow.names)
+        if source.format == "arrow":
+            return list(arrow_batches(source.path, file)[0].names)
+        headers = array_headers(source.path, source.format, file)
+        return [name for n, h in headers.items() for name in h.dtype.names or (n,)]

@@ -1,0 +1,45 @@
+"""The first rows of a plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from torchrelay.config.runs import Chunk
+from torchrelay.errors import ConfigError, InputError
+from torchrelay.stages.reading.tars import count_samples
+from torchrelay.stages.reading.texts import records_of
+
+__all__ = ["limited"]
+
+
+def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
+    """Chunks with `rows` rows in all, bad ones counted; the last is shortened.
+
+    Where a plan has bytes, the rows of its chunks are counted by reading them, no further than the limit.
+    """
+    left = rows
+    for chunk in chunks:
+        if left <= 0:
+            return
+        try:
+            count = _count(chunk)
+        except InputError as error:
+            raise ConfigError(f"the rows of the input cannot be counted: {error}") from error
+        yield chunk if count <= left else _shortened(chunk, left)
+        left -= count
+
+
+def _count(chunk: Chunk) -> int:
+    if chunk.unit == "rows":
+        return chunk.end - chunk.start
+    return count_samples(chunk) if chunk.format == "tar" else sum(1 for _ in records_of(chunk))
+
+
+def _shortened(chunk: Chunk, rows: int) -> Chunk:
+    if chunk.unit == "bytes":
+        return replace(chunk, options={**chunk.options, "max_rows": rows})
+    options = dict(chunk.options)
+    if "files" in options:
+        options["files"] = options["files"][:rows]
+    return replace(chunk, end=chunk.start + rows, options=options)
