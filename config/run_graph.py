@@ -18,7 +18,19 @@ from torchrelay.config.graph_build import placed_in
 from torchrelay.config.spec import BatchSpec, CollapseSpec, LimitsSpec, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 
-__all__ = ["CHUNK", "READ", "RESULT", "ROWS", "RUN_SUFFIX", "WRITE", "RunGraph", "base_ref", "is_runs", "run_ref", "run_twin"]
+__all__ = [
+    "CHUNK",
+    "READ",
+    "RESULT",
+    "ROWS",
+    "RUN_SUFFIX",
+    "WRITE",
+    "RunGraph",
+    "base_ref",
+    "is_runs",
+    "run_ref",
+    "run_twin",
+]
 
 READ, WRITE = "@read", "@write"
 CHUNK, ROWS, RESULT = "@chunk", "@rows", "@written"

@@ -221,7 +221,13 @@ class Relay:
         return results()
 
     def run(
-        self, pipeline: str, *, input: Any, output: str | os.PathLike[str], wait: bool = True, **options: Unpack[RunKeywords]
+        self,
+        pipeline: str,
+        *,
+        input: Any,
+        output: str | os.PathLike[str],
+        wait: bool = True,
+        **options: Unpack[RunKeywords],
     ) -> Run:
         """Puts a dataset through a pipeline, chunk by chunk, and writes what comes out of it into a folder.
 
@@ -261,7 +267,7 @@ class Relay:
         from torchrelay.producer.runs.options import RunOptions
         from torchrelay.producer.runs.run import start_run
 
-        parsed = RunOptions.parse(output_folder(output), options)
+        parsed = RunOptions.parse(output, options)
         with reached():
             found = self.registry.find(pipeline).pipeline
         run = start_run(self._core, found, input, parsed)

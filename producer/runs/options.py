@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -13,6 +14,14 @@ from torchrelay.producer.runs.pace import Progress
 from torchrelay.queues.priority import Priority, parse_priority
 
 __all__ = ["RunKeywords", "RunOptions"]
+
+
+def _folder(output: object) -> str:
+    """An absolute path, since workers may run in another folder, or a URL."""
+    if not isinstance(output, str | os.PathLike) or not os.fspath(output):
+        raise InputError(f"output {output!r:.60} is a folder or a URL")
+    text = os.fspath(output)
+    return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 class RunKeywords(TypedDict, total=False):
@@ -51,7 +60,7 @@ class RunOptions:
     on_progress: Callable[[Progress], object] | None = None
 
     @classmethod
-    def parse(cls, output: str, given: Mapping[str, Any]) -> RunOptions:
+    def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
         """Raises InputError or ConfigError that names the option, the value and what it may be."""
         for name in given.keys() - RunKeywords.__annotations__.keys():
             near = difflib.get_close_matches(name, list(RunKeywords.__annotations__), 1)
@@ -61,7 +70,7 @@ class RunOptions:
         if isinstance(keep, str):
             raise InputError(f"keep {keep!r:.60} is a list of columns; write [{keep!r:.60}]")
         read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep))
-        write = WriteOptions(output, given.get("format") or "parquet", key, tuple(keep))
+        write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
         size = ChunkSize(given.get("chunk_rows") or CHUNK_ROWS, given.get("chunk_bytes") or CHUNK_BYTES)
         for name, least in (("limit", 0), ("max_errors", 0), ("in_flight", 1)):
             value = given.get(name)
