@@ -222,7 +222,7 @@ class Relay:
 
     def run(
         self,
-        pipeline: str,
+        pipeline: str | Pipeline,
         *,
         input: Any,
         output: str | os.PathLike[str],
@@ -231,14 +231,14 @@ class Relay:
     ) -> Run:
         """Puts a dataset through a pipeline, chunk by chunk, and writes what comes out of it into a folder.
 
-        Workers read the dataset and write the parts (`torchrelay worker FILE --stage @read`, and `@write`, beside those of
-        the stages); this process only says which chunk is next. The folder holds all that is needed to go on with a run
-        that was interrupted, by whatever: `resume=True` does what is missing.
+        Workers read the dataset and write the parts (`torchrelay worker FILE --stage @read`, and `@write`, beside those
+        of the stages); this process only says which chunk is next. The folder holds all that is needed to go on with a
+        run that was interrupted, by whatever: `resume=True` does what is missing.
 
         Args:
-            pipeline: name, or name@version.
-            input: a Parquet, JSONL, CSV, text, .npy, .npz or tar file, a folder of these or of images, a glob, a dataset
-                that Hugging Face's `save_to_disk` wrote, local or a URL that fsspec opens; several of them; or rows in
+            pipeline: name, name@version, or a Pipeline, which is registered; new jobs take the version that they took.
+            input: a Parquet, JSONL, CSV, text, .npy, .npz or tar file, a folder of these or of images, a glob, what
+                Hugging Face's `save_to_disk` wrote, local or a URL that fsspec opens; several of them; or rows in
                 memory: a map-style Dataset, a table, any iterable of rows.
             output: a folder or URL.
             wait: until it has ended. Else it goes on beside; see the methods of `Run`.
@@ -269,7 +269,10 @@ class Relay:
 
         parsed = RunOptions.parse(output, options)
         with reached():
-            found = self.registry.find(pipeline).pipeline
+            if isinstance(pipeline, Pipeline):
+                found = self.registry.register(pipeline, current=False).pipeline
+            else:
+                found = self.registry.find(pipeline).pipeline
         run = start_run(self._core, found, input, parsed)
         return run.wait() if wait else run
 

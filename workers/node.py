@@ -46,7 +46,7 @@ class NodeContext:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether some of a job's rows can fail here, and the others go on, where it was submitted so. Where a run reads
+        """Whether some of a job's rows can fail here and the others go on, where it was submitted so. Where a run reads
         and writes, a chunk is one thing: it is done, or tried again."""
         return len(self.node.at) >= len(self.pipeline.graph.entry)
 

@@ -82,7 +82,7 @@ class Output(NamedTuple):
     columns: Mapping[str, Column]
     counts: Index | None
     rejected: Mapping[int, Rejection]
-    beside: Mapping[str, Column] = {}  # noqa: RUF012  # never changed
+    beside: Mapping[str, Column] = {}  # never changed
 
 
 class Closed(NamedTuple):

@@ -29,7 +29,14 @@ from torchrelay.producer.mapping import accepted_of
 from torchrelay.producer.runs.finishing import ChunkFailure
 from torchrelay.producer.runs.folder import RunFolder
 from torchrelay.producer.runs.options import RunOptions
-from torchrelay.producer.runs.pace import Progress, StageFigures, Throughput, bottleneck, chunks_in_flight, stage_figures
+from torchrelay.producer.runs.pace import (
+    Progress,
+    StageFigures,
+    Throughput,
+    bottleneck,
+    chunks_in_flight,
+    stage_figures,
+)
 from torchrelay.producer.runs.works import Work
 from torchrelay.queues.dead import drop
 from torchrelay.queues.registry import WorkerReport
@@ -105,7 +112,7 @@ class Driver:
                 self._core.settled.notify_all()
 
     def run(self) -> str:
-        """Until all is done: "done", "failed" where a chunk has no part, "stopped" at too many errors, or "cancelled"."""
+        """Until its end: "done", "failed" where a chunk has no part, "stopped" at too many errors, or "cancelled"."""
         try:
             self._loop()
             if self._cancelled.is_set():
@@ -251,12 +258,12 @@ class Driver:
             except (BrokerError, redis.RedisError, OSError, RunConflict) as away:
                 log.warning("%d chunks stay under way: %s", len(left), away)
 
-    def _look(self) -> None:
-        """Reads reports and loads once a second."""
-        watch, now = self._watch, time.monotonic()
-        if now - watch.at < _FIGURES_S:
+    def _look(self, *, now: bool = False) -> None:
+        """Reads reports and loads, once a second unless it is wanted now."""
+        watch = self._watch
+        if not now and time.monotonic() - watch.at < _FIGURES_S:
             return
-        watch.at = now
+        watch.at = time.monotonic()
         try:
             registry = self._core.registry
             watch.reports, loads = registry.workers(), registry.loads()
@@ -290,8 +297,9 @@ class Driver:
 
     def _tell(self, *, last: bool = False) -> None:
         told, now = self._options.on_progress, time.monotonic()
-        if told is None or (now - self._told_at < _LOOK_S and not last):
+        if not last and now - self._told_at < _LOOK_S:
             return
         self._told_at = now
-        self._look()
-        told(self.progress())
+        self._look(now=last)
+        if told is not None:
+            told(self.progress())

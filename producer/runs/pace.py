@@ -1,4 +1,4 @@
-"""How a run stands and how much of it is kept under way: decisions and figures, from what the namespace tells. No I/O."""
+"""How a run stands and how much of it is kept under way: decisions, from what the namespace tells. No I/O."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Throughput:
 
 
 def chunks_in_flight(nodes: Iterable[str], workers: Sequence[WorkerReport]) -> int:
-    """How many chunks are kept under way, so that no worker of these nodes waits, and what is on the way stays small."""
+    """How many chunks are kept under way: no worker of these nodes waits, and what is on the way stays small."""
     wanted = set(nodes)
     serving = sum(1 for w in workers if w.state != "failed" and not wanted.isdisjoint(w.nodes))
     return min(max(_PER_WORKER * serving, _LEAST_IN_FLIGHT), _MOST_IN_FLIGHT)

@@ -17,8 +17,8 @@ from torchrelay.producer.runs.driver import Driver
 from torchrelay.producer.runs.finishing import RunSummary, finish
 from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
 from torchrelay.producer.runs.manifest import RunPlan
-from torchrelay.producer.runs.merging import merge
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
+from torchrelay.producer.runs.merging import merge
 from torchrelay.producer.runs.options import RunOptions
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.producer.runs.planning import check_columns, find_sources, measure, root_of
@@ -39,7 +39,9 @@ class Run:
     goes on with `resume=True`, from any process.
     """
 
-    def __init__(self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks | None, base_dir: Path) -> None:
+    def __init__(
+        self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks | None, base_dir: Path
+    ) -> None:
         self.id = folder.run
         self.output = folder.output.store.where
         self._driver = driver
@@ -99,7 +101,7 @@ class Run:
         self._driver.cancel()
 
     def summary(self) -> dict[str, Any]:
-        """What `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, figures of each stage. Waits."""
+        """Waits; what `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, stages."""
         self.wait()
         assert self._summary is not None  # else there was an error, which `wait` raised
         return self._summary

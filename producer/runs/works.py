@@ -1,4 +1,4 @@
-"""What a run has to do, one job after the other: chunks that have no part yet, or rows that failed at their last try."""
+"""What a run has to do, one job after the other: chunks that have no part yet, rows that failed at their last try."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def planned(folder: RunFolder, root: str | None) -> Iterator[tuple[Chunk, bytes 
 
 
 def pushed(folder: RunFolder, data: Any, types: Types) -> Iterator[tuple[Chunk, bytes | None]]:
-    """Every chunk of an input that lies in this process's memory, with its rows; those that are done need not be made."""
+    """Every chunk of an input that lies in this process's memory, with its rows; but for those that are done."""
     plan = folder.manifest.plan
     done = folder.done() - {retry.chunk for retry in folder.retries()}
     for chunk, found in push_chunks(data, plan.read, types, folder.size, limit=plan.limit, done=done):
@@ -55,7 +55,7 @@ def pushed(folder: RunFolder, data: Any, types: Types) -> Iterator[tuple[Chunk, 
 
 
 def works_of(folder: RunFolder, chunks: Chunks, *, retry_errors: bool) -> Iterator[Work]:
-    """Of each chunk without a part its job; with `retry_errors`, of chunks with failed rows one more for those alone."""
+    """Of each chunk without a part its job; with `retry_errors`, of one with failed rows a job for those alone."""
     read, write = folder.manifest.plan.read, folder.output.options
     done = folder.done()
     again: dict[int, Retry] = {r.chunk: r for r in folder.retries()} if retry_errors else {}

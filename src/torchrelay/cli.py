@@ -37,6 +37,7 @@ from torchrelay.cli_options import (
     overrides_of,
     pipeline_name,
 )
+from torchrelay.cli_run import run_app
 from torchrelay.cli_server import server_app
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import (
@@ -61,7 +62,7 @@ app = typer.Typer(
 )
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
-app.registered_commands += operate_app.registered_commands
+app.registered_commands += operate_app.registered_commands + run_app.registered_commands
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Rows that were read in the driver, on their way to the worker that would have read them: plain columns, to be encoded."""
+"""Rows that were read in the driver, as they travel to the worker that would have read them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ def from_columns(values: Any) -> ReadResult:
         raise DecodeError("a chunk of rows in memory came without its rows")
     try:
         bad = tuple(BadRow(*fields) for fields in values["bad"])
-        return ReadResult(
-            values["table"], values["sources"], values["rows"], values["key"], values["keep"], bad
-        )
+        return ReadResult(values["table"], values["sources"], values["rows"], values["key"], values["keep"], bad)
     except (KeyError, TypeError) as error:
         raise DecodeError(f"the rows of a chunk are not readable: {error!r:.100}") from error

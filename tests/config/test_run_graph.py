@@ -46,7 +46,12 @@ def test_a_chain_is_read_computed_and_written(load: Load) -> None:
     ]
     assert graph.linear
     assert not graph.plain
-    assert [(n.before, n.at, n.stack) for n in graph.nodes] == [((3,),) * 3, ((3,),) * 3, ((), (), (3,)), ((3,), (), ())]
+    assert [(n.before, n.at, n.stack) for n in graph.nodes] == [
+        ((3,),) * 3,
+        ((3,),) * 3,
+        ((), (), (3,)),
+        ((3,), (), ()),
+    ]
     assert [n.rank for n in graph.nodes] == [2, 3, 1, 4]
     assert [g.names for g in made.groups] == [["a", "b"], ["@read"], ["@write"]]
     assert made.group_of("b").stages == base.group_of("b").stages

@@ -84,7 +84,9 @@ def test_every_lane_is_looked_at_before_a_wait(clock: Clock) -> None:
         claims.wait()
         clock.now += 1.0
     assert server.waited[0] == ["p/a", "p/b"] * 2
-    assert {tuple(asked) for asked in server.asked} == {(Entrance(1, 1, 2, "p/a", 1, 1), Entrance(2, 2, 2, "p/b", 1, 1))}
+    assert {tuple(asked) for asked in server.asked} == {
+        (Entrance(1, 1, 2, "p/a", 1, 1), Entrance(2, 2, 2, "p/b", 1, 1))
+    }
 
 
 def test_jobs_of_two_entrances_are_not_taken_together(clock: Clock) -> None:

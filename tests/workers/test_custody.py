@@ -115,9 +115,7 @@ def test_an_output_copied_from_bytes_that_changed_is_not_committed(arena: Arena,
         return "output", {"blob": b"x"} if large else {}
 
     given: dict[str, Any] = {
-        "context": SimpleNamespace(
-            entrances=lambda: [SimpleNamespace(node=SimpleNamespace(name="s"))], worker="w"
-        ),
+        "context": SimpleNamespace(entrances=lambda: [SimpleNamespace(node=SimpleNamespace(name="s"))], worker="w"),
         "assemblers": [SimpleNamespace(close=lambda work, outcome: "closed")],
         "storage": SimpleNamespace(place=put, write=lambda blobs: reuse()),
         "committer": SimpleNamespace(

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Workers
-from tests.workers.support import CODE, ForwardLog
 from torchrelay import Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask

@@ -1,0 +1,247 @@
+"""`torchrelay run`: a dataset through a pipeline, from the command line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from torchrelay import terminal
+from torchrelay.cli_options import (
+    EXIT_FAILED,
+    CpuOption,
+    JsonOption,
+    NamespaceOption,
+    RedisOption,
+    SetOption,
+    open_relay,
+    overrides_of,
+)
+from torchrelay.config.pipeline import Pipeline, split_module
+from torchrelay.errors import InputError, NoWorkers
+from torchrelay.producer.relay import Relay
+from torchrelay.producer.runs.pace import Progress as Standing
+from torchrelay.producer.runs.run import Run
+from torchrelay.run_here import workers_here
+from torchrelay.up import Fleet
+
+__all__ = ["run_app"]
+
+run_app = typer.Typer()
+_LINE_EVERY_S = 5.0
+_LOOK_S = 0.2
+_WAIT_FOR_WORKERS_S = 5.0
+
+
+@run_app.command()
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="NAME\\[@VERSION], or a FILE as for up.")],
+    input: Annotated[
+        list[str], typer.Option("--input", "-i", metavar="PATH", help="A file, folder, glob or URL. Repeatable.")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FOLDER", help="A folder or URL, of this run alone.")
+    ],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", metavar="MINE=THEIRS,..", help="Pipeline column = dataset column. Repeatable."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="COLUMN", help="The dataset's column that identifies a row.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="COLUMN,..", help="Columns that the output repeats.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="parquet, jsonl, npy or file.py:Writer.")] = "parquet",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Go on, and try rows that failed once more.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many rows.")] = None,
+    max_errors: Annotated[int | None, typer.Option(metavar="N", help="Stop when more rows than that fail.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write one file, in the order of the input.")] = False,
+    chunk_rows: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows of one job: about a second's work lets others through.")
+    ] = None,
+    priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "low",
+    redis: RedisOption = None,
+    namespace: NamespaceOption = None,
+    set_: SetOption = None,
+    allow_cpu: CpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a dataset through a pipeline; the results, and what failed, are in the output folder.
+
+    With a FILE, stages that nobody serves get a worker on this machine for as long as the run lasts; so do reading and
+    writing (`@read`, `@write`). Ctrl-C ends it and leaves a run that `--resume` goes on with.
+
+    Exit status: 0 done, 1 rows or chunks failed, 2 usage, 3 no server, 4 no worker, 130 interrupted.
+
+    Example: [bold]torchrelay run embed.yaml -i 'docs/*.parquet' -o vectors/ --columns text=body --key doc_id[/bold]
+
+    Example: [bold]torchrelay run classify.yaml -i photos/ -o labels/ --resume --retry-errors[/bold]
+
+    Example: [bold]torchrelay run embed -i s3://bucket/docs/ -o s3://bucket/vectors/ --redis redis://host:6379/0[/bold]
+    """
+    options: dict[str, Any] = {
+        "columns": _pairs(columns),
+        "key": key,
+        "keep": _names(keep),
+        "format": format,
+        "resume": resume,
+        "retry_errors": retry_errors,
+        "limit": limit,
+        "max_errors": max_errors,
+        "merge": merge,
+        "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
+    }
+    if chunk_rows is not None:
+        options["chunk_rows"] = chunk_rows
+    overrides = overrides_of(set_)
+    with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
+        relay = stack.enter_context(open_relay(redis, namespace))
+        target, look = _served(
+            stack, relay, pipeline, overrides, Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
+        )
+        started = relay.run(target, input=input, output=output, wait=False, **options)
+        summary = _follow(started, look)
+        if as_json:
+            terminal.print_json(summary)
+        else:
+            _print_summary(started, summary)
+    if summary["status"] != "done" or summary["errors"] or summary["failed_chunks"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _served(
+    stack: ExitStack, relay: Relay, text: str, overrides: dict[str, str], fleet: Fleet
+) -> tuple[str | Pipeline, Callable[[], None]]:
+    """What to run, once workers serve it; and what to call now and then, to learn that one of them gave up."""
+    if text.endswith((".yaml", ".yml")) or "/" in text or split_module(text) is not None:
+        pipeline = Pipeline.load(text, overrides)
+        relay.registry.register(pipeline, current=False)
+        return pipeline, stack.enter_context(workers_here(fleet, relay.registry, pipeline, overrides))
+    found = relay.registry.find(text).pipeline
+    missing = relay.registry.wait_served(found.for_runs(), _WAIT_FOR_WORKERS_S)
+    if missing:
+        raise NoWorkers(
+            f"no live worker serves {', '.join(missing)} of {found.ref}; start one with: torchrelay worker FILE "
+            f"--stage {missing[0]}, or give the pipeline's FILE in place of its name"
+        )
+    return found.ref, lambda: None
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _pairs(values: list[str] | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for item in _names(values):
+        mine, equals, theirs = item.partition("=")
+        if not (mine and equals and theirs):
+            raise InputError(f"--columns {item!r:.80}: write it as MINE=THEIRS, for example text=body")
+        if mine in found:
+            raise InputError(f"--columns names {mine!r:.60} twice")
+        found[mine] = theirs
+    return found
+
+
+def _names(values: list[str] | None) -> list[str]:
+    return [name for value in values or () for name in value.split(",") if name]
+
+
+def _follow(run: Run, look: Callable[[], None]) -> dict[str, Any]:
+    """Shows how it goes until it has ended; returns its summary."""
+    try:
+        if terminal.err.is_terminal:
+            _bar(run, look, terminal.err)
+        else:
+            _lines(run, look, terminal.err)
+    except BaseException:
+        run.cancel()
+        while not run.done():
+            time.sleep(_LOOK_S)
+        if run.status == "cancelled":
+            terminal.err.print(
+                f"interrupted; to go on, add --resume (output: {terminal.clean(run.output)})", soft_wrap=True
+            )
+        raise
+    return run.summary()
+
+
+def _bar(run: Run, look: Callable[[], None], console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+        while not run.done():
+            now = run.progress()
+            bar.update(task, total=now.chunks, completed=now.chunks_done, description=terminal.clean(_text(now)))
+            look()
+            time.sleep(_LOOK_S)
+
+
+def _lines(run: Run, look: Callable[[], None], console: Console) -> None:
+    next_line = time.monotonic() + _LINE_EVERY_S
+    while not run.done():
+        look()
+        if time.monotonic() >= next_line:
+            next_line += _LINE_EVERY_S
+            console.print(terminal.clean(_text(run.progress())), soft_wrap=True)
+        time.sleep(_LOOK_S)
+
+
+def _text(now: Standing) -> str:
+    """One line of how it stands."""
+    parts = [f"{now.rows:,} rows", f"{now.rows_per_s:,.0f} rows/s"]
+    if now.chunks is not None:
+        parts.append(f"{now.chunks_done} of {now.chunks} chunks")
+    if now.failed_rows or now.failed_chunks:
+        parts.append(f"{now.failed_rows} rows and {now.failed_chunks} chunks failed")
+    if now.eta_s is not None:
+        parts.append(f"{_time(now.eta_s)} left")
+    waiting = ", ".join(f"{s.name} {s.waiting_rows}" for s in now.stages if s.waiting_rows)
+    if waiting:
+        parts.append(f"waiting: {waiting}")
+    if now.bottleneck:
+        parts.append(f"bottleneck: {now.bottleneck}")
+    return ", ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _print_summary(run: Run, summary: dict[str, Any]) -> None:
+    rows = f"{summary['rows']:,} rows in {summary['chunks_done']} chunks"
+    speed = f"{summary['seconds']:.1f} s" + (f", {summary['rows_per_s']:,} rows/s" if summary["rows_per_s"] else "")
+    terminal.out.print(f"{summary['status']}: {rows}, {speed}, in {terminal.clean(run.output)}", soft_wrap=True)
+    if merged := summary.get("merged"):
+        terminal.out.print(f"merged into {terminal.clean(merged)}", soft_wrap=True)
+    if summary["error_lines"]:
+        failed = f"{summary['errors']} rows and {summary['failed_chunks']} chunks failed"
+        terminal.err.print(
+            f"[yellow]{failed}[/yellow]; see {terminal.clean(run.output)}/_run/errors.parquet", soft_wrap=True
+        )
+    sys.stdout.flush()

@@ -1,0 +1,72 @@
+"""Workers of this machine for one run: those that its pipeline lacks, from the run's start to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.run_graph import READ, WRITE
+from torchrelay.errors import NoWorkers, StageLoadError
+from torchrelay.queues.registry import Registry
+from torchrelay.up import Fleet
+from torchrelay.workers.logs import set_up_logs
+
+__all__ = ["missing_stages", "workers_here"]
+
+_LOAD_S = 600.0
+_LOOK_S = 0.05
+_PROCESSORS_PER_HELPER = 4
+_MOST_HELPERS = 8
+
+
+def missing_stages(registry: Registry, pipeline: Pipeline) -> list[str]:
+    """What no living worker serves of a pipeline and of its reading and writing; of fused stages the first."""
+    missing = set(registry.unserved(pipeline.for_runs()))
+    firsts = [group.first.name for group in (*pipeline.groups, *pipeline.for_runs().groups)]
+    return [name for name in dict.fromkeys(firsts) if not missing.isdisjoint(pipeline.group_of(name).names)]
+
+
+@contextmanager
+def workers_here(
+    fleet: Fleet, registry: Registry, pipeline: Pipeline, overrides: dict[str, str]
+) -> Iterator[Callable[[], None]]:
+    """Lets `fleet`, which is empty, start a worker for each stage that nobody serves, and waits until they are ready;
+    they drain afterwards.
+
+    Gives a function to call now and then, which raises StageLoadError once one of them gave up. Raises it too, and
+    ConfigError for a pipeline that workers cannot load.
+    """
+    missing = missing_stages(registry, pipeline)
+    if not missing:
+        yield lambda: None
+        return
+    for name in missing:
+        count = _helpers() if name in (READ, WRITE) else pipeline.group_of(name).replicas
+        for _ in range(count):
+            fleet.add(pipeline, overrides, stage=name)
+    set_up_logs(fleet.settings.log, fleet.output)
+
+    def look() -> None:
+        if fleet.failed():
+            raise StageLoadError(f"a worker of {', '.join(missing)} gave up; what it logged says why")
+
+    with fleet:
+        _await(fleet, look)
+        yield look
+
+
+def _await(fleet: Fleet, look: Callable[[], None]) -> None:
+    deadline = time.monotonic() + _LOAD_S
+    while not fleet.nodes <= {n for r in fleet.registry.workers() if r.state == "ready" for n in r.nodes}:
+        look()
+        if time.monotonic() > deadline:
+            raise NoWorkers(f"the workers of this machine were not ready within {_LOAD_S:g} s")
+        time.sleep(_LOOK_S)
+
+
+def _helpers() -> int:
+    """How many processes read, and how many write."""
+    return min(max((os.cpu_count() or 1) // _PROCESSORS_PER_HELPER, 1), _MOST_HELPERS)
