@@ -91,7 +91,8 @@ def pause(registry: Registry, target: Target, *, on: bool = True) -> list[str]:
     matched: set[str] = set()
     for lane in registry.lanes:
         nodes: list[str] = run(registry.client, lane.pause(target.name, target.version, target.stage, on))
-        matched.update(nodes)
+        # In the graph of runs too: it is one stage.
+        matched.update(f"{base_ref(ref)}/{stage}" for ref, _, stage in (node.partition("/") for node in nodes))
     return sorted(matched)
 
 

@@ -210,9 +210,10 @@ class Transitions:
         entrances: Sequence[Entrance],
         lease_ms: int,
         nbytes: int = MAX_BYTES_PER_CALL,
+        better_than: float | None = None,
     ) -> Call[Grant]:
-        """At the entrance whose first job is best in rank."""
-        args: list[Arg] = [fence, incarnation, nbytes, lease_ms]
+        """At the entrance whose first job is best in rank; with `better_than`, only jobs of a lower rank."""
+        args: list[Arg] = [fence, incarnation, nbytes, lease_ms, "" if better_than is None else repr(better_than)]
         for entrance in entrances:
             args += entrance
         return self._operation("claim", session, args, _grant)

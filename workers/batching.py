@@ -92,7 +92,7 @@ class Planner(Generic[J]):
     def mixes(self, work: Work[J]) -> bool:
         """Whether the job's rows may be computed in different batches, beside rows of other jobs: those of a stage that
         puts rows of like length together, as far as each fits a batch, and its own code sees them one by one."""
-        if not self._spec.sorts or not work.rows or work.incoming.keep:
+        if not self._spec.sorts or not work.rows:
             return False
         return not self._load(work.table, work.rows).alone
 

@@ -14,9 +14,12 @@ from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
 from torchrelay.queues.transitions import MAX_JOBS_PER_CALL, Entrance, Grant, Session
 from torchrelay.workers.node import NodeContext
+from torchrelay.workers.patience import Every
 from torchrelay.workers.rows_in_hand import RowsInHand
 
 _POLL_S = 1.0
+# How often it is looked whether something better came while a long job is computed.
+_BETTER_EVERY_S = 0.2
 # A window holds what is computed in this time: large enough to amortise a claim, small enough to share with replicas.
 _WINDOW_S = 0.05
 # Where rows of like length are put together, one that holds more leaves fewer batches half full at its end.
@@ -40,11 +43,12 @@ def weight(entry: Entry) -> int:
 
 
 class _Asked(NamedTuple):
-    """A claim under way, in which lane, and time.monotonic() when it was sent."""
+    """A claim under way, in which lane, and time.monotonic() when it was sent. `all`: of whatever rank."""
 
     lane: int
     at: float
     pending: Pending[Grant]
+    all: bool
 
 
 class Claimer:
@@ -70,6 +74,7 @@ class Claimer:
         self._channel = channel
         self._session = session
         self._numbers = count(1)
+        self._better_every = Every(_BETTER_EVERY_S)
         self._asked: _Asked | None = None
         self.asked_fences: tuple[str, ...] = ()
         """Fences of claims whose answer was not read yet: the server may have granted them already."""
@@ -90,14 +95,30 @@ class Claimer:
         """Sends a claim unless one is under way or the window holds what is taken next."""
         if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
-        context, lane = self._context, self._next_lane()
+        self._ask(self._next_lane())
+
+    def _ask(self, lane: int, better_than: float | None = None) -> None:
+        context = self._context
         fence = f"{context.incarnation}-{next(self._numbers):x}"
         places = [self._place(number) for number in range(len(self._entrances))]
-        call = context.lanes[lane].claim_any(self._session, fence, context.incarnation, places, context.lease_ms)
+        call = context.lanes[lane].claim_any(
+            self._session, fence, context.incarnation, places, context.lease_ms, better_than=better_than
+        )
         # Its lease may begin any moment from here on.
         self.asked_fences = (fence,)
         self._asks()
-        self._asked = _Asked(lane, time.monotonic(), self._channel.send(call))
+        self._asked = _Asked(lane, time.monotonic(), self._channel.send(call), better_than is None)
+
+    def has_better(self, rank: float) -> bool:
+        """Whether the window now begins with a job that is better in rank than one under way: it should not have to
+        wait for all of a long job. Asks the server a few times a second, in each lane in turn; call it often."""
+        if not (self.window and self.window[0].entry.rank < rank) and self._better_every.due():
+            self.collect()
+            if self.in_hand.room > 0 and not (self.window and self.window[0].entry.rank < rank):
+                self._lanes.rotate(-1)
+                self._ask(self._lanes[-1], rank)
+                self.collect()
+        return bool(self.window) and self.window[0].entry.rank < rank
 
     def _place(self, entrance: int) -> Entrance:
         """Where to claim, and how much."""
@@ -124,18 +145,22 @@ class Claimer:
         # The answer may have lain unread for the length of a forward: the server's clock is that of the asking.
         self._clock_offset_ms = grant.expires_ms - self._context.lease_ms - asked.at * 1000.0
         self._next_due_s = _POLL_S if grant.next_due_ms < 0 else min(_POLL_S, grant.next_due_ms / 1000.0 + 0.001)
-        self.ready_left = 0 if grant.gated else grant.left
+        if asked.all:
+            self.ready_left = 0 if grant.gated else grant.left
         held = [Held(asked.lane, grant.fence, entry, now, grant.entrance) for entry in grant.entries]
         self._opened(held)
         # Only now: another thread would find the grant neither asked for nor opened, and its lease would end.
         self._asked, self.asked_fences = None, ()
+        late = bool(self.window and held) and held[0].entry.rank < self.window[-1].entry.rank
         self.window.extend(held)
+        if late:
+            self.window = deque(sorted(self.window, key=lambda h: h.entry.rank))
         rows = sum(map(weight, grant.entries))
         self.window_rows += rows
         self.in_hand.took(rows)
         if grant.entries:
             self._found_empty.clear()
-        else:
+        elif asked.all:
             self._found_empty.add(asked.lane)
         return bool(grant.entries)
 

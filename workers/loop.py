@@ -4,11 +4,13 @@ that does them side by side."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from torchrelay.stages import Runner
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.compute import compute
+from torchrelay.workers.intake import Intake, Taken
 from torchrelay.workers.parts import Meter, Parts, Surroundings
 from torchrelay.workers.work import Work
 
@@ -22,21 +24,20 @@ class StageLoop:
         self._around = around
         self._runner = runner
         self._parts = Parts(around, threads=False)
-        self._meter = Meter(self._parts)
+        self._meter = Meter(self._parts, self._let_through)
+        self._intake: Intake | None = None
+        self._within = False
+        self._aside_s = 0.0
 
     def run(self) -> None:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
         parts = self._parts
-        intake = parts.intake(self._rest, self._around.stopping)
+        self._intake = intake = parts.intake(self._rest, self._around.stopping)
         parts.status.report()
         try:
             while not self._around.stopping():
                 parts.load_scripts()
-                taken = intake.next_batch()
-                if taken is not None:
-                    parts.settler.turned_away(taken)
-                    if taken.ready:
-                        self._compute(taken.ready)
+                self._serve(intake.next_batch())
                 parts.committer.flush()
                 self._around.memory.tend_written()
                 self._around.memory.tend_read()
@@ -49,6 +50,25 @@ class StageLoop:
         finally:
             parts.close()
 
+    def _serve(self, taken: Taken | None) -> None:
+        if taken is not None:
+            self._parts.settler.turned_away(taken)
+            if taken.ready:
+                self._compute(taken.ready)
+
+    def _let_through(self, works: Sequence[Work[Held]]) -> None:
+        """Between two forwards of a long job, what is better in rank goes first."""
+        if self._within or self._intake is None:
+            return
+        self._within, began = True, time.monotonic()
+        try:
+            while self._parts.something_better(works) and not self._around.stopping():
+                self._serve(self._intake.next_batch())
+                self._parts.committer.drain()
+        finally:
+            self._within = False
+            self._aside_s += time.monotonic() - began
+
     def _rest(self) -> None:
         parts = self._parts
         parts.committer.drain()
@@ -59,11 +79,12 @@ class StageLoop:
         if self._slow(sum(w.total for w in works)):
             # What is finished must not wait for a long forward to end.
             parts.committer.drain()
-        started = time.monotonic()
+        started, aside_s = time.monotonic(), self._aside_s
         runner = parts.runner(self._runner, works)
         for group in compute(works, runner, parts.planner(works), self._meter):
             parts.settler.settle(group)
-        parts.measured(sum(w.job.entry.rows for w in works), time.monotonic() - started)
+        seconds = time.monotonic() - started - (self._aside_s - aside_s)
+        parts.measured(sum(w.job.entry.rows for w in works), seconds)
         parts.status.ended(len(works))
 
     def _slow(self, rows: int) -> bool:

@@ -24,7 +24,7 @@ from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, compute, judged
 from torchrelay.workers.handoff import Handoff
-from torchrelay.workers.intake import Taken
+from torchrelay.workers.intake import Intake, Taken
 from torchrelay.workers.parts import Meter, Parts, Surroundings
 from torchrelay.workers.pieces import Part, cut
 from torchrelay.workers.work import Work
@@ -147,17 +147,22 @@ class OverlappedLoop:
         while not self._stopping():
             parts.load_scripts()
             self._around.memory.tend_read()
-            taken = intake.next_batch()
-            if taken is None:
-                continue
-            if taken.bad or taken.lost or taken.given_back:
-                self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
-            for pieces in self._cut(taken.ready):
-                batch = self._prepared(pieces)
-                if not self._ready.put(batch):
-                    self._give_up(batch)
+            self._make_ready(intake.next_batch(), intake)
         self._leaving.put(_Leaving(turned_away=intake.surrender()))
         self._ready.close()
+
+    def _make_ready(self, taken: Taken | None, intake: Intake, *, within: bool = False) -> None:
+        """In pieces; between those of a long job, what is better in rank goes first."""
+        if taken is None:
+            return
+        if taken.bad or taken.lost or taken.given_back:
+            self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
+        for number, pieces in enumerate(self._cut(taken.ready)):
+            while number and not within and not self._stopping() and self._parts.something_better(taken.ready):
+                self._make_ready(intake.next_batch(), intake, within=True)
+            batch = self._prepared(pieces)
+            if not self._ready.put(batch):
+                self._give_up(batch)
 
     def _cut(self, works: Works) -> list[list[Part[Held]]]:
         """A suspect comes whole: it has the device to itself, so that if it kills the process, nobody else can have
@@ -169,9 +174,8 @@ class OverlappedLoop:
 
     def _prepared(self, pieces: list[Part[Held]]) -> _Batch:
         one = pieces[0].work if len(pieces) == 1 and pieces[0].chosen is None else None
-        alone = one is not None and (one.job.entry.suspect or one.incoming.keep)
         works = [piece.work for piece in pieces]
-        if one is not None and (alone or self._parts.planner(works).too_large(one)):
+        if one is not None and (one.job.entry.suspect or self._parts.planner(works).too_large(one)):
             return _Batch(pieces)
         try:
             prepared = self._runner_of(works).prepare(

@@ -84,6 +84,13 @@ class Parts:
         """What cuts these jobs, claimed at one entrance, into batches."""
         return self._planners[works[0].job.entrance if works else 0]
 
+    def something_better(self, works: Sequence[Work[Held]]) -> bool:
+        """Whether a job is at hand that should go before what is left of these. Not while a suspect is computed: it has
+        the worker to itself."""
+        if any(work.job.entry.suspect for work in works):
+            return False
+        return self.claimer.has_better(max(work.job.entry.rank for work in works))
+
     def load_scripts(self) -> None:
         """A server that is new to them would refuse the first commit, and its answer may be read a forward later."""
         reconnects = self.claims.reconnects + self.commits.reconnects
@@ -109,8 +116,10 @@ class Parts:
 class Meter:
     """What `compute` tells of its forwards, and asks about their jobs."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, between: Callable[[Sequence[Work[Held]]], object] | None = None) -> None:
+        """`between` is called between two forwards of the same jobs."""
         self._parts = parts
+        self._between = between
         self._number = 0
 
     def started(self, works: Sequence[Work[Held]]) -> None:
@@ -124,4 +133,8 @@ class Meter:
 
     def goes_on(self, works: Sequence[Work[Held]]) -> bool:
         """Not after SIGTERM: a job of many forwards would outlast the grace time, and be killed and suspected."""
+        if self._parts.around.stopping():
+            return False
+        if self._between is not None:
+            self._between(works)
         return not self._parts.around.stopping() and not all(self.ended(works))

@@ -93,7 +93,8 @@ def cut(works: Sequence[Work[J]], planner: Planner[J]) -> list[list[Part[J]]]:
     """The jobs in batches.
 
     Of a stage that puts rows of like length together, rows of all jobs are mixed; else a job with more rows than a
-    batch holds is cut in order. Tables that keep what they can come whole: their rows are tried one by one.
+    batch holds is cut in order. Of a table that keeps what it can, too: where a part fails, `compute` takes the whole
+    job and finds out which rows it is.
     """
     mixing = [w for w in works if planner.mixes(w)]
     if len(mixing) > 1 or (mixing and planner.too_large(mixing[0])):
@@ -105,7 +106,7 @@ def cut(works: Sequence[Work[J]], planner: Planner[J]) -> list[list[Part[J]]]:
 def _in_order(batch: Sequence[Work[J]], planner: Planner[J]) -> list[list[Part[J]]]:
     """A batch as it is; one that is a single job of too many rows, in pieces."""
     work = batch[0]
-    if len(batch) > 1 or work.incoming.keep or not planner.too_large(work):
+    if len(batch) > 1 or not planner.too_large(work):
         return [[Part(w) for w in batch]]
     gathering = Gathering(work)
     return [[Part(work, np.arange(a, b), gathering)] for a, b in planner.pieces(work, 0, work.rows)]

@@ -4,7 +4,8 @@
 -- none starves; one that is gated or paused is passed over.
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] worker incarnation  ARGV[4] max inline bytes  ARGV[5] lease_ms
--- ARGV[6..] per entrance: pipeline number, node, last node that the worker runs (as for commit: what stands behind that
+-- ARGV[6] '' or a rank: only jobs that are better, those of a lower one, are given
+-- ARGV[7..] per entrance: pipeline number, node, last node that the worker runs (as for commit: what stands behind that
 --   one is what gates), the node's key, '' where the graph is to tell, max jobs, max rows
 -- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left,
 --   1 when gated, 2 when the node is paused, and which entrance, from 0}; without a grant, what holds of the entrance
@@ -16,7 +17,7 @@ local bad = begin()
 if bad then return bad end
 local SESS = KEYS[12]
 local seq, fence = tonumber(ARGV[1]), ARGV[2]
-local max_bytes, lease_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
+local max_bytes, lease_ms, better = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 
 -- What the graph says of an entrance; of most, only whether anything is ready is ever asked.
 local function look_up(e)
@@ -31,10 +32,10 @@ local function look_up(e)
   e.at, e.key = node, node.key
 end
 local entrances = {}
-for i = 6, #ARGV, 6 do
-  local e = {number = (i - 6) / 6, pid = tonumber(ARGV[i]), node = tonumber(ARGV[i + 1]), to = ARGV[i + 2],
+for i = 7, #ARGV, 6 do
+  local e = {number = (i - 7) / 6, pid = tonumber(ARGV[i]), node = tonumber(ARGV[i + 1]), to = ARGV[i + 2],
     last = tonumber(ARGV[i + 2]), key = ARGV[i + 3], max_jobs = tonumber(ARGV[i + 4]), max_rows = tonumber(ARGV[i + 5])}
-  if i == 6 or e.key == '' then
+  if i == 7 or e.key == '' then
     local wrong = look_up(e)
     if wrong then return wrong end
   end
@@ -88,8 +89,8 @@ local order = {}
 for _, e in ipairs(entrances) do
   -- A foreign key in the place of one must not stop the others.
   local head = (e.number == 0 and call or redis.pcall)('ZRANGE', T .. 'ready:' .. e.key, 0, 0, 'WITHSCORES')
-  if head[2] then
-    e.rank = tonumber(head[2])
+  e.rank = tonumber(head[2])
+  if e.rank and not (better and e.rank >= better) then
     local wrong = look_up(e)
     if wrong then return wrong end
     order[#order + 1] = e
@@ -131,7 +132,7 @@ local function take(e)
         missing = missing + 1
         seen = seen + 1
       else
-        local _, deadline, r, b, _, _, _, _, _, _, gen, flags, suspect = unpackb(HEAD, rec)
+        local rank, deadline, r, b, _, _, _, _, _, _, gen, flags, suspect = unpackb(HEAD, rec)
         if forks then _, _, _, suspect, r, b = unpackb(FORK, forks[i]) end
         if deadline > 0 and deadline <= NOW then
           if expired >= 256 then done = true; break end
@@ -139,6 +140,7 @@ local function take(e)
           -- It leaves its queues at once, so that the entries behind it move up.
           expire_job(g, id, parse(rec))
         else
+          if better and rank >= better then done = true; break end
           if only_high and band(flags, F_HIGH) == 0 then done = true; gated = true; break end
           if #ids > 0 and (rows + r > max_rows or inline + #rec > max_bytes or #ids >= max_jobs or suspect > 0) then
             done = true

@@ -45,7 +45,7 @@ class Server:
         return (self, SimpleNamespace(**vars(self) | {"number": 2, "nodes": (2, 2), "key": "p/b"}))
 
     def _claim(self, lane: int) -> Any:
-        def claim(session: Any, fence: str, incarnation: str, entrances: list[Entrance], lease_ms: int) -> int:
+        def claim(session: Any, fence: str, incarnation: str, entrances: list[Entrance], *args: Any, **kw: Any) -> int:
             self.asked.append(entrances)
             return lane
 
@@ -53,7 +53,7 @@ class Server:
 
     def send(self, lane: int) -> Any:
         self.claims.append(lane)
-        entry: Any = SimpleNamespace(rows=1, suspect=False, packed=b"x")
+        entry: Any = SimpleNamespace(rows=1, suspect=False, packed=b"x", rank=0.0)
         grant = Grant("f", 0, [entry], -1, 1, False, entrance=self.ready[lane]) if lane in self.ready else EMPTY
         return SimpleNamespace(result=lambda: grant)
 

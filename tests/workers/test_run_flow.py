@@ -11,7 +11,7 @@ import pytest
 
 from torchrelay.config import Pipeline
 from torchrelay.config.imports import import_use
-from torchrelay.config.run_graph import CHUNK, READ, RESULT, WRITE
+from torchrelay.config.run_graph import CHUNK, READ, RESULT, ROWS, WRITE
 from torchrelay.config.spec import StageConfig
 from torchrelay.local import Blobs
 from torchrelay.queues import codec
@@ -78,7 +78,11 @@ def walk(path: Path, columns: dict[str, Any], **own: Any) -> tuple[dict[str, Any
     def find(stage: StageConfig) -> object:
         return ours.get(stage.name) or (stage.use and import_use(stage.use, twin.base_dir))
 
-    payloads, rows, job = {0: encode_payload({CHUNK: codec.encode(["what to read"])})}, {0: 1}, Blobs()
+    payloads, rows, job = (
+        {0: encode_payload({CHUNK: codec.encode(["what to read"]), ROWS: codec.encode([None])})},
+        {0: 1},
+        Blobs(),
+    )
     for group in sorted(twin.groups, key=lambda g: g.first.rank):
         runner = make_group_runner(find, group)
         runner.load(StageContext())
