@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import Workers
+from tests.conftest import Workers, wait_until
 from torchrelay import Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask
@@ -99,3 +99,26 @@ def test_rows_in_memory_go_through_too(
     run = relay.run("obey", input=data, output=tmp_path / "out", key="n", chunk_rows=3)
     assert list(run.rows()) == [{"n": str(i), "out": f"{i}!"} for i in range(11)]
     assert run.summary()["chunks_done"] == 4
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_online_jobs_overtake_the_chunks_of_a_run_and_chunks_are_not_starved(
+    relay: Relay, workers: Workers, obey: Callable[..., Path], forward_log: ForwardLog, tmp_path: Path, ahead: int
+) -> None:
+    """One waits for a forward or a few, not for the chunk that is under way, nor for those behind it."""
+    path = obey(f"batch: {{max_rows: 4, ahead: {ahead}}}")
+    for stage in (None, "@read", "@write"):
+        workers.start(path, stage=stage)
+    data = dataset(tmp_path / "d.parquet", 400, **{f"r{i}": "sleep 0.02" for i in range(400)})
+    run = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=200, wait=False)
+    wait_until(lambda: len(forward_log.forwards()) > 5)
+    for n in range(5):
+        before = len(forward_log.forwards())
+        # A forward of the run takes 80 ms, a chunk 4 s.
+        assert relay.submit("obey", {"n": f"online{n}"}, priority="high").result(3) == {"out": f"online{n}!"}
+        at = next(i for i, (_, names) in enumerate(forward_log.forwards()) if f"online{n}" in names)
+        assert at - before <= 10
+    assert run.progress().chunks_done == 0
+    assert run.wait(60).summary()["rows"] == 400
+    assert {count for n, count in forward_log.runs().items() if n.isdigit()} == {1}
