@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
@@ -19,6 +20,10 @@ from torchrelay.producer.core import options_of, past_deadline
 from torchrelay.producer.encoding import Draft, JobEncoder, Options, SubmitOptions, kept_rows
 from torchrelay.producer.futures import JobFuture, Row, Table
 from torchrelay.producer.mapping import Window, yields_errors
+
+if TYPE_CHECKING:
+    from torchrelay.producer.runs.options import RunKeywords
+    from torchrelay.producer.runs.run import Run
 
 __all__ = ["AsyncRelay"]
 
@@ -206,6 +211,34 @@ class AsyncRelay:
                     yield error if error is not None else await result_of(self._core, job)
 
         return results()
+
+    async def run(
+        self,
+        pipeline: str | Pipeline,
+        *,
+        input: Any,
+        output: str | os.PathLike[str],
+        wait: bool = True,
+        **options: Unpack[RunKeywords],
+    ) -> Run:
+        """Puts a dataset through a pipeline; arguments, options and errors as for `Relay.run`.
+
+        A task that is cancelled while it waits cancels the run, which can go on later. The methods of `Run` block.
+        """
+        from torchrelay.producer.runs.options import RunOptions
+        from torchrelay.producer.runs.run import start_run
+
+        parsed = RunOptions.parse(output, options)
+        await self._core.ready()
+        # Not where submits wait for their turn: listing an input may take long.
+        run = await asyncio.to_thread(start_run, self._core.core, pipeline, input, parsed)
+        if wait:
+            try:
+                await asyncio.to_thread(run.wait)
+            except asyncio.CancelledError:
+                run.cancel()
+                raise
+        return run
 
     def job(self, job_id: str) -> AsyncJobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.

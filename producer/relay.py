@@ -14,7 +14,6 @@ from torchrelay.errors import JobError
 from torchrelay.producer.core import Core, options_of, past_deadline
 from torchrelay.producer.encoding import Options, SubmitOptions, kept_rows
 from torchrelay.producer.futures import JobFuture, Row, Table
-from torchrelay.producer.lookups import reached
 from torchrelay.producer.mapping import Window, map_rows, yields_errors
 from torchrelay.queues.registry import Registry
 
@@ -267,13 +266,7 @@ class Relay:
         from torchrelay.producer.runs.options import RunOptions
         from torchrelay.producer.runs.run import start_run
 
-        parsed = RunOptions.parse(output, options)
-        with reached():
-            if isinstance(pipeline, Pipeline):
-                found = self.registry.register(pipeline, current=False).pipeline
-            else:
-                found = self.registry.find(pipeline).pipeline
-        run = start_run(self._core, found, input, parsed)
+        run = start_run(self._core.start(), pipeline, input, RunOptions.parse(output, options))
         return run.wait() if wait else run
 
     def job(self, job_id: str) -> JobFuture[Any]:

@@ -50,8 +50,8 @@ _FIGURES_S = 1.0
 _HINT_S = 5.0
 _PART = 32
 _TRIES = 3
-# How a job ends through no fault of its rows: once more may help.
-_NOT_ITS_FAULT = ("WorkerDied", "BytesLost")
+# How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
+_NOT_ITS_FAULT = ("BytesLost",)
 _WAIT_FOR_ROOM_S = 1.0
 
 

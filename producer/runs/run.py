@@ -150,11 +150,16 @@ class Run:
         return content
 
 
-def start_run(core: Core, pipeline: Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans, takes hold of the output folder and starts.
+def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
+    """Plans, takes hold of the output folder and starts. `target` is a name, or a pipeline that is registered here.
 
-    Raises ConfigError and InputError for what cannot be run, RunConflict for a folder that holds another run.
+    Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
+    another run.
     """
+    registry = core.registry
+    with reached():
+        known = registry.find(target) if isinstance(target, str) else registry.register(target, current=False)
+    pipeline = known.pipeline
     twin = pipeline.for_runs()
     base_dir = Path() if pipeline._folder is None else pipeline._folder
     graph: Any = twin.graph
@@ -170,7 +175,7 @@ def start_run(core: Core, pipeline: Pipeline, data: Any, options: RunOptions) ->
         pipeline.name, pipeline.version, text, sources, options.read, options.write, options.size, options.limit
     )
     with reached():
-        core.registry.register(twin)
+        registry.register(twin)
     folder = open_run(plan, resume=options.resume, base_dir=base_dir)
     try:
 

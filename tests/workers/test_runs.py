@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import Workers, wait_until
-from torchrelay import Pipeline, Relay
+from tests.conftest import MakePipeline, Workers, wait_until
+from tests.workers.support import ForwardLog
+from torchrelay import AsyncRelay, Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import Chunk, ReadOptions, WriteOptions
 from torchrelay.producer.runs.pace import Progress
+from torchrelay.producer.runs.run import Run
 from torchrelay.queues.registry import Registry
 
 
@@ -122,3 +125,99 @@ def test_online_jobs_overtake_the_chunks_of_a_run_and_chunks_are_not_starved(
     assert run.progress().chunks_done == 0
     assert run.wait(60).summary()["rows"] == 400
     assert {count for n, count in forward_log.runs().items() if n.isdigit()} == {1}
+
+
+STAGES = """
+    import numpy as np
+    from torchrelay import Expand
+
+    def grow(batch):
+        return {"big": np.repeat(batch["x"][:, None], 5000, axis=1).astype("float32")}
+
+    def halve(batch):
+        return {"half": batch["big"][:, ::2] / 2}
+
+    def total(batch):
+        for i, half in enumerate(batch["half"]):
+            if half[0] == 3.5:
+                batch.reject(i, "seven")
+        return {"total": batch["half"].sum(axis=1)}
+
+    def crops(batch):
+        counts = [int(t) % 3 for t in batch["total"]]
+        return Expand({"crop": np.repeat(batch["total"], counts)}, counts)
+"""
+LONG = """
+    pipeline: long
+    input: {{x: int64}}
+    output: [total, x{more}]
+    stages:
+      - {{name: grow, use: 'stages.py:grow', outputs: {{big: "float32[5000]"}}, batch: {{max_rows: 8}}}}
+      - name: halve
+        use: stages.py:halve
+        inputs: [big]
+        outputs: {{half: "float32[2500]"}}
+        batch: {{max_rows: 8}}
+      - {{name: total, use: 'stages.py:total', inputs: [half], outputs: {{total: float32}}, batch: {{max_rows: 16}}}}
+      {stage}
+    fuse: {fuse}
+"""
+EXPAND = "- {name: crops, use: 'stages.py:crops', inputs: [total], rows: expand, outputs: {crop: float32}}"
+
+
+@pytest.mark.parametrize(("fuse", "stage"), [("[]", ""), ("[[grow, halve]]", ""), ("[]", EXPAND)])
+def test_large_columns_go_from_stage_to_stage_in_shared_memory(
+    relay: Relay,
+    registry: Registry,
+    workers: Workers,
+    make_pipeline: MakePipeline,
+    tmp_path: Path,
+    fuse: str,
+    stage: str,
+) -> None:
+    """As for online jobs: fused or not, made more or not; what the pipeline takes and gives is as it is there."""
+    path = make_pipeline(LONG.format(fuse=fuse, stage=stage, more=", crop" if stage else ""), STAGES)
+    for name in (None, "@read", "@write"):
+        workers.start(path, stage=name)
+    pq.write_table(pa.table({"x": range(40), "name": [f"n{i}" for i in range(40)]}), tmp_path / "d.parquet")
+    run = relay.run("long", input=tmp_path / "d.parquet", output=tmp_path / "out", key="name", chunk_rows=16)
+    good = [i for i in range(40) if i != 7]
+    rows = list(run.rows())
+    times = {i: (i * 1250) % 3 if stage else 1 for i in good}
+    assert [(r["name"], r["x"], r["total"]) for r in rows] == [
+        (f"n{i}", i, i * 1250.0) for i in good for _ in range(times[i])
+    ]
+    assert all(r["crop"] == r["total"] for r in rows) or not stage
+    assert run.summary()["errors"] == 1
+    wait_until(
+        lambda: sum(w.moved.get("arena", 0) for w in registry.workers()) > 40 * 5000 * (0 if fuse != "[]" else 4)
+    )
+    moved = {w.node.rpartition("/")[2]: w.moved for w in registry.workers()}
+    assert moved["total"].get("remote", 0) == 0
+
+
+def test_runs_of_an_async_client(
+    server_url: str, namespace: str, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It does not hold up the loop, and a task that is cancelled cancels its run."""
+    path = obey("batch: {max_rows: 4}")
+    for stage in (None, "@read", "@write"):
+        workers.start(path, stage=stage)
+    data = dataset(tmp_path / "d.parquet", 60, **{f"r{i}": "sleep 0.05" for i in range(20, 60)})
+
+    async def both() -> tuple[Run, str]:
+        async with AsyncRelay(server_url, namespace=namespace) as relay:
+            first = await relay.run("obey", input=data, output=tmp_path / "a", limit=20)
+            task = asyncio.create_task(relay.run("obey", input=data, output=tmp_path / "b", chunk_rows=8))
+            while not list((tmp_path / "b").glob("part-*")):
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            second = await relay.run("obey", input=data, output=tmp_path / "b", resume=True, wait=False)
+            await asyncio.to_thread(second.wait)
+            return first, second.summary()["status"]
+
+    first, status = asyncio.run(both())
+    assert (first.summary()["rows"], status) == (20, "done")
+    assert pq.read_table(tmp_path / "b").num_rows == 60
