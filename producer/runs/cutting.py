@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from torchrelay.config.runs import Chunk, ChunkSize, Source
@@ -13,7 +15,7 @@ from torchrelay.stages.reading.arrays import array_headers
 from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.images import IMAGE_COLUMN, PATH_COLUMN
 from torchrelay.stages.reading.tables import arrow_batches, parquet_file
-from torchrelay.stages.reading.tars import Samples
+from torchrelay.stages.reading.tars import KEY_COLUMN, Samples
 from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header
 from torchrelay.stages.reading.unpacking import unpacked_pieces
 
@@ -21,6 +23,7 @@ __all__ = ["columns_of", "cut_images", "cut_source"]
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SAMPLES = 64
+_MOST_HEAD_BYTES = 16 << 20
 # How much an image file grows by decoding, roughly.
 _IMAGE_GROWTH = 8
 Piece = tuple[int, int]
@@ -90,14 +93,23 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
 
 def _text_head(head: bytes, compression: str) -> tuple[float, float]:
     """(stored bytes per line, unpacked bytes per stored byte) of a file's first bytes."""
-    lines, length = 0, 0
+    text = _unpacked(head, compression)
+    return len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
+
+
+def _unpacked(head: bytes, compression: str) -> bytes:
+    """The text that a file's first bytes hold, no more than some MiB of it."""
+    if not compression:
+        return head
+    pieces: list[bytes] = []
     try:
-        for _, piece in unpacked_pieces(io.BytesIO(head), compression) if compression else [(0, head)]:
-            lines += piece.count(b"\n")
-            length += len(piece)
+        for _, piece in unpacked_pieces(io.BytesIO(head), compression):
+            pieces.append(piece)
+            if sum(map(len, pieces)) > _MOST_HEAD_BYTES:
+                break
     except DecodeError:
-        pass  # the head is cut within a stream; and whoever reads the file says what is damaged
-    return len(head) / max(lines, 1), max(length / len(head), 1.0)
+        pass  # the head ends within a stream; whoever reads the file says what is damaged
+    return b"".join(pieces)
 
 
 def _tar_head(source: Source, file: Any) -> float:
@@ -137,9 +149,12 @@ def _image_chunk(group: list[Source], folder: str, prefix: str, number: int) -> 
 
 
 def columns_of(source: Source) -> list[str] | None:
-    """A source's columns; None where each row has its own. Raises InputError where they cannot be read."""
+    """A source's columns; of JSONL and tar those of its first rows, None where these tell nothing.
+
+    Raises InputError where they cannot be read.
+    """
     if source.format in ("jsonl", "tar"):
-        return None
+        return _columns_of_head(source)
     if source.format == "image":
         return [IMAGE_COLUMN, PATH_COLUMN]
     if source.format == "text":
@@ -153,3 +168,20 @@ def columns_of(source: Source) -> list[str] | None:
             return list(arrow_batches(source.path, file)[0].names)
         headers = array_headers(source.path, source.format, file)
         return [name for n, h in headers.items() for name in h.dtype.names or (n,)]
+
+
+def _columns_of_head(source: Source) -> list[str] | None:
+    names: dict[str, None] = {}
+    with open_file(source.path, source.fingerprint) as file:
+        if source.format == "tar":
+            for sample in islice(Samples(source.path, file).take(0, source.nbytes), _HEAD_SAMPLES):
+                names |= {} if isinstance(sample, Exception) else dict.fromkeys((KEY_COLUMN, *sample.members))
+            return list(names) or None
+        head = _unpacked(file.read(_HEAD_BYTES), compression_of(source.path))
+    for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a bad row, or cut by the head's end
+        names |= dict.fromkeys(row) if isinstance(row, dict) else {}
+    return list(names) or None

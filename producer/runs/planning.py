@@ -4,8 +4,8 @@
     for chunk in plan_chunks(sources, ChunkSize(rows=512)): ...
 
 Cheap, and the same every time: listings, footers and the head of a file are read, never its rows (but for `limit`).
-Chunks come one by one, so that memory does not grow with the dataset. Sources that are added later are planned by a call
-of their own with `first_number`, which leaves the chunks of the others as they were.
+Chunks come one by one, so that memory does not grow with the dataset. Sources that are added later are planned by a
+call of their own with `first_number`, which leaves the chunks of the others as they were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrelay.config.columns import Types
 from torchrelay.config.runs import Chunk, ChunkSize, ReadOptions, Source
@@ -22,7 +22,7 @@ from torchrelay.producer.runs.cutting import columns_of, cut_images, cut_source
 from torchrelay.producer.runs.formats import check_format, one_format
 from torchrelay.producer.runs.limiting import limited
 from torchrelay.producer.runs.listing import Listing, list_input
-from torchrelay.stages.reading.choosing import resolve
+from torchrelay.stages.reading.choosing import OPEN_FORMATS, resolve
 from torchrelay.stages.reading.files import shown
 
 __all__ = ["Totals", "check_columns", "find_sources", "input_fingerprint", "measure", "plan_chunks", "root_of"]
@@ -139,14 +139,16 @@ def input_fingerprint(sources: Iterable[Source]) -> str:
 def check_columns(sources: Sequence[Source], options: ReadOptions, types: Types | None) -> None:
     """Raises ConfigError where the first source has not the columns that are asked for, with those that it has.
 
-    Nothing is said of JSONL and tar, where each row has its own.
+    Of JSONL and tar, where each row has its own, the first rows tell; a kept column need not be among theirs.
     """
-    if not sources:
+    first = next((s for s in sources if s.nbytes), None)
+    if first is None:
         return
+    asked = replace(options, keep=()) if first.format in OPEN_FORMATS else options
     try:
-        resolve(sources[0].format, columns_of(sources[0]), options, types)
+        resolve(first.format, columns_of(first), asked, types)
     except InputError as error:
-        raise ConfigError(f"{shown(sources[0].path)}: {error}") from error
+        raise ConfigError(f"{shown(first.path)}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

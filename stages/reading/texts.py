@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -132,7 +133,8 @@ def csv_header(path: str, format: str, compression: str = "", fingerprint: str |
 def _read_header(path: str, format: str, compression: str, fingerprint: str | None) -> list[str]:
     records = Records(open_file(path, fingerprint), compression, DELIMITERS[format])
     try:
-        first = next(records.take(0, 1), (0, b""))[1]
+        # Of a packed file even the first row lies somewhere behind the first byte.
+        first = next(records.take(0, sys.maxsize), (0, b""))[1]
     finally:
         records.close()
     if isinstance(first, DecodeError):
