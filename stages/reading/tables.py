@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from torchrelay.config.runs import Chunk
@@ -106,14 +107,26 @@ def arrow_batches(path: str, file: BinaryIO) -> tuple[Any, Iterator[Any]]:
     """(schema, record batches) of an Arrow stream or file; raises InputError where it is neither."""
     pa = need("pyarrow", "Arrow files")
     source = file if is_url(path) else pa.memory_map(path)
-    try:
+    with _arrow_errors(path):
         magic = source.read(6)
         source.seek(0)
         if magic == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+            whole = pa.ipc.open_file(source)
+            return whole.schema, _checked(path, (whole.get_batch(i) for i in range(whole.num_record_batches)))
         stream = pa.ipc.open_stream(source)
-        return stream.schema, iter(stream)
+        return stream.schema, _checked(path, iter(stream))
+
+
+def _checked(path: str, batches: Iterator[Any]) -> Iterator[Any]:
+    with _arrow_errors(path):
+        yield from batches
+
+
+@contextmanager
+def _arrow_errors(path: str) -> Iterator[None]:
+    pa = need("pyarrow", "Arrow files")
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
