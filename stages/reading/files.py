@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import stat
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
@@ -83,6 +85,11 @@ def of_stat(path: str, status: os.stat_result) -> Facts:
 def of_info(info: dict[str, Any]) -> Facts:
     """Facts of what fsspec says of a file."""
     mark = next((info[name] for name in _MARKS if info.get(name) is not None), "")
+    # Some filesystems give a moment as a number in listings and as a datetime of one file.
+    if isinstance(mark, datetime):
+        mark = (mark if mark.tzinfo else mark.replace(tzinfo=UTC)).timestamp()
+    if isinstance(mark, float):
+        mark = f"{mark:.6f}"
     nbytes = int(info.get("size") or 0)
     return Facts(nbytes, f"{nbytes}-{str(mark).strip(chr(34))}")
 
@@ -94,7 +101,8 @@ def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:
     if is_url(path):
         filesystem, inside = remote(path)
         opened: BinaryIO = filesystem.open(inside, "rb")
-        return opened
+        # The filesystem in memory gives all readers one and the same file, with one position.
+        return io.BytesIO(opened.getvalue()) if isinstance(opened, io.BytesIO) else opened
     # A pipe in the file's place would block `open` for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
