@@ -56,7 +56,8 @@ def parquet_file(path: str, file: BinaryIO) -> Any:
     pq = need("pyarrow.parquet", "Parquet files")
     pa = need("pyarrow", "Parquet files")
     try:
-        return pq.ParquetFile(file)
+        # Of a remote file the ranges that are needed are fetched together.
+        return pq.ParquetFile(file, pre_buffer=is_url(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
