@@ -21,7 +21,7 @@ from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.runs.cutting import columns_of, cut_images, cut_source
 from torchrelay.producer.runs.formats import check_format, one_format
 from torchrelay.producer.runs.limiting import limited
-from torchrelay.producer.runs.listing import Listing, list_input
+from torchrelay.producer.runs.listing import list_input, root_of_input
 from torchrelay.stages.reading.choosing import OPEN_FORMATS, resolve
 from torchrelay.stages.reading.files import shown
 
@@ -43,7 +43,8 @@ def find_sources(data: Input, format: str | None = None) -> list[Source]:
     check_format(format)
     sources: list[Source] = []
     seen: set[str] = set()
-    for listing, text in _listings(data):
+    for text in _texts(data):
+        listing = list_input(text)
         paths = [path for path, _ in listing.files]
         kind, mine = ("arrow", [True] * len(paths)) if listing.arrow else one_format(paths, format, shown(text))
         if sources and sources[0].format != kind:
@@ -61,18 +62,18 @@ def find_sources(data: Input, format: str | None = None) -> list[Source]:
 
 def root_of(data: Input) -> str:
     """The folder below which the `path` column of images is given: the input's folder, or a glob's fixed part."""
-    roots = [listing.root for listing, _ in _listings(data)]
+    roots = [root_of_input(text) for text in _texts(data)]
     return roots[0] if len(roots) == 1 else _common(roots)
 
 
-def _listings(data: Input) -> Iterator[tuple[Listing, str]]:
+def _texts(data: Input) -> Iterator[str]:
     texts = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not texts:
         raise ConfigError("a run needs an input; none was given")
     for text in texts:
         if not isinstance(text, str | os.PathLike):
             raise ConfigError(f"an input is a path, a glob or a URL, not {text!r:.80}")
-        yield list_input(os.fspath(text)), os.fspath(text)
+        yield os.fspath(text)
 
 
 def plan_chunks(
@@ -114,8 +115,8 @@ def _chunks(sources: list[Source], size: ChunkSize, root: str | None, number: in
             for chunk in cut_source(source, size, number):
                 yield chunk
                 number = chunk.number + 1
-        except InputError as error:
-            raise ConfigError(f"the input cannot be planned: {error}") from error
+        except (InputError, OSError) as error:
+            raise ConfigError(f"{shown(source.path)} cannot be planned: {error}") from error
 
 
 def _common(folders: Sequence[str]) -> str:
@@ -147,7 +148,7 @@ def check_columns(sources: Sequence[Source], options: ReadOptions, types: Types 
     asked = replace(options, keep=()) if first.format in OPEN_FORMATS else options
     try:
         resolve(first.format, columns_of(first), asked, types)
-    except InputError as error:
+    except (InputError, OSError) as error:
         raise ConfigError(f"{shown(first.path)}: {error}") from error
 
 

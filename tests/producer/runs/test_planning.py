@@ -69,6 +69,8 @@ def test_globs_files_and_several_inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert names_of(find_sources(["b/3.txt", "a"]), tmp_path) == ["b/3.txt", "a/1.txt", "a/2.txt"]
     assert root_of(f"{tmp_path}/a/*.txt") == str(tmp_path / "a")
+    assert root_of(tmp_path / "a") == root_of(tmp_path / "a" / "1.txt") == str(tmp_path / "a")
+    assert root_of(f"{tmp_path}/**/*.txt") == root_of(tmp_path / "c[1].txt") == str(tmp_path)
     assert root_of([tmp_path / "a", tmp_path / "b"]) == str(tmp_path)
 
 
@@ -152,6 +154,20 @@ def test_fingerprints_tell_what_changed(tmp_path):
         now = input_fingerprint(find_sources(tmp_path))
         assert now not in seen
         seen.add(now)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    """Such as one that others own."""
+    from torchrelay.producer.runs import cutting
+
+    def denied(path, fingerprint):
+        raise PermissionError(13, "Permission denied", path)
+
+    write(tmp_path, "a.txt", "b.csv")
+    monkeypatch.setattr(cutting, "open_file", denied)
+    for limit in (None, 5):
+        with pytest.raises(ConfigError, match=r"a\.txt' cannot be planned: .*Permission denied"):
+            list(plan_chunks(find_sources(tmp_path / "a.txt"), limit=limit))
 
 
 def test_chunks_are_the_same_every_time_and_numbered_on(tmp_path):
@@ -284,6 +300,7 @@ def test_a_folder_of_images_behind_a_url(memory):
         filesystem.pipe(f"{memory}/{name}", encoded())
     read = read_all(memory, types_of(image="uint8[H, W, 3]"), ReadOptions(key="path"))
     assert read.key == ["a.png", "d/b.png"]
+    assert {root_of(f"{memory}{below}") for below in ("", "/", "/*.png", "/a.png")} == {"memory:///data/in"}
 
 
 def test_a_url_s_file_that_changed_is_not_read(memory):

@@ -108,6 +108,19 @@ def test_gray_where_the_pipeline_wants_it(tmp_path):
     assert abs(int(value[0, 0]) - 90) < 3
 
 
+def test_large_jpegs_may_be_decoded_smaller(tmp_path):
+    """By halves, no side below what is asked for; other formats come as they are."""
+    (tmp_path / "a.jpg").write_bytes(encoded(form="JPEG", size=(640, 480), color=(90, 0, 0)))
+    (tmp_path / "b.png").write_bytes(encoded(size=(64, 48)))
+    shapes = {}
+    for side in (None, 500, 200, 120, 60, 10):
+        read = read_all(tmp_path, RGB, ReadOptions(image_side=side))
+        shapes[side] = [v.shape[:2] for v in read.columns["image"]]
+        assert abs(int(read.columns["image"][0][5, 5, 0]) - 90) < 3
+    assert [s[0] for s in shapes.values()] == [(480, 640), (480, 640), (240, 320), (120, 160), (60, 80), (60, 80)]
+    assert {s[1] for s in shapes.values()} == {(48, 64)}
+
+
 def test_a_bomb_is_refused_before_it_is_unpacked():
     """A few bytes that announce gigapixels are an error that says how many."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
