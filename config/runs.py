@@ -115,7 +115,7 @@ class Chunk(_Message):
     """The number of its first row, where the plan knows it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else the reader needs: `fingerprint` of the source, `max_rows` to end early, `files` of images (below
-    `path`), `compression`."""
+    `path`), `compression` gz or zst, `delimiter` of CSV."""
 
     def __post_init__(self) -> None:
         for name in ("number", "source", "start"):

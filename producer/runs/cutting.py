@@ -16,7 +16,7 @@ from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.images import IMAGE_COLUMN, PATH_COLUMN
 from torchrelay.stages.reading.tables import arrow_batches, parquet_file
 from torchrelay.stages.reading.tars import KEY_COLUMN, Samples
-from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header
+from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header, delimiter_of
 from torchrelay.stages.reading.unpacking import unpacked_pieces
 
 __all__ = ["columns_of", "cut_images", "cut_source"]
@@ -82,19 +82,16 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
         if source.format == "tar":
             row_bytes, growth = _tar_head(source, file), 1.0
         else:
-            row_bytes, growth = _text_head(file.read(_HEAD_BYTES), compression)
-    # CSV's header stands for itself; it is not repeated.
+            head = file.read(_HEAD_BYTES)
+            text = _unpacked(head, compression)
+            row_bytes, growth = len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
+            if source.format in DELIMITERS:
+                options["delimiter"] = delimiter_of(source.format, text)
     target = max(int(min(size.nbytes / growth, size.rows * row_bytes)), 1)
     pieces = -(-source.nbytes // target)
     for i in range(pieces):
         start, end = source.nbytes * i // pieces, source.nbytes * (i + 1) // pieces
         yield Chunk(number + i, source.number, source.path, source.format, start, end, "bytes", None, options)
-
-
-def _text_head(head: bytes, compression: str) -> tuple[float, float]:
-    """(stored bytes per line, unpacked bytes per stored byte) of a file's first bytes."""
-    text = _unpacked(head, compression)
-    return len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
 
 
 def _unpacked(head: bytes, compression: str) -> bytes:
@@ -160,7 +157,10 @@ def columns_of(source: Source) -> list[str] | None:
     if source.format == "text":
         return [TEXT_COLUMN]
     if source.format in DELIMITERS:
-        return csv_header(source.path, source.format, compression_of(source.path), source.fingerprint)
+        compression = compression_of(source.path)
+        with open_file(source.path, source.fingerprint) as file:
+            delimiter = delimiter_of(source.format, _unpacked(file.read(_HEAD_BYTES), compression))
+        return csv_header(source.path, delimiter, compression, source.fingerprint)
     with open_file(source.path, source.fingerprint) as file:
         if source.format == "parquet":
             return list(parquet_file(source.path, file).schema_arrow.names)

@@ -9,7 +9,6 @@ import re
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from torchrelay.errors import ConfigError, InputError
@@ -121,8 +120,3 @@ def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:
 
 def _changed(path: str) -> InputError:
     return InputError(f"{shown(path)} has changed since the run was planned; start a new run for what it holds now")
-
-
-def suffix(path: str) -> str:
-    """`.jpg` of `a/b.JPG`."""
-    return PurePath(path).suffix.lower()

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
-
 from torchrelay.config.runs import Chunk, ChunkSize, ReadOptions
 from torchrelay.config.types import parse_type
 from torchrelay.producer.runs.planning import find_sources, plan_chunks, root_of
 from torchrelay.stages.reading import BadRow, read_chunk
-from torchrelay.stages.reading.cursors import CURSORS
 
 
 @dataclass
@@ -64,11 +61,3 @@ def read_chunks(chunks: Iterator[Chunk], types: Any = None, options: ReadOptions
             out.keep.setdefault(name, []).extend(column)
         out.bad += read.bad
     return out
-
-
-@pytest.fixture
-def no_cursors() -> Iterator[None]:
-    """No reader is left from another test."""
-    CURSORS.close()
-    yield
-    CURSORS.close()

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from tests.stages.reading.support import read_all, types_of
 from torchrelay.config.runs import ChunkSize, ReadOptions
 from torchrelay.errors import InputError
+from torchrelay.producer.runs.planning import check_columns, find_sources, plan_chunks
+from torchrelay.stages.reading import read_chunk
 
 TEXT = types_of(text="str")
 
@@ -167,6 +169,25 @@ def test_csv_rows_with_other_fields_than_the_header_are_bad(tmp_path):
     assert "2 fields are expected, as in the header, 1 came" in read.bad[0].text
 
 
+def test_fields_that_are_all_empty_are_a_row(tmp_path):
+    """A TSV line of tabs, and a CSV line of a space, are no blank lines."""
+    (tmp_path / "a.tsv").write_text("a\tb\n\t\n\n1\t2\n")
+    assert read_all(tmp_path / "a.tsv", types_of(a="str", b="str")).columns == {"a": ["", "1"], "b": ["", "2"]}
+    (tmp_path / "a.csv").write_text("a\n \n\nx\n")
+    assert read_all(tmp_path / "a.csv", types_of(a="str")).columns == {"a": [" ", "x"]}
+
+
+def test_csv_with_semicolons(tmp_path):
+    """Spreadsheets of many countries write them; a header without a comma tells, packed or not."""
+    raw = codecs.BOM_UTF8 + b'id;text\r\n1;"a;b,c"\r\n2;1,5\r\n'
+    (tmp_path / "a.csv").write_bytes(raw)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(raw))
+    for name in ("a.csv", "b.csv.gz"):
+        read = read_all(tmp_path / name, types_of(id="int64", text="str"), size=ChunkSize(rows=1))
+        assert read.columns == {"id": [1, 2], "text": ["a;b,c", "1,5"]}
+        check_columns(find_sources(tmp_path / name), ReadOptions(key="id"), TEXT)
+
+
 def test_a_csv_field_may_be_large(tmp_path):
     """The limit of 128 KiB that Python's csv has does not hold here."""
     (tmp_path / "a.csv").write_text("a\n" + "x" * 300_000 + "\n")
@@ -255,9 +276,6 @@ def test_a_cut_gzip_gives_its_rows_and_one_bad_one(tmp_path):
 
 def test_a_file_that_changed_since_it_was_planned_is_not_read(tmp_path):
     """Its chunks would be other rows than those that were planned."""
-    from torchrelay.producer.runs.planning import find_sources, plan_chunks
-    from torchrelay.stages.reading import read_chunk
-
     for name in ("a.jsonl", "b.csv"):
         path = tmp_path / name
         path.write_text("text\nx\n")
