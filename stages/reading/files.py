@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from torchrelay.errors import ConfigError, InputError
 
-__all__ = ["Facts", "facts", "is_url", "local_path", "need", "open_file", "remote", "shown"]
+__all__ = ["Facts", "facts", "file_below", "is_url", "local_path", "need", "open_file", "remote", "shown"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 # What a store says of a file's content, best first; the size goes with it.
@@ -91,6 +91,15 @@ def of_info(info: dict[str, Any]) -> Facts:
         mark = f"{mark:.6f}"
     nbytes = int(info.get("size") or 0)
     return Facts(nbytes, f"{nbytes}-{str(mark).strip(chr(34))}")
+
+
+def file_below(folder: str, path: str) -> str | None:
+    """The path of a file that a dataset names, below its own folder; None where it lies elsewhere, by links too."""
+    if is_url(folder):
+        inside = not is_url(path) and not path.startswith("/") and ".." not in path.split("/")
+        return f"{folder}/{path}" if inside else None
+    root, found = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
+    return found if found.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
 def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:

@@ -10,8 +10,9 @@ from torchrelay.config.runs import Chunk
 from torchrelay.errors import InputError
 from torchrelay.stages.reading.arrow import IMAGE_KEYS, column_of_arrow, holds_images
 from torchrelay.stages.reading.cursors import CURSORS
-from torchrelay.stages.reading.files import is_url, need, open_file, shown
-from torchrelay.stages.reading.raw import Raw, ids
+from torchrelay.stages.reading.files import file_below, is_url, need, open_file, shown
+from torchrelay.stages.reading.images import file_bytes
+from torchrelay.stages.reading.raw import Raw, Unreadable, ids
 
 __all__ = ["arrow_batches", "parquet_file", "raw_of_arrow", "read_arrow", "read_parquet"]
 
@@ -90,7 +91,11 @@ def read_parquet(chunk: Chunk, wanted: frozenset[str] | None) -> Raw:
 
 def _chosen(schema: Any, wanted: frozenset[str] | None) -> list[str]:
     """The wanted columns; without any the first, since a table without columns has no rows."""
-    return [n for n in schema.names if wanted is None or n in wanted] or schema.names[:1]
+    chosen = [n for n in schema.names if wanted is None or n in wanted] or schema.names[:1]
+    twice = next((n for i, n in enumerate(chosen) if n in chosen[:i]), None)
+    if twice is not None:
+        raise InputError(f"the file has two columns {twice!r:.60}; write it again with names of their own")
+    return chosen
 
 
 def _group_of(metadata: Any, row: int) -> tuple[int, int]:
@@ -165,24 +170,26 @@ def _read(chunk: Chunk, wanted: frozenset[str] | None, begin: Any) -> Raw:
         raise InputError(f"{where}: cannot be read: {error}") from error
     if table.num_rows < chunk.end - chunk.start:
         raise InputError(f"{shown(chunk.path)} has fewer than {chunk.end} rows; it was cut after the run was planned")
-    return raw_of_arrow(table, chunk.source, chunk.start)
+    return raw_of_arrow(table, chunk.source, chunk.start, chunk.path.rpartition("/")[0])
 
 
-def raw_of_arrow(table: Any, source: int, first: int) -> Raw:
-    """An Arrow table as rows `first`, `first + 1` ... of a source."""
+def raw_of_arrow(table: Any, source: int, first: int, folder: str | None = None) -> Raw:
+    """An Arrow table as rows `first`, `first + 1` ... of a source. `folder` is where image files that it names lie."""
     images = [f.name for f in table.schema if holds_images(f.type)]
     columns = {name: column_of_arrow(table.column(name)) for name in table.column_names}
     for name in images:
-        columns[name] = [None if v is None else _image_bytes(v) for v in columns[name]]
+        columns[name] = [None if v is None else _image_bytes(v, folder) for v in columns[name]]
     rows = ids(range(first, first + table.num_rows))
     return Raw(ids([source] * table.num_rows), rows, columns, nbytes=table.nbytes, images=frozenset(images))
 
 
-def _image_bytes(value: Any) -> Any:
+def _image_bytes(value: Any, folder: str | None) -> Any:
     """The image of Hugging Face's struct: its bytes, else those of the file at its path."""
     content, path = (value[k] for k in IMAGE_KEYS)
     if content is not None or path is None:
         return content
-    from torchrelay.stages.reading.images import file_bytes  # for a rare case
-
-    return file_bytes(path)
+    below = None if folder is None else file_below(folder, path)
+    if below is None:
+        # A dataset must not name any file of the machine that reads it.
+        return Unreadable("InputError", f"the image is not in the dataset, and {path!r:.200} not below its folder")
+    return file_bytes(below)

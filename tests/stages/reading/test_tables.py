@@ -185,11 +185,12 @@ def png(shade: int, size: tuple[int, int] = (4, 3)) -> bytes:
 def test_a_hugging_face_dataset_on_disk(tmp_path):
     """Its Arrow files are read in its own order, images decoded, in chunks of any size."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    (tmp_path / "x.png").write_bytes(png(9))
-    images = [{"bytes": png(i), "path": None} for i in range(199)] + [{"bytes": None, "path": str(tmp_path / "x.png")}]
+    images = [{"bytes": png(i), "path": None} for i in range(199)] + [{"bytes": None, "path": "deep/x.png"}]
     first = pa.table({"image": pa.array(images[:120], kind), "label": range(120)})
     second = pa.table({"image": pa.array(images[120:], kind), "label": range(120, 200)})
     save_to_disk(tmp_path / "ds", [first, second])
+    (tmp_path / "ds" / "deep").mkdir()
+    (tmp_path / "ds" / "deep" / "x.png").write_bytes(png(9))
     read = read_all(tmp_path / "ds", types_of(image="uint8[H, W, 3]", label="int64"), size=ChunkSize(rows=33))
     assert read.columns["label"] == list(range(200))
     assert [int(v[0, 0, 0]) for v in read.columns["image"]] == [*range(199), 9]
@@ -198,6 +199,31 @@ def test_a_hugging_face_dataset_on_disk(tmp_path):
     assert undeclared.columns["image"][3].shape == (3, 4, 3)
     encoded = read_all(tmp_path / "ds", types_of(image="bytes"))
     assert encoded.columns["image"][3] == png(3)
+
+
+def test_a_dataset_names_no_files_outside_its_folder(tmp_path):
+    """Neither by an absolute path, nor by .., nor through a link: such rows are bad."""
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "ds" / "own").write_text("own")
+    paths = [str(tmp_path / "secret"), "../secret", "link", "/proc/self/mem", "own", "gone"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array([{"bytes": None, "path": p} for p in paths], kind)})
+    pq.write_table(table, tmp_path / "ds" / "a.parquet")
+    read = read_all(tmp_path / "ds" / "a.parquet", types_of(image="bytes"))
+    assert read.columns == {"image": [b"own"]}
+    assert [b.row for b in read.bad] == [0, 1, 2, 3, 5]
+    assert "not below its folder" in read.bad[0].text
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    """It cannot be told which is meant; others of the file can be read."""
+    table = pa.table([[1], [2], [3]], names=["a", "a", "b"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read_all(tmp_path, types_of(b="int64")).columns == {"b": [3]}
+    with pytest.raises(InputError, match="two columns 'a'"):
+        read_all(tmp_path, types_of(a="int64"))
 
 
 def test_splits_and_selections_of_a_hugging_face_dataset(tmp_path):
