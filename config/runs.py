@@ -115,7 +115,7 @@ class Chunk(_Message):
     """The number of its first row, where the plan knows it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What else the reader needs: `fingerprint` of the source, `max_rows` to end early, `files` of images (below
-    `path`), `compression`."""
+    `path`), `compression` gz or zst, `delimiter` of CSV."""
 
     def __post_init__(self) -> None:
         for name in ("number", "source", "start"):
@@ -154,8 +154,13 @@ class ReadOptions(_Message):
     """Dataset column that identifies a row in the output."""
     keep: tuple[str, ...] = ()
     """Dataset columns that the output repeats."""
+    image_side: int | None = None
+    """JPEG images are decoded at 1/2, 1/4 or 1/8 of their size where both sides stay at least this many pixels, which
+    is several times quicker than decoding all of it to shrink it then. None decodes all."""
 
     def __post_init__(self) -> None:
+        ok = self.image_side is None or _number(self.image_side, 1)
+        _need(ok, f"image_side is a number of pixels from 1, not {self.image_side!r:.40}")
         _need(isinstance(self.columns, Mapping), f"columns is a mapping, not {self.columns!r:.60}")
         for name, column in self.columns.items():
             ok = isinstance(name, str) and isinstance(column, str) and bool(name and column)

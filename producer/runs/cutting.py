@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from torchrelay.config.runs import Chunk, ChunkSize, Source
@@ -13,14 +15,15 @@ from torchrelay.stages.reading.arrays import array_headers
 from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.images import IMAGE_COLUMN, PATH_COLUMN
 from torchrelay.stages.reading.tables import arrow_batches, parquet_file
-from torchrelay.stages.reading.tars import Samples
-from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header
+from torchrelay.stages.reading.tars import KEY_COLUMN, Samples
+from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header, delimiter_of
 from torchrelay.stages.reading.unpacking import unpacked_pieces
 
 __all__ = ["columns_of", "cut_images", "cut_source"]
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SAMPLES = 64
+_MOST_HEAD_BYTES = 16 << 20
 # How much an image file grows by decoding, roughly.
 _IMAGE_GROWTH = 8
 Piece = tuple[int, int]
@@ -79,8 +82,11 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
         if source.format == "tar":
             row_bytes, growth = _tar_head(source, file), 1.0
         else:
-            row_bytes, growth = _text_head(file.read(_HEAD_BYTES), compression)
-    # CSV's header stands for itself; it is not repeated.
+            head = file.read(_HEAD_BYTES)
+            text = _unpacked(head, compression)
+            row_bytes, growth = len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
+            if source.format in DELIMITERS:
+                options["delimiter"] = delimiter_of(source.format, text)
     target = max(int(min(size.nbytes / growth, size.rows * row_bytes)), 1)
     pieces = -(-source.nbytes // target)
     for i in range(pieces):
@@ -88,16 +94,19 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
         yield Chunk(number + i, source.number, source.path, source.format, start, end, "bytes", None, options)
 
 
-def _text_head(head: bytes, compression: str) -> tuple[float, float]:
-    """(stored bytes per line, unpacked bytes per stored byte) of a file's first bytes."""
-    lines, length = 0, 0
+def _unpacked(head: bytes, compression: str) -> bytes:
+    """The text that a file's first bytes hold, no more than some MiB of it."""
+    if not compression:
+        return head
+    pieces: list[bytes] = []
     try:
-        for _, piece in unpacked_pieces(io.BytesIO(head), compression) if compression else [(0, head)]:
-            lines += piece.count(b"\n")
-            length += len(piece)
+        for _, piece in unpacked_pieces(io.BytesIO(head), compression):
+            pieces.append(piece)
+            if sum(map(len, pieces)) > _MOST_HEAD_BYTES:
+                break
     except DecodeError:
-        pass  # the head is cut within a stream; and whoever reads the file says what is damaged
-    return len(head) / max(lines, 1), max(length / len(head), 1.0)
+        pass  # the head ends within a stream; whoever reads the file says what is damaged
+    return b"".join(pieces)
 
 
 def _tar_head(source: Source, file: Any) -> float:
@@ -137,15 +146,21 @@ def _image_chunk(group: list[Source], folder: str, prefix: str, number: int) -> 
 
 
 def columns_of(source: Source) -> list[str] | None:
-    """A source's columns; None where each row has its own. Raises InputError where they cannot be read."""
+    """A source's columns; of JSONL and tar those of its first rows, None where these tell nothing.
+
+    Raises InputError where they cannot be read.
+    """
     if source.format in ("jsonl", "tar"):
-        return None
+        return _columns_of_head(source)
     if source.format == "image":
         return [IMAGE_COLUMN, PATH_COLUMN]
     if source.format == "text":
         return [TEXT_COLUMN]
     if source.format in DELIMITERS:
-        return csv_header(source.path, source.format, compression_of(source.path), source.fingerprint)
+        compression = compression_of(source.path)
+        with open_file(source.path, source.fingerprint) as file:
+            delimiter = delimiter_of(source.format, _unpacked(file.read(_HEAD_BYTES), compression))
+        return csv_header(source.path, delimiter, compression, source.fingerprint)
     with open_file(source.path, source.fingerprint) as file:
         if source.format == "parquet":
             return list(parquet_file(source.path, file).schema_arrow.names)
@@ -153,3 +168,20 @@ def columns_of(source: Source) -> list[str] | None:
             return list(arrow_batches(source.path, file)[0].names)
         headers = array_headers(source.path, source.format, file)
         return [name for n, h in headers.items() for name in h.dtype.names or (n,)]
+
+
+def _columns_of_head(source: Source) -> list[str] | None:
+    names: dict[str, None] = {}
+    with open_file(source.path, source.fingerprint) as file:
+        if source.format == "tar":
+            for sample in islice(Samples(source.path, file).take(0, source.nbytes), _HEAD_SAMPLES):
+                names |= {} if isinstance(sample, Exception) else dict.fromkeys((KEY_COLUMN, *sample.members))
+            return list(names) or None
+        head = _unpacked(file.read(_HEAD_BYTES), compression_of(source.path))
+    for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a bad row, or cut by the head's end
+        names |= dict.fromkeys(row) if isinstance(row, dict) else {}
+    return list(names) or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Final
 
@@ -59,13 +59,12 @@ def is_companion(path: str) -> bool:
     return pure.suffix.lower() in _COMPANIONS or pure.name.lower().startswith(_COMPANION_NAMES)
 
 
-def one_format(paths: Iterable[str], given: str | None, where: str) -> tuple[str, list[bool]]:
+def one_format(paths: Sequence[str], given: str | None, where: str) -> tuple[str, list[bool]]:
     """(the format of these files, which of them have it); raises ConfigError where there is none or several.
 
     `given` is the user's word, and then counts for files whose names tell nothing.
     """
     formats = [format_of(p) for p in paths]
-    listed = list(paths)
     if given is not None:
         mine = [f == given for f in formats]
         if not any(mine):
@@ -74,18 +73,17 @@ def one_format(paths: Iterable[str], given: str | None, where: str) -> tuple[str
             raise ConfigError(f"{where} holds no {given} files; it holds {_counted(formats)}")
         return given, mine
     known = sorted({f for f in formats if f is not None})
-    strange = [p for p, f in zip(listed, formats, strict=True) if f is None and not is_companion(p)]
+    strange = [p for p, f in zip(paths, formats, strict=True) if f is None and not is_companion(p)]
     if len(known) > 1:
         raise ConfigError(f"{where} holds files of several formats, {_counted(formats)}; give a glob or the format")
     if not known or strange:
-        example = PurePath((strange or listed)[0]).name
+        example = PurePath((strange or paths)[0]).name
         what = f"{example!r:.120} tells no format" if strange or not known else ""
         raise ConfigError(f"{where}: {what}; known are {', '.join(SUFFIXES)}; give a glob or the format")
     return known[0], [f is not None for f in formats]
 
 
-def _counted(formats: Iterable[str | None]) -> str:
-    listed = list(formats)
-    names = sorted({f for f in listed if f is not None})
-    counts = [f"{listed.count(n)} {n}" for n in names]
-    return ", ".join(counts + ([f"{listed.count(None)} of none"] if None in listed else []))
+def _counted(formats: Sequence[str | None]) -> str:
+    names = sorted({f for f in formats if f is not None})
+    counts = [f"{formats.count(n)} {n}" for n in names]
+    return ", ".join(counts + ([f"{formats.count(None)} of none"] if None in formats else []))

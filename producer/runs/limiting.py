@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torchrelay.config.runs import Chunk
 from torchrelay.errors import ConfigError, InputError
+from torchrelay.stages.reading.files import shown
 from torchrelay.stages.reading.tars import count_samples
 from torchrelay.stages.reading.texts import records_of
 
@@ -24,8 +25,8 @@ def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
             return
         try:
             count = _count(chunk)
-        except InputError as error:
-            raise ConfigError(f"the rows of the input cannot be counted: {error}") from error
+        except (InputError, OSError) as error:
+            raise ConfigError(f"the rows of {shown(chunk.path)} cannot be counted: {error}") from error
         yield chunk if count <= left else _shortened(chunk, left)
         left -= count
 

@@ -16,7 +16,7 @@ from typing import Any
 from torchrelay.errors import ConfigError, InputError
 from torchrelay.stages.reading.files import Facts, facts, is_url, local_path, of_info, of_stat, open_file, remote, shown
 
-__all__ = ["Listing", "list_input"]
+__all__ = ["Listing", "list_input", "root_of_input"]
 
 _GLOB = re.compile(r"[*?\[]")
 _HIDDEN = (".", "_")
@@ -24,9 +24,8 @@ _HIDDEN = (".", "_")
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """`files` in order with what tells that they changed; `root` is the folder that paths are shown below."""
+    """The files of an input in order, with what tells that they changed."""
 
-    root: str
     files: list[tuple[str, Facts]]
     arrow: bool = False
     """Whether it is a Hugging Face dataset, whose order is its own."""
@@ -47,18 +46,30 @@ def list_input(text: str) -> Listing:
     return listing
 
 
+def root_of_input(text: str) -> str:
+    """The folder that an input's paths are shown below: itself, that of a file, or the fixed part of a glob."""
+    path = text if is_url(text) else local_path(text)
+    filesystem, inside = remote(path) if is_url(path) else (None, path)
+    if filesystem.isdir(inside) if filesystem else os.path.isdir(inside):
+        root = inside
+    else:
+        there = filesystem.exists(inside) if filesystem else os.path.lexists(inside)
+        pattern = None if there else _GLOB.search(inside)
+        root = (inside[: pattern.start()] if pattern else inside).rpartition("/")[0] or "/"
+    return _full(filesystem, root).rstrip("/") if filesystem else root
+
+
 def _list_local(path: str) -> Listing:
     if os.path.isdir(path):
-        return _hugging_face(path) or Listing(path, sorted(_walk(path, set())))
+        return _hugging_face(path) or Listing(sorted(_walk(path, set())))
     if os.path.lexists(path):
-        return Listing(os.path.dirname(path), [(path, facts(path))])
+        return Listing([(path, facts(path))])
     if not _GLOB.search(path):
         raise ConfigError(f"{shown(path)} does not exist; is the path right, seen from {os.getcwd()!r}?")
     found = sorted(p for p in glob.glob(path, recursive=True) if not os.path.isdir(p))
     if not found:
         raise ConfigError(f"{shown(path)} matches no file")
-    fixed = path[: _GLOB.search(path).start()]  # type: ignore[union-attr]  # it was found above
-    return Listing(os.path.dirname(fixed), [(p, facts(p)) for p in found])
+    return Listing([(p, facts(p)) for p in found])
 
 
 def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, Facts]]:
@@ -81,21 +92,18 @@ def _walk(folder: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, Facts
 def _list_url(url: str) -> Listing:
     filesystem, inside = remote(url)
     if _GLOB.search(inside) and not filesystem.exists(inside):
-        found = filesystem.glob(inside, detail=True)
-        fixed = inside[: _GLOB.search(inside).start()].rpartition("/")[0]  # type: ignore[union-attr]  # found above
-        files = _url_files(filesystem, found, "")
+        files = _url_files(filesystem, filesystem.glob(inside, detail=True), "")
         if not files:
             raise ConfigError(f"{shown(url)} matches no file")
-        return Listing(_full(filesystem, fixed), files)
+        return Listing(files)
     if filesystem.isdir(inside):
         full = _full(filesystem, inside).rstrip("/")
-        return _hugging_face(full) or Listing(
-            full, _url_files(filesystem, filesystem.find(inside, detail=True), inside)
-        )
+        found = filesystem.find(inside, detail=True)
+        return _hugging_face(full) or Listing(_url_files(filesystem, found, inside))
     if not filesystem.exists(inside):
         raise ConfigError(f"{shown(url)} does not exist")
     full = _full(filesystem, inside)
-    return Listing(full.rpartition("/")[0], [(full, of_info(filesystem.info(inside)))])
+    return Listing([(full, of_info(filesystem.info(inside)))])
 
 
 def _url_files(filesystem: Any, found: dict[str, Any], folder: str) -> list[tuple[str, Facts]]:
@@ -127,7 +135,7 @@ def _hugging_face(folder: str) -> Listing | None:
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise ConfigError(f"{shown(folder)} is a selection of rows; save it again after .flatten_indices()")
     paths = [f"{folder}/{os.path.basename(str(f['filename']))}" for f in state["_data_files"]]
-    return Listing(folder, [(p, facts(p)) for p in paths], arrow=True)
+    return Listing([(p, facts(p)) for p in paths], arrow=True)
 
 
 def _json_of(folder: str, name: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import numpy as np
 from torchrelay.config.columns import Column, Types
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.runs import MEMORY, Chunk, ChunkSize, ReadOptions, Source
-from torchrelay.errors import ConfigError
+from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.runs.rows import RowReader, row_bytes
 from torchrelay.stages.reading.choosing import ReadResult, choose
 from torchrelay.stages.reading.files import need
@@ -72,13 +72,15 @@ def push_chunks(
     """
     if limit is not None and (type(limit) is not int or limit < 0):
         raise ConfigError(f"limit is a number of rows from 0, not {limit!r:.40}")
+    # A table's columns are known; of rows each has its own.
+    format = "table" if isinstance(data, Mapping) or hasattr(data, "__arrow_c_stream__") else MEMORY
     start = 0
     for number, (rows, raw) in enumerate(_pieces(data, size or ChunkSize(), limit, done, RowReader(options, types))):
         if raw is not None and number not in done:
             raw.rows = raw.rows + start
             raw.bad = [BadRow(b.source, b.row + start, b.error, b.text) for b in raw.bad]
             chunk = Chunk(number, 0, MEMORY, MEMORY, start, start + rows, "rows", start)
-            yield chunk, choose(raw, MEMORY, options, types)
+            yield chunk, choose(raw, format, options, types)
         start += rows
 
 
@@ -124,28 +126,33 @@ def _of_dataset(
 
 
 def _indexed_rows(data: Any, start: int, end: int, reader: RowReader) -> Raw:
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    bad: list[BadRow] = []
+    read: list[dict[str, Any] | BadRow] = []
     for i in range(start, end):
         try:
-            rows.append(reader.row(data[i]))
-            numbers.append(i - start)
+            read.append(reader.row(data[i]))
         except Exception as error:  # the dataset is the user's: one row must not cost the others
-            bad.append(BadRow(0, i - start, type(error).__name__, str(error)[:2000]))
-    return reader.table(rows, numbers, bad)
+            read.append(BadRow(0, i - start, type(error).__name__, str(error)[:2000]))
+    return reader.table(read)
 
 
 def _of_iterable(data: Iterable[Any], size: ChunkSize, limit: int | None, reader: RowReader) -> Iterator[Piece]:
-    drawn = iter(data) if limit is None else islice(data, limit)
-    # An iterator may fill one buffer again and again.
-    first = next((reader.row(value, copy=True) for value in drawn), None)
+    drawn = _drawn(data if limit is None else islice(data, limit), reader)
+    first = next(drawn, None)
     if first is None:
         return
-    per = _rows_per_chunk(size, row_bytes(first))
-    rest = chain([first], (reader.row(value, copy=True) for value in drawn))
+    per = _rows_per_chunk(size, 0 if isinstance(first, BadRow) else row_bytes(first))
+    rest = chain([first], drawn)
     while rows := list(islice(rest, per)):
-        yield len(rows), reader.table(rows, range(len(rows)), [])
+        yield len(rows), reader.table(rows)
+
+
+def _drawn(data: Iterable[Any], reader: RowReader) -> Iterator[dict[str, Any] | BadRow]:
+    for value in data:
+        try:
+            # An iterator may fill one buffer again and again.
+            yield reader.row(value, copy=True)
+        except InputError as error:
+            yield BadRow(0, 0, type(error).__name__, str(error))
 
 
 def _of_table(table: Mapping[str, Any], size: ChunkSize, limit: int | None) -> Iterator[Piece]:

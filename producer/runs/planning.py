@@ -4,8 +4,8 @@
     for chunk in plan_chunks(sources, ChunkSize(rows=512)): ...
 
 Cheap, and the same every time: listings, footers and the head of a file are read, never its rows (but for `limit`).
-Chunks come one by one, so that memory does not grow with the dataset. Sources that are added later are planned by a call
-of their own with `first_number`, which leaves the chunks of the others as they were.
+Chunks come one by one, so that memory does not grow with the dataset. Sources that are added later are planned by a
+call of their own with `first_number`, which leaves the chunks of the others as they were.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrelay.config.columns import Types
 from torchrelay.config.runs import Chunk, ChunkSize, ReadOptions, Source
@@ -21,8 +21,8 @@ from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.runs.cutting import columns_of, cut_images, cut_source
 from torchrelay.producer.runs.formats import check_format, one_format
 from torchrelay.producer.runs.limiting import limited
-from torchrelay.producer.runs.listing import Listing, list_input
-from torchrelay.stages.reading.choosing import resolve
+from torchrelay.producer.runs.listing import list_input, root_of_input
+from torchrelay.stages.reading.choosing import OPEN_FORMATS, resolve
 from torchrelay.stages.reading.files import shown
 
 __all__ = ["Totals", "check_columns", "find_sources", "input_fingerprint", "measure", "plan_chunks", "root_of"]
@@ -43,7 +43,8 @@ def find_sources(data: Input, format: str | None = None) -> list[Source]:
     check_format(format)
     sources: list[Source] = []
     seen: set[str] = set()
-    for listing, text in _listings(data):
+    for text in _texts(data):
+        listing = list_input(text)
         paths = [path for path, _ in listing.files]
         kind, mine = ("arrow", [True] * len(paths)) if listing.arrow else one_format(paths, format, shown(text))
         if sources and sources[0].format != kind:
@@ -61,18 +62,18 @@ def find_sources(data: Input, format: str | None = None) -> list[Source]:
 
 def root_of(data: Input) -> str:
     """The folder below which the `path` column of images is given: the input's folder, or a glob's fixed part."""
-    roots = [listing.root for listing, _ in _listings(data)]
+    roots = [root_of_input(text) for text in _texts(data)]
     return roots[0] if len(roots) == 1 else _common(roots)
 
 
-def _listings(data: Input) -> Iterator[tuple[Listing, str]]:
+def _texts(data: Input) -> Iterator[str]:
     texts = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not texts:
         raise ConfigError("a run needs an input; none was given")
     for text in texts:
         if not isinstance(text, str | os.PathLike):
             raise ConfigError(f"an input is a path, a glob or a URL, not {text!r:.80}")
-        yield list_input(os.fspath(text)), os.fspath(text)
+        yield os.fspath(text)
 
 
 def plan_chunks(
@@ -114,8 +115,8 @@ def _chunks(sources: list[Source], size: ChunkSize, root: str | None, number: in
             for chunk in cut_source(source, size, number):
                 yield chunk
                 number = chunk.number + 1
-        except InputError as error:
-            raise ConfigError(f"the input cannot be planned: {error}") from error
+        except (InputError, OSError) as error:
+            raise ConfigError(f"{shown(source.path)} cannot be planned: {error}") from error
 
 
 def _common(folders: Sequence[str]) -> str:
@@ -139,14 +140,16 @@ def input_fingerprint(sources: Iterable[Source]) -> str:
 def check_columns(sources: Sequence[Source], options: ReadOptions, types: Types | None) -> None:
     """Raises ConfigError where the first source has not the columns that are asked for, with those that it has.
 
-    Nothing is said of JSONL and tar, where each row has its own.
+    Of JSONL and tar, where each row has its own, the first rows tell; a kept column need not be among theirs.
     """
-    if not sources:
+    first = next((s for s in sources if s.nbytes), None)
+    if first is None:
         return
+    asked = replace(options, keep=()) if first.format in OPEN_FORMATS else options
     try:
-        resolve(sources[0].format, columns_of(sources[0]), options, types)
-    except InputError as error:
-        raise ConfigError(f"{shown(sources[0].path)}: {error}") from error
+        resolve(first.format, columns_of(first), asked, types)
+    except (InputError, OSError) as error:
+        raise ConfigError(f"{shown(first.path)}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

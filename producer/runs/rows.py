@@ -6,6 +6,7 @@ Imports no torch: a tensor is known by its methods.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,16 @@ class RowReader:
             named = {self._single: value}
         return {name: _plain(v, copy) for name, v in named.items()}
 
-    def table(self, rows: Sequence[dict[str, Any]], numbers: Sequence[int] | range, bad: list[BadRow]) -> Raw:
-        """The rows as columns, under numbers of their own."""
-        names = dict.fromkeys(name for row in rows for name in row)
+    def table(self, read: Sequence[dict[str, Any] | BadRow]) -> Raw:
+        """What was read as columns, numbered from 0 in this order."""
+        rows = {i: row for i, row in enumerate(read) if not isinstance(row, BadRow)}
+        bad = [replace(row, row=i) for i, row in enumerate(read) if isinstance(row, BadRow)]
+        names = dict.fromkeys(name for row in rows.values() for name in row)
         columns: dict[str, Column] = {}
         for name in names:
-            column = plain_numbers([row.get(name, MISSING) for row in rows])
+            column = plain_numbers([row.get(name, MISSING) for row in rows.values()])
             columns[name] = stacked(column) if isinstance(column, list) else column
-        return Raw(ids([0] * len(rows)), ids(numbers), columns, bad)
+        return Raw(ids([0] * len(rows)), ids(list(rows)), columns, bad)
 
 
 def _plain(value: Any, copy: bool) -> Any:

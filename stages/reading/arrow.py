@@ -110,7 +110,9 @@ def _as_array(value: Any, kind: Any) -> Any:
     if not _numeric(kind):
         return value
     try:
-        return np.asarray(value, np.dtype(kind.to_pandas_dtype()))
+        # Not with the dtype at once: that would make NaN of a null.
+        array = np.asarray(value)
+        return value if array.dtype == object else array.astype(kind.to_pandas_dtype())
     except (TypeError, ValueError):
         return value
 

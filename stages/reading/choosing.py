@@ -125,7 +125,7 @@ def choose(raw: Raw, format: str, options: ReadOptions, types: Types | None) -> 
     table: dict[str, Column] = {}
     for name, column in given.items():
         kind = (types or {}).get(name)
-        values = _prepared(name, kind, _pick(raw, column, rows), raw, column)
+        values = _prepared(name, kind, _pick(raw, column, rows), raw, column, options.image_side)
         table[name] = _filled(values, kind, f"column {column!r:.60}", strict, failed)
     others = {} if options.key is None else {_KEY: _pick(raw, options.key, rows)}
     others |= {name: _pick(raw, name, rows) for name in options.keep}
@@ -161,13 +161,13 @@ def _pick(raw: Raw, column: str, rows: int) -> Column:
     return picked
 
 
-def _prepared(name: str, kind: ColumnType | None, values: Column, raw: Raw, column: str) -> Column:
+def _prepared(name: str, kind: ColumnType | None, values: Column, raw: Raw, column: str, side: int | None) -> Column:
     """Values as the declared type wants them where a file cannot hold them so: images decoded, numbers of text read."""
     encoded = not raw.images.isdisjoint(column.split(_OR))
     if kind is None:
-        return decode_column(values) if encoded and isinstance(values, list) else values
+        return decode_column(values, side=side) if encoded and isinstance(values, list) else values
     if kind.dtype == "uint8" and len(kind.shape) in (2, 3) and isinstance(values, list):
-        return decode_column(values, gray=len(kind.shape) == 2)
+        return decode_column(values, len(kind.shape) == 2, side)
     if raw.as_text and isinstance(values, list):
         return [_of_text(kind, v) for v in values]
     return _fitted(name, kind, values) if kind.is_numeric else values

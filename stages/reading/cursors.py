@@ -7,6 +7,7 @@ once, however many chunks it was cut into. A chunk that lies before every kept r
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -77,3 +78,5 @@ class Cursors:
 
 
 CURSORS = Cursors()
+# Once modules are torn down, a reader cannot close itself any more.
+atexit.register(CURSORS.close)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import PurePath
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from torchrelay.errors import ConfigError, InputError
 
-__all__ = ["Facts", "facts", "is_url", "local_path", "need", "open_file", "remote", "shown"]
+__all__ = ["Facts", "facts", "file_below", "is_url", "local_path", "need", "open_file", "remote", "shown"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 # What a store says of a file's content, best first; the size goes with it.
@@ -83,8 +84,22 @@ def of_stat(path: str, status: os.stat_result) -> Facts:
 def of_info(info: dict[str, Any]) -> Facts:
     """Facts of what fsspec says of a file."""
     mark = next((info[name] for name in _MARKS if info.get(name) is not None), "")
+    # Some filesystems give a moment as a number in listings and as a datetime of one file.
+    if isinstance(mark, datetime):
+        mark = (mark if mark.tzinfo else mark.replace(tzinfo=UTC)).timestamp()
+    if isinstance(mark, float):
+        mark = f"{mark:.6f}"
     nbytes = int(info.get("size") or 0)
     return Facts(nbytes, f"{nbytes}-{str(mark).strip(chr(34))}")
+
+
+def file_below(folder: str, path: str) -> str | None:
+    """The path of a file that a dataset names, below its own folder; None where it lies elsewhere, by links too."""
+    if is_url(folder):
+        inside = not is_url(path) and not path.startswith("/") and ".." not in path.split("/")
+        return f"{folder}/{path}" if inside else None
+    root, found = os.path.realpath(folder), os.path.realpath(os.path.join(folder, path))
+    return found if found.startswith(root.rstrip(os.sep) + os.sep) else None
 
 
 def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:
@@ -94,7 +109,8 @@ def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:
     if is_url(path):
         filesystem, inside = remote(path)
         opened: BinaryIO = filesystem.open(inside, "rb")
-        return opened
+        # The filesystem in memory gives all readers one and the same file, with one position.
+        return io.BytesIO(opened.getvalue()) if isinstance(opened, io.BytesIO) else opened
     # A pipe in the file's place would block `open` for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -113,8 +129,3 @@ def open_file(path: str, fingerprint: str | None = None) -> BinaryIO:
 
 def _changed(path: str) -> InputError:
     return InputError(f"{shown(path)} has changed since the run was planned; start a new run for what it holds now")
-
-
-def suffix(path: str) -> str:
-    """`.jpg` of `a/b.JPG`."""
-    return PurePath(path).suffix.lower()

@@ -34,9 +34,10 @@ _pool_pid = 0
 _pool_lock = threading.Lock()
 
 
-def decode(data: bytes, gray: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(data: bytes, gray: bool = False, side: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """One image file's bytes as uint8 `[H, W, 3]`, or `[H, W]` for gray: the first frame, as stored, alpha dropped.
 
+    With `side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at least as many pixels.
     Raises DecodeError where it is none, is cut, or is too large.
     """
     images = need("PIL.Image", "images")
@@ -45,8 +46,8 @@ def decode(data: bytes, gray: bool = False) -> np.ndarray[Any, np.dtype[np.uint8
         if image.width * image.height > MOST_PIXELS:
             raise DecodeError(f"{image.width} x {image.height} pixels are over the limit of {MOST_PIXELS}")
         mode = "L" if gray else "RGB"
-        # The JPEG decoder then converts the colours itself, which is quicker.
-        image.draft(mode, None)
+        # Only JPEG's decoder shrinks, and takes the gray plane alone, while it decodes.
+        image.draft(mode, (side, side) if side else None)
         if image.mode.startswith("I;16"):
             # convert() would cut 16 bits off at 255.
             values = (np.asarray(image) >> 8).astype(np.uint8)
@@ -59,14 +60,14 @@ def decode(data: bytes, gray: bool = False) -> np.ndarray[Any, np.dtype[np.uint8
         raise DecodeError(f"the image cannot be decoded: {error}", length=len(data)) from error
 
 
-def decode_column(values: Sequence[Any], gray: bool = False) -> Column:
+def decode_column(values: Sequence[Any], gray: bool = False, side: int | None = None) -> Column:
     """A column of image files' bytes decoded; of one size it is an array `[N, H, W, 3]`. Other values stay."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, bytes):
             return value
         try:
-            return decode(value, gray)
+            return decode(value, gray, side)
         except DecodeError as error:
             return Unreadable.of(error)
 

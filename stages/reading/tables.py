@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from torchrelay.config.runs import Chunk
 from torchrelay.errors import InputError
 from torchrelay.stages.reading.arrow import IMAGE_KEYS, column_of_arrow, holds_images
 from torchrelay.stages.reading.cursors import CURSORS
-from torchrelay.stages.reading.files import is_url, need, open_file, shown
-from torchrelay.stages.reading.raw import Raw, ids
+from torchrelay.stages.reading.files import file_below, is_url, need, open_file, shown
+from torchrelay.stages.reading.images import file_bytes
+from torchrelay.stages.reading.raw import Raw, Unreadable, ids
 
 __all__ = ["arrow_batches", "parquet_file", "raw_of_arrow", "read_arrow", "read_parquet"]
 
@@ -55,7 +57,8 @@ def parquet_file(path: str, file: BinaryIO) -> Any:
     pq = need("pyarrow.parquet", "Parquet files")
     pa = need("pyarrow", "Parquet files")
     try:
-        return pq.ParquetFile(file)
+        # Of a remote file the ranges that are needed are fetched together.
+        return pq.ParquetFile(file, pre_buffer=is_url(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -88,7 +91,11 @@ def read_parquet(chunk: Chunk, wanted: frozenset[str] | None) -> Raw:
 
 def _chosen(schema: Any, wanted: frozenset[str] | None) -> list[str]:
     """The wanted columns; without any the first, since a table without columns has no rows."""
-    return [n for n in schema.names if wanted is None or n in wanted] or schema.names[:1]
+    chosen = [n for n in schema.names if wanted is None or n in wanted] or schema.names[:1]
+    twice = next((n for i, n in enumerate(chosen) if n in chosen[:i]), None)
+    if twice is not None:
+        raise InputError(f"the file has two columns {twice!r:.60}; write it again with names of their own")
+    return chosen
 
 
 def _group_of(metadata: Any, row: int) -> tuple[int, int]:
@@ -106,14 +113,26 @@ def arrow_batches(path: str, file: BinaryIO) -> tuple[Any, Iterator[Any]]:
     """(schema, record batches) of an Arrow stream or file; raises InputError where it is neither."""
     pa = need("pyarrow", "Arrow files")
     source = file if is_url(path) else pa.memory_map(path)
-    try:
+    with _arrow_errors(path):
         magic = source.read(6)
         source.seek(0)
         if magic == b"ARROW1":
-            reader = pa.ipc.open_file(source)
-            return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+            whole = pa.ipc.open_file(source)
+            return whole.schema, _checked(path, (whole.get_batch(i) for i in range(whole.num_record_batches)))
         stream = pa.ipc.open_stream(source)
-        return stream.schema, iter(stream)
+        return stream.schema, _checked(path, iter(stream))
+
+
+def _checked(path: str, batches: Iterator[Any]) -> Iterator[Any]:
+    with _arrow_errors(path):
+        yield from batches
+
+
+@contextmanager
+def _arrow_errors(path: str) -> Iterator[None]:
+    pa = need("pyarrow", "Arrow files")
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -151,24 +170,26 @@ def _read(chunk: Chunk, wanted: frozenset[str] | None, begin: Any) -> Raw:
         raise InputError(f"{where}: cannot be read: {error}") from error
     if table.num_rows < chunk.end - chunk.start:
         raise InputError(f"{shown(chunk.path)} has fewer than {chunk.end} rows; it was cut after the run was planned")
-    return raw_of_arrow(table, chunk.source, chunk.start)
+    return raw_of_arrow(table, chunk.source, chunk.start, chunk.path.rpartition("/")[0])
 
 
-def raw_of_arrow(table: Any, source: int, first: int) -> Raw:
-    """An Arrow table as rows `first`, `first + 1` ... of a source."""
+def raw_of_arrow(table: Any, source: int, first: int, folder: str | None = None) -> Raw:
+    """An Arrow table as rows `first`, `first + 1` ... of a source. `folder` is where image files that it names lie."""
     images = [f.name for f in table.schema if holds_images(f.type)]
     columns = {name: column_of_arrow(table.column(name)) for name in table.column_names}
     for name in images:
-        columns[name] = [None if v is None else _image_bytes(v) for v in columns[name]]
+        columns[name] = [None if v is None else _image_bytes(v, folder) for v in columns[name]]
     rows = ids(range(first, first + table.num_rows))
     return Raw(ids([source] * table.num_rows), rows, columns, nbytes=table.nbytes, images=frozenset(images))
 
 
-def _image_bytes(value: Any) -> Any:
+def _image_bytes(value: Any, folder: str | None) -> Any:
     """The image of Hugging Face's struct: its bytes, else those of the file at its path."""
     content, path = (value[k] for k in IMAGE_KEYS)
     if content is not None or path is None:
         return content
-    from torchrelay.stages.reading.images import file_bytes  # for a rare case
-
-    return file_bytes(path)
+    below = None if folder is None else file_below(folder, path)
+    if below is None:
+        # A dataset must not name any file of the machine that reads it.
+        return Unreadable("InputError", f"the image is not in the dataset, and {path!r:.200} not below its folder")
+    return file_bytes(below)

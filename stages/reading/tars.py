@@ -54,6 +54,8 @@ class Samples:
         self._ahead: Sample | None = None
         self._next: tarfile.TarInfo | None = None
         self._ended = False
+        # Of the last header that was read: damage belongs to the chunk in which it lies.
+        self._header_at = 0
         self._damage: InputError | None = None
         try:
             self._tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # close() closes the file below it
@@ -75,9 +77,9 @@ class Samples:
             self._ahead = None
             if sample.offset >= start:
                 yield sample
-        if sample is None and self._damage is not None and self.damaged_at < end:
+        if sample is None and self._damage is not None and self._header_at < end:
             damage, self._damage = self._damage, None
-            if self.damaged_at >= start:
+            if self._header_at >= start:
                 yield damage
         self.position = end
 
@@ -89,28 +91,27 @@ class Samples:
     def _advance(self) -> None:
         """The next regular file's header, into `_next`."""
         self._next = None
-        self.damaged_at = self._tar.offset
         while not self._ended:
             try:
                 info = self._tar.next()
             except (tarfile.TarError, EOFError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
-                self._damage = InputError(f"the tar is cut or damaged near byte {self.damaged_at}: {error}")
+                self._damage = InputError(f"the tar is cut or damaged behind byte {self._header_at}: {error}")
                 info = None
             # It keeps each header for look-ups by name, which nobody does here.
             self._tar.members = []  # type: ignore[attr-defined]  # a public name that typeshed does not list
             self._ended = info is None
             if self._ended and self._damage is None and self._block().strip(b"\0"):
                 # TarFile takes a broken header for the end.
-                self._damage = InputError(f"the tar is damaged: no file's header is at byte {self.damaged_at}")
+                self._damage = InputError(f"the tar is damaged: no file's header is at byte {self._tar.offset}")
+            self._header_at = self._header_at if info is None else info.offset
             if info is not None and info.isreg():
                 self._next = info
                 return
 
     def _block(self) -> bytes:
-        self.damaged_at = self._tar.offset
-        self.file.seek(self.damaged_at)
+        self.file.seek(self._tar.offset)
         return self.file.read(tarfile.BLOCKSIZE)
 
     def _read_sample(self) -> Sample | None:

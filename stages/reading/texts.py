@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.raw import MISSING, BadRow, Raw, ids, plain_numbers
 from torchrelay.stages.reading.records import MOST_RECORD_BYTES, Record, Records, lines_of
 
-__all__ = ["DELIMITERS", "TEXT_COLUMN", "csv_header", "read_text", "records_of"]
+__all__ = ["DELIMITERS", "TEXT_COLUMN", "csv_header", "delimiter_of", "read_text", "records_of"]
 
 TEXT_COLUMN = "text"
 """The one column of a text file."""
@@ -26,7 +27,8 @@ _BOM = b"\xef\xbb\xbf"
 def records_of(chunk: Chunk) -> Iterator[Record]:
     """The rows of a chunk as bytes, blank lines and CSV's header left out, at most `max_rows`; iterate to the end."""
     most = chunk.options.get("max_rows")
-    skip_blank = chunk.format != "text"
+    # In a text file an empty line is a row; in CSV one of tabs or spaces is a row of empty fields.
+    blank = {"text": None, "jsonl": b" \t\r\n"}.get(chunk.format, b"\r\n")
     given = 0
     for offset, record in _all_records(chunk):
         if most is not None and given >= most:
@@ -36,14 +38,14 @@ def records_of(chunk: Chunk) -> Iterator[Record]:
             record = record.removeprefix(_BOM)
             if chunk.format in DELIMITERS:
                 continue
-        if skip_blank and isinstance(record, bytes) and not record.strip():
+        if blank is not None and isinstance(record, bytes) and not record.strip(blank):
             continue
         given += 1
         yield offset, record
 
 
 def _all_records(chunk: Chunk) -> Iterator[Record]:
-    compression, delimiter = chunk.options.get("compression", ""), DELIMITERS.get(chunk.format, "")
+    compression, delimiter = chunk.options.get("compression", ""), _delimiter(chunk)
     fingerprint = chunk.options.get("fingerprint")
     if not compression and not delimiter:
         with open_file(chunk.path, fingerprint) as file:
@@ -64,7 +66,7 @@ def read_text(chunk: Chunk) -> Raw:
     values: list[Any] = []
     nbytes = 0
     header = _header_of(chunk) if chunk.format in DELIMITERS else []
-    parse = {"text": _line, "jsonl": _object}.get(chunk.format) or _Record(header, DELIMITERS[chunk.format])
+    parse = {"text": _line, "jsonl": _object}.get(chunk.format) or _Record(header, _delimiter(chunk))
     for offset, record in records_of(chunk):
         try:
             if isinstance(record, DecodeError):
@@ -120,25 +122,37 @@ def _fields(record: bytes, delimiter: str) -> list[str]:
     return rows[0]
 
 
+def _delimiter(chunk: Chunk) -> str:
+    return str(chunk.options.get("delimiter") or DELIMITERS.get(chunk.format, ""))
+
+
+def delimiter_of(format: str, head: bytes) -> str:
+    """What separates the fields of a CSV or TSV file that begins so: of CSV, `;` where its header has no comma."""
+    line = head.partition(b"\n")[0]
+    return ";" if format == "csv" and b";" in line and b"," not in line else DELIMITERS[format]
+
+
 def _header_of(chunk: Chunk) -> list[str]:
-    return csv_header(chunk.path, chunk.format, chunk.options.get("compression", ""), chunk.options.get("fingerprint"))
+    options = chunk.options
+    return csv_header(chunk.path, _delimiter(chunk), options.get("compression", ""), options.get("fingerprint"))
 
 
-def csv_header(path: str, format: str, compression: str = "", fingerprint: str | None = None) -> list[str]:
+def csv_header(path: str, delimiter: str, compression: str = "", fingerprint: str | None = None) -> list[str]:
     """The names in the first record; raises InputError where there is none, or one is empty or stands there twice."""
-    return list((_kept_header if fingerprint else _read_header)(path, format, compression, fingerprint))
+    return list((_kept_header if fingerprint else _read_header)(path, delimiter, compression, fingerprint))
 
 
-def _read_header(path: str, format: str, compression: str, fingerprint: str | None) -> list[str]:
-    records = Records(open_file(path, fingerprint), compression, DELIMITERS[format])
+def _read_header(path: str, delimiter: str, compression: str, fingerprint: str | None) -> list[str]:
+    records = Records(open_file(path, fingerprint), compression, delimiter)
     try:
-        first = next(records.take(0, 1), (0, b""))[1]
+        # Of a packed file even the first row lies somewhere behind the first byte.
+        first = next(records.take(0, sys.maxsize), (0, b""))[1]
     finally:
         records.close()
     if isinstance(first, DecodeError):
         raise InputError(f"{shown(path)}: the header cannot be read: {first}")
     try:
-        names = [n.strip() for n in _fields(first.removeprefix(_BOM), DELIMITERS[format])] if first.strip() else []
+        names = [n.strip() for n in _fields(first.removeprefix(_BOM), delimiter)] if first.strip() else []
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{shown(path)}: the header cannot be read: {error}") from error
     if not names or not all(names) or len(set(names)) < len(names):

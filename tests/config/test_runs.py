@@ -78,6 +78,7 @@ def test_what_is_no_chunk_does_not_decode(text):
         (lambda: Source(0, "", "csv", 1, ""), "a path and a format"),
         (lambda: ReadOptions({"text": ""}), "maps a pipeline column"),
         (lambda: ReadOptions(key=""), "key is the name"),
+        (lambda: ReadOptions(image_side=0), "image_side is a number of pixels from 1"),
         (lambda: ReadOptions(keep="url"), "keep is a tuple"),
         (lambda: ReadOptions(keep=("a", "b", "a")), "keep names 'a' twice"),
         (lambda: WriteOptions(""), "folder is a text"),
