@@ -14,19 +14,19 @@ names the temporary files, and whoever meets a record without its files gives th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torchrelay.config.runs import WriteOptions
-from torchrelay.errors import DecodeError
+from torchrelay.errors import DecodeError, WorkerError
 from torchrelay.stages.writing.formats import open_format
 from torchrelay.stages.writing.found import Found, Output, complete, find
-from torchrelay.stages.writing.record import PartFile, PartId, PartRecord, pack_errors
+from torchrelay.stages.writing.record import PartFile, PartId, PartRecord, RowError, pack_errors
 from torchrelay.stages.writing.staging import Staging
 from torchrelay.stages.writing.stores import EMPTY, RECORDS, disk_trouble, open_store
-from torchrelay.stages.writing.table import PartRows, assemble
+from torchrelay.stages.writing.table import PartRows, PartTable, assemble
 
 __all__ = ["Written", "open_output", "write_part"]
 
@@ -65,6 +65,22 @@ def write_part(
         WorkerError: the disk is full, or fails.
     """
     table = assemble(rows, output.options)
+    try:
+        return _write(output, part, fence, rows.errors, table, still_ours)
+    except FileNotFoundError as error:
+        raise WorkerError(
+            f"output {output.store.where}: {error.filename} is gone while {part.stem} was written; who cleans up there?"
+        ) from error
+
+
+def _write(
+    output: Output,
+    part: PartId,
+    fence: str,
+    errors: Sequence[RowError],
+    table: PartTable,
+    still_ours: Callable[[], bool],
+) -> Written | None:
     there = find(output, part)
     if there is not None:
         return _adopted(there)
@@ -72,9 +88,9 @@ def write_part(
         part,
         fence,
         table.rows,
-        len(rows.errors),
+        len(errors),
         table.layouts,
-        packed_errors=pack_errors(rows.errors),
+        packed_errors=pack_errors(errors),
         packed_places=table.places,
     )
     stem = part.stem if output.store.links else part.fenced_stem(fence)

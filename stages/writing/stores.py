@@ -66,7 +66,7 @@ class Store(Protocol):
 
     def add(self, made: Path, name: str) -> bool:
         """Gives a local file, which is on the disk, its final name; False where that is taken already. Where `links`
-        is False it replaces."""
+        is False it replaces. Raises FileNotFoundError where the file is gone."""
 
     def replace(self, made: Path, name: str) -> None:
         """The same, in place of what has that name."""
@@ -189,7 +189,7 @@ class LocalStore:
         with disk_trouble(self.where):
             while True:
                 probe = self.tmp_folder() / f"probe.{secrets.token_hex(6)}"
-                linked = probe.with_suffix(".linked")
+                linked = probe.with_name(f"{probe.name}.linked")
                 probe.touch(exist_ok=False)
                 try:
                     os.link(probe, linked)
@@ -207,9 +207,14 @@ class LocalStore:
 
 @contextmanager
 def disk_trouble(where: str) -> Iterator[None]:
-    """Says what is wrong with the output folder, and what to do, in place of an error number."""
+    """Says what is wrong with the output folder, and what to do, in place of an error number.
+
+    FileNotFoundError passes: it can mean that somebody else was faster.
+    """
     try:
         yield
+    except FileNotFoundError:
+        raise
     except FileExistsError as error:
         raise ConfigError(f"output {where}: {error.filename} is a file where a folder is needed") from error
     except PermissionError as error:
