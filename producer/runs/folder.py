@@ -17,7 +17,15 @@ from typing import Final, NamedTuple, Self
 from torchrelay.config.runs import ChunkSize, Source
 from torchrelay.errors import ConfigError, RunConflict
 from torchrelay.producer.runs.holding import Hold, take_hold
-from torchrelay.producer.runs.manifest import Manifest, RunPlan, read_manifest, resumed, started, write_manifest
+from torchrelay.producer.runs.manifest import (
+    Manifest,
+    RunPlan,
+    read_manifest,
+    remove_old_lists,
+    resumed,
+    started,
+    write_manifest,
+)
 from torchrelay.stages.writing.found import Found, Output, Scan, choose, file_names, load, scan
 from torchrelay.stages.writing.part import open_output
 from torchrelay.stages.writing.record import PartId, parse_name
@@ -67,6 +75,7 @@ def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path()) ->
             manifest = resumed(known, plan)
             if manifest is not known:
                 write_manifest(output.store, manifest)
+        remove_old_lists(output.store, manifest)
         folder = RunFolder(output, manifest, hold)
         folder.look()
     except BaseException:
@@ -175,7 +184,8 @@ class RunFolder:
         """Decides which parts count; gives back those that do not."""
         self._parts, others = {}, []
         for key, parts in found.parts.items():
-            winner = choose(parts, self._winners.get(key))
+            # Where a chunk has one name for its part, the only other one is a part without rows.
+            winner = choose(parts, None if self.output.store.links else self._winners.get(key))
             self._parts[key], self._winners[key] = winner, winner.name
             others += [other for other in parts if other is not winner]
         return others

@@ -18,7 +18,7 @@ from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
-__all__ = ["Manifest", "RunPlan", "read_manifest", "resumed", "started", "write_manifest"]
+__all__ = ["Manifest", "RunPlan", "read_manifest", "remove_old_lists", "resumed", "started", "write_manifest"]
 
 MANIFEST: Final = f"{HIDDEN}/manifest.json"
 _SCHEMA = 1
@@ -161,10 +161,14 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "limit": plan.limit,
     }
     store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    # What an earlier manifest named.
-    for old in store.names(HIDDEN, "sources-"):
-        if f"{HIDDEN}/{old}" != name:
-            store.remove(f"{HIDDEN}/{old}")
+
+
+def remove_old_lists(store: Store, manifest: Manifest) -> None:
+    """Removes the lists of sources that only earlier manifests named."""
+    wanted = _sources_name(sources_digest(manifest.plan.sources))
+    for name in store.names(HIDDEN, "sources-"):
+        if f"{HIDDEN}/{name}" != wanted:
+            store.remove(f"{HIDDEN}/{name}")
 
 
 def read_manifest(store: Store) -> Manifest | None:
