@@ -298,7 +298,7 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path: Path) -> None:
         with pytest.raises(DecodeError, match=r"manifest.json is not readable"):
             opened(tmp_path, resume=True)
     path.write_text(whole)
-    listed = tmp_path / "_run" / manifest_text(tmp_path)["sources"]
+    listed = tmp_path / f"_run/sources-{manifest_text(tmp_path)['sources']}.jsonl"
     listed.write_text(listed.read_text().replace("/data/a", "/data/z"))
     with pytest.raises(DecodeError, match="is damaged"):
         opened(tmp_path, resume=True)
