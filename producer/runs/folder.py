@@ -105,7 +105,7 @@ def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Pa
 
 
 def _refuse_strangers(output: Output) -> None:
-    names = [n for n in output.store.names("") if not n.startswith((".", "_"))]
+    names = [n for n in output.store.sizes("") if not n.startswith((".", "_"))]
     mixed = [n for n in names if n.endswith(output.format.suffix) or parse_name(n.partition(".")[0])]
     if mixed:
         raise RunConflict(
@@ -163,7 +163,7 @@ class RunFolder:
     def look(self) -> None:
         """Finds the parts that are there and whole, and tidies: what is left of dead writers goes, of several parts of
         a chunk all but one, and what does not verify is put into `_run/bad`."""
-        output, found = self.output, scan(self.output, self.run)
+        output, found = self.output, self._scan()
         if found.foreign:
             name, why = min(found.foreign.items())
             raise RunConflict(f"output {output.store.where}: {name}: {why}; move it away, then go on with --resume")
@@ -178,7 +178,10 @@ class RunFolder:
 
     def find(self) -> None:
         """Finds the parts that are there and whole, and touches nothing."""
-        self._take(scan(self.output, self.run))
+        self._take(self._scan())
+
+    def _scan(self) -> Scan:
+        return scan(self.output, self.run, {found.name: found for found in self._parts.values()})
 
     def _take(self, found: Scan) -> list[Found]:
         """Decides which parts count; gives back those that do not."""
@@ -209,7 +212,7 @@ class RunFolder:
     def remove_strays(self) -> None:
         """Removes files that look like parts and belong to none that counts; for when no chunk is under way."""
         wanted = {name for found in self._parts.values() for name in (*file_names(found), found.name)}
-        for name in self.output.store.names(""):
+        for name in self.output.store.sizes(""):
             if parse_name(name.partition(".")[0]) is not None and name not in wanted:
                 self.output.store.remove(name)
 
@@ -237,7 +240,7 @@ class RunFolder:
         store.move_away(record)
         if not self.output.format.inside:
             stem = record.rpartition("/")[2].partition(".")[0]
-            for name in store.names("", f"{stem}."):
+            for name in store.sizes("", f"{stem}."):
                 store.move_away(name)
 
     def _remove(self, found: Found) -> None:

@@ -173,7 +173,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
 
 def remove_old_lists(store: Store, manifest: Manifest) -> None:
     """Removes the lists of sources that only earlier manifests named."""
-    for name in store.names(HIDDEN, "sources-"):
+    for name in store.sizes(HIDDEN, "sources-"):
         if f"{HIDDEN}/{name}" != manifest.sources_name:
             store.remove(f"{HIDDEN}/{name}")
 

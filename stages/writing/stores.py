@@ -49,7 +49,7 @@ class Store(Protocol):
     @property
     def links(self) -> bool: ...
 
-    def names(self, folder: str, begin: str = "") -> list[str]:
+    def sizes(self, folder: str, begin: str = "") -> dict[str, int]:
         """The files right in a folder ("" the store's own) whose names begin so, sorted; none where it is missing."""
 
     def size(self, name: str) -> int | None:
@@ -108,12 +108,19 @@ class LocalStore:
     def tmp_folder(self) -> Path:
         return self._folder(TMP)
 
-    def names(self, folder: str, begin: str = "") -> list[str]:
+    def sizes(self, folder: str, begin: str = "") -> dict[str, int]:
+        sizes = {}
         try:
             with os.scandir(self._root / folder) as found:
-                return sorted(e.name for e in found if e.name.startswith(begin) and not e.is_dir())
+                for entry in found:
+                    if entry.name.startswith(begin) and not entry.is_dir():
+                        try:
+                            sizes[entry.name] = entry.stat().st_size
+                        except FileNotFoundError:
+                            pass  # gone since it was listed
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}
+        return dict(sorted(sizes.items()))
 
     def size(self, name: str) -> int | None:
         try:

@@ -109,11 +109,11 @@ def test_strays_go_at_the_end_and_not_before(tmp_path: Path) -> None:
         store.write("part-00000000-fw-9.jsonl", b"half")
         store.write("notes.txt", b"mine")
         run.look()
-        assert "part-00000000-fw-9.jsonl" in store.names("")
+        assert "part-00000000-fw-9.jsonl" in store.sizes("")
         finish(run, RunSummary("cancelled", 1.0))
-        assert "part-00000000-fw-9.jsonl" in store.names("")
+        assert "part-00000000-fw-9.jsonl" in store.sizes("")
         finish(run, DONE)
-        assert store.names("") == ["notes.txt", "part-00000000-fw-1.jsonl"]
+        assert list(store.sizes("")) == ["notes.txt", "part-00000000-fw-1.jsonl"]
 
 
 def chunk_plan(draw: st.DrawFn) -> list[tuple[list[int], list[list[int]]]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -215,6 +218,58 @@ def test_what_does_not_verify_is_put_aside_and_done_again(tmp_path: Path, kind: 
     assert list((tmp_path / "_run/bad").iterdir())
 
 
+def test_a_part_that_is_lost_while_the_run_goes_on_is_seen(tmp_path: Path) -> None:
+    """Parts that were whole are not opened again, and their files are looked for all the same."""
+    for kind in ("parquet", "jsonl", "npy"):
+        with opened(tmp_path / kind, format=kind) as run:
+            for chunk in range(3):
+                put(run, chunk, [chunk])
+            run.look()
+            assert run.done() == {0, 1, 2}
+            next((tmp_path / kind).glob("part-00000001.*")).unlink()
+            next((tmp_path / kind).glob("part-00000002.*")).write_bytes(b"")
+            run.look()
+            assert run.done() == {0}
+
+
+def test_a_record_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    """A folder may come from anybody; what it says leads no file out of it, or into it."""
+    (tmp_path / "secret").write_text("mine")
+    with opened(tmp_path / "out", format="jsonl") as run:
+        put(run, 0, [0])
+    path = tmp_path / "out/_run/parts/part-00000000.json"
+    whole = json.loads(path.read_text())
+    for name, made_as in (("../x", "y"), ("part-0/../../x", "y"), ("part-1.jsonl", "../../../secret")):
+        part = json.loads(whole["torchrelay.part"])
+        part["files"] = [[name, made_as, 4]]
+        path.write_text(json.dumps(whole | {"torchrelay.part": json.dumps(part)}))
+        with opened(tmp_path / "out", format="jsonl", resume=True) as run:
+            assert run.done() == set()
+        assert sorted(os.listdir(tmp_path)) == ["out", "secret"]
+        assert "mine" not in [p.read_text() for p in (tmp_path / "out").iterdir() if p.is_file()]
+
+
+def test_where_files_cannot_be_locked_a_record_holds_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some mounted file systems; unfinished files then stay, for nobody can tell whose writer lives."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    run = opened(tmp_path)
+    put(run, 0, [0])
+    with pytest.raises(RunConflict, match=rf"process {os.getpid()} on "):
+        opened(tmp_path, resume=True)
+    (tmp_path / "_run/tmp/.part-1").write_bytes(b"")
+    run.look()
+    assert run.done() == {0}
+    assert unfinished(tmp_path) == [".part-1"]
+    run.close()
+    opened(tmp_path, resume=True).close()
+
+
 def test_a_part_of_another_run_is_named(tmp_path: Path) -> None:
     """Copied in by hand; it is left where it is."""
     with opened(tmp_path / "a") as run:
@@ -232,17 +287,17 @@ def test_of_two_parts_of_a_chunk_behind_a_url_one_counts() -> None:
     with opened(folder) as run:
         store = run.output.store
         for fence in ("w-1", "w-2"):
-            names = store.names("")
+            names = list(store.sizes(""))
             for name in names:  # the second does not see the first, as when both look before either writes
                 store.write(f"aside/{name}", store.read(name))
                 store.remove(name)
             second = put(run, 0, [0, 1], fence=fence)
             for name in names:
                 store.write(name, store.read(f"aside/{name}"))
-        assert len(store.names("")) == 2
+        assert len(store.sizes("")) == 2
         run._winners[0, 0] = second.name
         run.look()
-        assert store.names("") == [second.name]
+        assert list(store.sizes("")) == [second.name]
     with opened(folder, resume=True) as run:
         assert [found.name for found in run.parts.values()] == [second.name]
 

@@ -103,32 +103,32 @@ def check_visible(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_processes_that_race_leave_one_part(tmp_path: Path, kind: str) -> None:
-    """Four at once, for each of thirty chunks: all report the same part, whose rows are of one of them."""
+    """Three at once, for each of twenty chunks: all report the same part, whose rows are of one of them."""
     code = "import sys; from tests.stages.writing import test_deaths; test_deaths.race(*sys.argv[1:])"
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path), kind, f"w-{i}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-        for i in range(4)
+        for i in range(3)
     ]
     reports = [[json.loads(line) for line in racer.communicate(timeout=60)[0].splitlines()] for racer in racers]
-    assert [racer.returncode for racer in racers] == [0] * 4
+    assert [racer.returncode for racer in racers] == [0] * 3
     output = output_at(tmp_path / "out", kind)
-    for chunk in range(30):
+    for chunk in range(20):
         told = [report[chunk] for report in reports]
         assert sum(not adopted for *_, adopted in told) == 1
         assert len({tuple(written[:-1]) for written in told}) == 1
         writer = told.index(next(t for t in told if not t[-1]))
         assert read_back(output, chunk)["text"] == values_of(f"w-{writer}")["text"]
     assert unfinished(tmp_path / "out") == []
-    assert len(scan(output, RUN).parts) == 30
+    assert len(scan(output, RUN).parts) == 20
 
 
 def race(folder: str, kind: str, fence: str) -> None:
     """What each racer runs; they meet before every chunk."""
     output = output_at(Path(folder) / "out", kind)
-    for chunk in range(30):
-        meet(Path(folder) / f"meet-{chunk}", fence, 4)
+    for chunk in range(20):
+        meet(Path(folder) / f"meet-{chunk}", fence, 3)
         print(json.dumps(write(output, values_of(fence), chunk, fence)))
 
 
@@ -138,6 +138,7 @@ def meet(place: Path, name: str, count: int) -> None:
     deadline = time.monotonic() + 10
     while len(list(place.iterdir())) < count:
         assert time.monotonic() < deadline
+        time.sleep(0.0002)  # the others need the processors too
 
 
 @pytest.mark.parametrize("kind", FORMATS)
