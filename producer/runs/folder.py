@@ -99,7 +99,7 @@ def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Pa
         raise ConfigError(f"{folder}: its parts are of format {kind!r:.80}; pass format={kind!r:.80} to run that code")
     # The folder may have been moved since.
     output = open_output(replace(manifest.plan.write, folder=folder), base_dir)
-    run = RunFolder(output, manifest)
+    run = RunFolder(replace(output, read_only=True), manifest)
     run.find()
     return run
 
@@ -153,7 +153,8 @@ class RunFolder:
 
     def commit(self, chunk: int, name: str, round_: int = 0) -> None:
         """Takes down which part the chunk's job committed. A part that counts already goes on to count."""
-        self._winners.setdefault((chunk, round_), name)
+        if not self.output.store.links:  # else a chunk has one name for its part
+            self._winners.setdefault((chunk, round_), name)
 
     def renew(self) -> None:
         """To be called every few seconds while the run goes on; raises RunConflict when another driver took over."""
@@ -172,12 +173,14 @@ class RunFolder:
             self._move_away(name)
         for other in self._take(found):
             self._remove(other)
+        for (chunk, round_), part in self._parts.items():
+            self.commit(chunk, part.name, round_)
         # After the scan, which gave their names to files that dead writers had left complete.
         if isinstance(output.store, LocalStore):
             remove_dead(output.store)
 
     def find(self) -> None:
-        """Finds the parts that are there and whole, and touches nothing."""
+        """Finds the parts that are there and whole, and tidies nothing."""
         self._take(self._scan())
 
     def _scan(self) -> Scan:
@@ -187,9 +190,7 @@ class RunFolder:
         """Decides which parts count; gives back those that do not."""
         self._parts, others = {}, []
         for key, parts in found.parts.items():
-            # Where a chunk has one name for its part, the only other one is a part without rows.
-            winner = choose(parts, None if self.output.store.links else self._winners.get(key))
-            self._parts[key], self._winners[key] = winner, winner.name
+            self._parts[key] = winner = choose(parts, self._winners.get(key))
             others += [other for other in parts if other is not winner]
         return others
 
@@ -250,8 +251,6 @@ class RunFolder:
 
 
 def _read_winners(output: Output) -> dict[Key, str]:
-    if output.store.links:
-        return {}  # there a chunk has one part, and its name
     try:
         rows = json.loads(output.store.read(WINNERS))
         return {(int(chunk), int(round_)): str(name) for chunk, round_, name in rows}

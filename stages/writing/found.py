@@ -40,11 +40,13 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class Output:
-    """Where and how the parts of a run lie."""
+    """Where and how the parts of a run lie. `read_only`: nothing is written there, not even to finish a dead writer's
+    work."""
 
     options: WriteOptions
     store: Store
     format: Format
+    read_only: bool = False
 
 
 class Found(NamedTuple):
@@ -120,16 +122,17 @@ def _open(output: Output, name: str) -> Found:
     except ValueError as error:
         raise DecodeError(f"{name} is no record of a part: {error}") from error
     record = PartRecord.decode(texts if isinstance(texts, dict) else {})
-    complete(store, record)
+    complete(output, record)
     return Found(name, record, sum(file.nbytes for file in record.files))
 
 
-def complete(store: Store, record: PartRecord) -> None:
+def complete(output: Output, record: PartRecord) -> None:
     """Gives the files of a record their final names where its writer died before; raises DecodeError if they are not
     what it says."""
+    store = output.store
     for file in record.files:
         size = store.size(file.name)
-        if size is None and store.links and isinstance(store, LocalStore):
+        if size is None and not output.read_only and isinstance(store, LocalStore) and store.links:
             try:
                 store.add(store.tmp_folder() / file.made_as, file.name)
             except FileNotFoundError:

@@ -94,44 +94,51 @@ def _write(
         packed_places=table.places,
     )
     stem = part.stem if output.store.links else part.fenced_stem(fence)
-    with disk_trouble(output.store.where), Staging(output.store, stem, fence) as staging:
-        files = output.format.write(staging.make, table, record)
-        folder = f"{EMPTY}/" if not table.rows else ""
-        made = [PartFile(f"{folder}{stem}{end}", path.name, path.stat().st_size) for end, path in files]
-        publish = _publish_inside if output.format.inside else _publish_beside
-        return publish(output, replace(record, files=tuple(made)), [path for _, path in files], staging, still_ours)
+    where = output.store.where
+    with Staging(output.store, stem, fence) as staging:
+        with disk_trouble(where):
+            record, paths = _make(output, staging, stem, table, record)
+            staging.sync()
+        # What goes wrong there is not the disk's fault.
+        if not still_ours():
+            return None
+        with disk_trouble(where):
+            publish = _publish_inside if output.format.inside else _publish_beside
+            return publish(output, record, paths)
 
 
-def _publish_inside(
-    output: Output, record: PartRecord, paths: list[Path], staging: Staging, still_ours: Callable[[], bool]
-) -> Written | None:
-    staging.sync()
-    if not still_ours():
-        return None
+def _make(
+    output: Output, staging: Staging, stem: str, table: PartTable, record: PartRecord
+) -> tuple[PartRecord, list[Path]]:
+    """The record with its files, and the temporary files; last that of the record, where it lies beside."""
+    files = output.format.write(staging.make, table, record)
+    folder = f"{EMPTY}/" if not table.rows else ""
+    made = [PartFile(f"{folder}{stem}{end}", path.name, path.stat().st_size) for end, path in files]
+    record, paths = replace(record, files=tuple(made)), [path for _, path in files]
+    if not output.format.inside:
+        paths.append(staging.make(".json"))
+        paths[-1].write_text(json.dumps(record.encode()), encoding="utf-8")
+    return record, paths
+
+
+def _publish_inside(output: Output, record: PartRecord, paths: list[Path]) -> Written:
     (file,) = record.files
     if output.store.add(paths[0], file.name):
         return Written(file.name, record.rows, record.failed, file.nbytes, False)
     return _adopt(output, record.part)
 
 
-def _publish_beside(
-    output: Output, record: PartRecord, paths: list[Path], staging: Staging, still_ours: Callable[[], bool]
-) -> Written | None:
-    text = staging.make(".json")
-    text.write_text(json.dumps(record.encode()), encoding="utf-8")
-    staging.sync()
-    if not still_ours():
-        return None
+def _publish_beside(output: Output, record: PartRecord, paths: list[Path]) -> Written:
     store = output.store
     if not store.links:
         # The record comes last: what has none is no part.
-        for file, path in zip(record.files, paths, strict=True):
+        for file, path in zip(record.files, paths, strict=False):
             store.add(path, file.name)
     stem = record.files[0].name.rpartition("/")[2].partition(".")[0]
-    if not store.add(text, f"{RECORDS}/{stem}.json"):
+    if not store.add(paths[-1], f"{RECORDS}/{stem}.json"):
         return _adopt(output, record.part)
     if store.links:
-        complete(store, record)
+        complete(output, record)
     return Written(f"{RECORDS}/{stem}.json", record.rows, record.failed, sum(f.nbytes for f in record.files), False)
 
 

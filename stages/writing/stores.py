@@ -24,6 +24,7 @@ from torchrelay.errors import ConfigError, WorkerError
 
 __all__ = [
     "BAD",
+    "DISK_FULL",
     "EMPTY",
     "HIDDEN",
     "RECORDS",
@@ -37,7 +38,7 @@ __all__ = [
 
 HIDDEN: Final = "_run"
 EMPTY, RECORDS, TMP, BAD = (f"{HIDDEN}/{name}" for name in ("empty", "parts", "tmp", "bad"))
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL, errno.EMLINK)
 
 
@@ -227,7 +228,7 @@ def disk_trouble(where: str) -> Iterator[None]:
     except PermissionError as error:
         raise ConfigError(f"output {where}: may not write {error.filename}; allow it, or choose another") from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise WorkerError(
                 f"output {where}: no space is left ({error.strerror}); free some, then go on with --resume"
             ) from error

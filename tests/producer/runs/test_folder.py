@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,19 @@ def test_rows_to_try_again_are_those_of_the_last_round(folder: str) -> None:
         assert list(run.retries()) == [(0, 2, ((0, 1),))]
         assert run.done() == {0, 1, 2}
     assert [row["x"] for row in rows(folder)] == [0, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "npy"])
+def test_who_only_reads_writes_nothing(tmp_path: Path, kind: str) -> None:
+    """Not even a folder: it may be somebody else's, and its driver at work."""
+    with opened(tmp_path / "out", format=kind) as run:
+        put(run, 0, [0, 1])
+        put(run, 1, [2])
+    next((tmp_path / "out").glob("part-00000001.*")).unlink()
+    shutil.rmtree(tmp_path / "out/_run/tmp")
+    before = {p: p.stat().st_mtime_ns for p in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert [row["x"] for row in rows(str(tmp_path / "out"))] == [0, 1]
+    assert before == {p: p.stat().st_mtime_ns for p in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
 
 
 def test_a_manifest_that_is_damaged_is_named(tmp_path: Path) -> None:

@@ -62,6 +62,17 @@ def test_without_the_lease_nothing_is_written(folder: str, kind: str) -> None:
         assert visible(Path(folder)) == unfinished(Path(folder)) == []
 
 
+def test_a_server_that_cannot_be_asked_is_not_the_disks_fault(tmp_path: Path) -> None:
+    """Whatever asking raises comes out as it is, and nothing is written."""
+
+    def away() -> bool:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(TimeoutError, match="no answer"):
+        write_part(output_at(tmp_path), part(), "w-1", rows_of(VALUES), away)
+    assert visible(tmp_path) == unfinished(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_errors_of_a_chunk_lie_with_its_part(folder: str, kind: str) -> None:
     """Row, stage, class, text, attempts and key come back; a text of any length and content is kept to a limit."""
@@ -223,6 +234,10 @@ WRITER = """
             return {"_source": [r[0] for r in rows], "x": [r[-1] for r in rows]}
     class NoSuffix:
         def write(self, path, columns): ...
+    class Raises:
+        suffix = ".txt"
+        def write(self, path, columns):
+            open("/nowhere/at/all")
     class Forgets:
         suffix = ".txt"
         def write(self, path, columns):
@@ -246,6 +261,9 @@ def test_a_class_of_the_users_writes_parts_with_the_same_promise(tmp_path: Path)
         open_output(WriteOptions(str(tmp_path / "out"), "mine.py:NoSuffix"), tmp_path)
     with pytest.raises(ConfigError, match=r"there is no such file"):
         open_output(WriteOptions(str(tmp_path / "out"), "yours.py:Lines"), tmp_path)
+    failing = open_output(WriteOptions(str(tmp_path / "other"), "mine.py:Raises"), tmp_path)
+    with pytest.raises(WorkerError, match=r"mine.py:Raises.*write\(\) raised FileNotFoundError"):
+        write(failing, VALUES)
     forgetful = open_output(WriteOptions(str(tmp_path / "other"), "mine.py:Forgets"), tmp_path)
     with pytest.raises(ConfigError, match=r"left no file"):
         write(forgetful, VALUES)
