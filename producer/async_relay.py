@@ -236,7 +236,7 @@ class AsyncRelay:
             try:
                 await asyncio.to_thread(run.wait)
             except asyncio.CancelledError:
-                run.cancel()
+                await asyncio.shield(asyncio.to_thread(run.end))
                 raise
         return run
 

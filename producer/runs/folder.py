@@ -17,7 +17,15 @@ from typing import Final, NamedTuple, Self
 from torchrelay.config.runs import ChunkSize, Source
 from torchrelay.errors import ConfigError, RunConflict
 from torchrelay.producer.runs.holding import Hold, take_hold
-from torchrelay.producer.runs.manifest import Manifest, RunPlan, read_manifest, resumed, started, write_manifest
+from torchrelay.producer.runs.manifest import (
+    Manifest,
+    RunPlan,
+    read_manifest,
+    remove_old_lists,
+    resumed,
+    started,
+    write_manifest,
+)
 from torchrelay.stages.writing.found import Found, Output, Scan, choose, file_names, load, scan
 from torchrelay.stages.writing.part import open_output
 from torchrelay.stages.writing.record import PartId, parse_name
@@ -67,6 +75,7 @@ def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path()) ->
             manifest = resumed(known, plan)
             if manifest is not known:
                 write_manifest(output.store, manifest)
+        remove_old_lists(output.store, manifest)
         folder = RunFolder(output, manifest, hold)
         folder.look()
     except BaseException:
@@ -90,13 +99,13 @@ def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Pa
         raise ConfigError(f"{folder}: its parts are of format {kind!r:.80}; pass format={kind!r:.80} to run that code")
     # The folder may have been moved since.
     output = open_output(replace(manifest.plan.write, folder=folder), base_dir)
-    run = RunFolder(output, manifest)
+    run = RunFolder(replace(output, read_only=True), manifest)
     run.find()
     return run
 
 
 def _refuse_strangers(output: Output) -> None:
-    names = [n for n in output.store.names("") if not n.startswith((".", "_"))]
+    names = [n for n in output.store.sizes("") if not n.startswith((".", "_"))]
     mixed = [n for n in names if n.endswith(output.format.suffix) or parse_name(n.partition(".")[0])]
     if mixed:
         raise RunConflict(
@@ -144,7 +153,8 @@ class RunFolder:
 
     def commit(self, chunk: int, name: str, round_: int = 0) -> None:
         """Takes down which part the chunk's job committed. A part that counts already goes on to count."""
-        self._winners.setdefault((chunk, round_), name)
+        if not self.output.store.links:  # else a chunk has one name for its part
+            self._winners.setdefault((chunk, round_), name)
 
     def renew(self) -> None:
         """To be called every few seconds while the run goes on; raises RunConflict when another driver took over."""
@@ -154,7 +164,7 @@ class RunFolder:
     def look(self) -> None:
         """Finds the parts that are there and whole, and tidies: what is left of dead writers goes, of several parts of
         a chunk all but one, and what does not verify is put into `_run/bad`."""
-        output, found = self.output, scan(self.output, self.run)
+        output, found = self.output, self._scan()
         if found.foreign:
             name, why = min(found.foreign.items())
             raise RunConflict(f"output {output.store.where}: {name}: {why}; move it away, then go on with --resume")
@@ -163,20 +173,24 @@ class RunFolder:
             self._move_away(name)
         for other in self._take(found):
             self._remove(other)
+        for (chunk, round_), part in self._parts.items():
+            self.commit(chunk, part.name, round_)
         # After the scan, which gave their names to files that dead writers had left complete.
         if isinstance(output.store, LocalStore):
             remove_dead(output.store)
 
     def find(self) -> None:
-        """Finds the parts that are there and whole, and touches nothing."""
-        self._take(scan(self.output, self.run))
+        """Finds the parts that are there and whole, and tidies nothing."""
+        self._take(self._scan())
+
+    def _scan(self) -> Scan:
+        return scan(self.output, self.run, {found.name: found for found in self._parts.values()})
 
     def _take(self, found: Scan) -> list[Found]:
         """Decides which parts count; gives back those that do not."""
         self._parts, others = {}, []
         for key, parts in found.parts.items():
-            winner = choose(parts, self._winners.get(key))
-            self._parts[key], self._winners[key] = winner, winner.name
+            self._parts[key] = winner = choose(parts, self._winners.get(key))
             others += [other for other in parts if other is not winner]
         return others
 
@@ -199,7 +213,7 @@ class RunFolder:
     def remove_strays(self) -> None:
         """Removes files that look like parts and belong to none that counts; for when no chunk is under way."""
         wanted = {name for found in self._parts.values() for name in (*file_names(found), found.name)}
-        for name in self.output.store.names(""):
+        for name in self.output.store.sizes(""):
             if parse_name(name.partition(".")[0]) is not None and name not in wanted:
                 self.output.store.remove(name)
 
@@ -227,7 +241,7 @@ class RunFolder:
         store.move_away(record)
         if not self.output.format.inside:
             stem = record.rpartition("/")[2].partition(".")[0]
-            for name in store.names("", f"{stem}."):
+            for name in store.sizes("", f"{stem}."):
                 store.move_away(name)
 
     def _remove(self, found: Found) -> None:
@@ -237,8 +251,6 @@ class RunFolder:
 
 
 def _read_winners(output: Output) -> dict[Key, str]:
-    if output.store.links:
-        return {}  # there a chunk has one part, and its name
     try:
         rows = json.loads(output.store.read(WINNERS))
         return {(int(chunk), int(round_)): str(name) for chunk, round_, name in rows}

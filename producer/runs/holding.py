@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 from torchrelay.errors import RunConflict
 from torchrelay.queues.arena.locks import keep, let_go, try_lock
+from torchrelay.stages.writing.staging import NO_LOCKS
 from torchrelay.stages.writing.stores import HIDDEN, LocalStore, Store, disk_trouble
 
 __all__ = ["Hold", "take_hold"]
@@ -38,7 +39,11 @@ class Hold(Protocol):
 def take_hold(store: Store) -> Hold:
     """Raises RunConflict that names the driver that holds the folder."""
     if isinstance(store, LocalStore) and os.name != "nt":
-        return _Lock(store)
+        try:
+            return _Lock(store)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
     return _Record(store)
 
 
@@ -62,14 +67,15 @@ class _Lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             # The file stays for ever: of two drivers that met while it is removed, each would lock another one.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if not try_lock(descriptor):
-                    raise _refusal(store, os.pread(descriptor, 4096, 0))
+        try:
+            if not try_lock(descriptor):
+                raise _refusal(store, os.pread(descriptor, 4096, 0))
+            with disk_trouble(store.where):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_who()).encode(), 0)
-            except BaseException:
-                os.close(descriptor)
-                raise
+        except BaseException:
+            os.close(descriptor)
+            raise
         keep(descriptor)
         self._descriptor = descriptor
 

@@ -12,13 +12,14 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Final
 
 from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
-__all__ = ["Manifest", "RunPlan", "read_manifest", "resumed", "started", "write_manifest"]
+__all__ = ["Manifest", "RunPlan", "read_manifest", "remove_old_lists", "resumed", "started", "write_manifest"]
 
 MANIFEST: Final = f"{HIDDEN}/manifest.json"
 _SCHEMA = 1
@@ -61,9 +62,15 @@ class Manifest:
             at += size
         return out
 
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of the whole input."""
-        return sources_digest(self.plan.sources)
+        return _digest(self.plan.sources)
+
+    @property
+    def sources_name(self) -> str:
+        """The file that lists the sources."""
+        return f"{HIDDEN}/sources-{self.fingerprint}.jsonl"
 
 
 def started(plan: RunPlan) -> Manifest:
@@ -132,20 +139,21 @@ def _listed(what: str, paths: list[str]) -> list[str]:
     return [f"{path} {what}" for path in paths[:_SHOWN]] + ([f"... and {more} more {what}"] if more > 0 else [])
 
 
-def sources_digest(sources: Iterable[Source]) -> str:
+def _digest(sources: Iterable[Source]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for source in sources:
-        digest.update(source.encode().encode("utf-8", "surrogatepass") + b"\n")
+    for s in sources:
+        text = f"{s.number}\0{s.path}\0{s.format}\0{s.nbytes}\0{s.fingerprint}\n"
+        digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Whole or not at all: the folder then holds this run, or what it held before."""
     plan = manifest.plan
-    name = _sources_name(sources_digest(plan.sources))
-    if store.size(name) is None:
-        lines = "".join(s.encode() + "\n" for s in plan.sources)
-        store.write(name, lines.encode("utf-8", "surrogatepass"))
+    if store.size(manifest.sources_name) is None:
+        # A million images are a million lines: short ones, of values alone.
+        rows = ([s.number, s.path, s.format, s.nbytes, s.fingerprint] for s in plan.sources)
+        store.write(manifest.sources_name, "".join(json.dumps(row) + "\n" for row in rows).encode())
     content = {
         "torchrelay_run": _SCHEMA,
         "run": manifest.run,
@@ -153,7 +161,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "pipeline": plan.pipeline,
         "version": plan.version,
         "input": plan.input,
-        "sources": name.rpartition("/")[2],
+        "sources": manifest.fingerprint,
         "batches": list(manifest.batches),
         "read": asdict(plan.read),
         "write": asdict(plan.write),
@@ -161,10 +169,13 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "limit": plan.limit,
     }
     store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-    # What an earlier manifest named.
-    for old in store.names(HIDDEN, "sources-"):
-        if f"{HIDDEN}/{old}" != name:
-            store.remove(f"{HIDDEN}/{old}")
+
+
+def remove_old_lists(store: Store, manifest: Manifest) -> None:
+    """Removes the lists of sources that only earlier manifests named."""
+    for name in store.sizes(HIDDEN, "sources-"):
+        if f"{HIDDEN}/{name}" != manifest.sources_name:
+            store.remove(f"{HIDDEN}/{name}")
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -180,37 +191,34 @@ def read_manifest(store: Store) -> Manifest | None:
         found = json.loads(text)
         if found["torchrelay_run"] != _SCHEMA:
             raise DecodeError(f"it has schema {found['torchrelay_run']!r:.20}, this torchrelay knows {_SCHEMA}")
-        sources = _read_sources(store, str(found["sources"]))
         plan = RunPlan(
             found["pipeline"],
             found["version"],
             found["input"],
-            sources,
+            _read_sources(store, str(found["sources"])),
             ReadOptions(**_tuples(found["read"])),
             WriteOptions(**_tuples(found["write"])),
             ChunkSize(**found["size"]),
             found["limit"],
         )
         batches = tuple(int(n) for n in found["batches"])
-        if sum(batches) != len(sources):
-            raise DecodeError(f"it has {len(sources)} sources, and names {sum(batches)}")
-        return Manifest(str(found["run"]), str(found["created"]), plan, batches)
+        if sum(batches) != len(plan.sources):
+            raise DecodeError(f"it has {len(plan.sources)} sources, and names {sum(batches)}")
+        manifest = Manifest(str(found["run"]), str(found["created"]), plan, batches)
+        if manifest.fingerprint != found["sources"]:
+            raise DecodeError(f"sources-{found['sources']!s:.20}.jsonl is damaged")
+        return manifest
     except (ValueError, KeyError, TypeError, FileNotFoundError, TorchrelayError) as error:
         raise DecodeError(
             f"{store.where}/{MANIFEST} is not readable: {error}; start a new run in another folder", length=len(text)
         ) from error
 
 
-def _sources_name(digest: str) -> str:
-    return f"{HIDDEN}/sources-{digest}.jsonl"
-
-
-def _read_sources(store: Store, name: str) -> tuple[Source, ...]:
-    text = store.read(f"{HIDDEN}/{name.rpartition('/')[2]}").decode("utf-8", "surrogatepass")
-    sources = tuple(Source.decode(line) for line in text.split("\n") if line)
-    if _sources_name(sources_digest(sources)).rpartition("/")[2] != name:
-        raise DecodeError(f"{name} is damaged")
-    return sources
+def _read_sources(store: Store, digest: str) -> tuple[Source, ...]:
+    if not digest.isalnum():
+        raise DecodeError(f"{digest!r:.40} is no digest")
+    lines = store.read(f"{HIDDEN}/sources-{digest}.jsonl").splitlines()
+    return tuple(Source(*json.loads(line)) for line in lines)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,9 @@ from torchrelay.stages.writing.table import ID_COLUMNS
 
 __all__ = ["merge"]
 
+GROUP_ROWS = 1 << 16
+GROUP_BYTES = 64 << 20
+
 
 def merge(run: RunFolder, target: str | None = None) -> str:
     """Writes all rows into one file and says where it is. It is replaced if it is there, whole or not at all.
@@ -57,21 +60,29 @@ def _merge_parquet(run: RunFolder, made: Path) -> None:
 
     schema = _common_schema(run)
     with parquet.ParquetWriter(str(made), schema, compression="zstd", compression_level=1) as writer:
+        # Small chunks would make small row groups, which are slow to read.
         waiting: list[Any] = []
-        for parts in chunks_of(run):
-            for table in _tables(run, parts):
-                try:
-                    # Columns that one part has and another has not are null there.
-                    fitted = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
-                    waiting.append(fitted.select(schema.names).cast(schema))
-                except pa.ArrowException as error:
-                    raise InputError(f"{parts[0].name} does not fit the other parts: {error!s:.200}") from error
-            # Small chunks would make small row groups, which are slow to read.
-            if sum(t.num_rows for t in waiting) >= 64 * BATCH_ROWS or sum(t.nbytes for t in waiting) >= 64 << 20:
+        rows = nbytes = 0
+        for table in _fitted_tables(run, schema):
+            waiting.append(table)
+            rows, nbytes = rows + table.num_rows, nbytes + table.nbytes
+            if rows >= GROUP_ROWS or nbytes >= GROUP_BYTES:
                 writer.write_table(pa.concat_tables(waiting))
-                waiting = []
+                waiting, rows, nbytes = [], 0, 0
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
+
+
+def _fitted_tables(run: RunFolder, schema: Any) -> Iterator[Any]:
+    pa = need_arrow()
+    for parts in chunks_of(run):
+        for table in _tables(run, parts):
+            try:
+                # Columns that one part has and another has not are null there.
+                fitted = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+                yield fitted.select(schema.names).cast(schema)
+            except pa.ArrowException as error:
+                raise InputError(f"{parts[0].name} does not fit the other parts: {error!s:.200}") from error
 
 
 def _common_schema(run: RunFolder) -> Any:

@@ -87,8 +87,7 @@ class Run:
             while timeout is None and self._thread.is_alive():
                 self._thread.join(_JOIN_S)  # in short steps, for a wait without end cannot be interrupted everywhere
         except KeyboardInterrupt:
-            self.cancel()
-            self._thread.join()
+            self.end()
             raise
         if self._thread.is_alive():
             raise TimeoutError(f"run {self.id} has not ended yet; it goes on")
@@ -99,6 +98,11 @@ class Run:
     def cancel(self) -> None:
         """Ends it soon: chunks under way are cancelled, parts that are there stay, and `resume=True` goes on."""
         self._driver.cancel()
+
+    def end(self) -> None:
+        """Cancels it and waits until the folder is given free."""
+        self.cancel()
+        self._thread.join()
 
     def summary(self) -> dict[str, Any]:
         """Waits; what `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, stages."""

@@ -18,11 +18,11 @@ import numpy as np
 from torchrelay.config.columns import Column
 from torchrelay.config.imports import import_named
 from torchrelay.config.ragged import shown
-from torchrelay.errors import ConfigError, DecodeError
+from torchrelay.errors import ConfigError, DecodeError, WorkerError
 from torchrelay.stages.writing.arrow import from_arrow, need_arrow, to_table
 from torchrelay.stages.writing.layout import Array, Layout, as_elements, as_stack, carried, json_text, restore
 from torchrelay.stages.writing.record import PartRecord
-from torchrelay.stages.writing.stores import LocalStore, Store
+from torchrelay.stages.writing.stores import DISK_FULL, LocalStore, Store
 from torchrelay.stages.writing.table import PartTable
 
 __all__ = ["Format", "JsonLines", "Parquet", "UserFormat", "Writer", "open_format"]
@@ -232,7 +232,12 @@ class UserFormat:
 
     def write(self, make: Make, table: PartTable, record: PartRecord) -> list[tuple[str, Path]]:
         path = make(self.suffix)
-        self._writer.write(str(path), {name: shown(column) for name, column in table.columns.items()})
+        try:
+            self._writer.write(str(path), {name: shown(column) for name, column in table.columns.items()})
+        except Exception as error:  # the user's code may raise anything
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
+            raise WorkerError(f"format {self._use!r:.120}: write() raised {type(error).__name__}: {error}") from error
         if not path.is_file():
             raise ConfigError(f"format {self._use!r:.120}: write() left no file at the path that it was given")
         return [(self.suffix, path)]

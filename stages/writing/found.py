@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,13 +35,18 @@ __all__ = [
 ]
 
 
+_READERS = 8
+
+
 @dataclass(frozen=True)
 class Output:
-    """Where and how the parts of a run lie."""
+    """Where and how the parts of a run lie. `read_only`: nothing is written there, not even to finish a dead writer's
+    work."""
 
     options: WriteOptions
     store: Store
     format: Format
+    read_only: bool = False
 
 
 class Found(NamedTuple):
@@ -96,7 +102,7 @@ def part_names(output: Output, begin: str = "") -> Iterator[tuple[str, PartName]
     """The names of files that hold the records of parts and begin so, by folder and then sorted."""
     end = output.format.suffix if output.format.inside else ".json"
     for folder in _folders(output.format):
-        for name in output.store.names(folder, begin):
+        for name in output.store.sizes(folder, begin):
             parsed = parse_name(name.removesuffix(end)) if name.endswith(end) else None
             if parsed is not None:
                 yield folder + name, parsed
@@ -116,16 +122,17 @@ def _open(output: Output, name: str) -> Found:
     except ValueError as error:
         raise DecodeError(f"{name} is no record of a part: {error}") from error
     record = PartRecord.decode(texts if isinstance(texts, dict) else {})
-    complete(store, record)
+    complete(output, record)
     return Found(name, record, sum(file.nbytes for file in record.files))
 
 
-def complete(store: Store, record: PartRecord) -> None:
+def complete(output: Output, record: PartRecord) -> None:
     """Gives the files of a record their final names where its writer died before; raises DecodeError if they are not
     what it says."""
+    store = output.store
     for file in record.files:
         size = store.size(file.name)
-        if size is None and store.links and isinstance(store, LocalStore):
+        if size is None and not output.read_only and isinstance(store, LocalStore) and store.links:
             try:
                 store.add(store.tmp_folder() / file.made_as, file.name)
             except FileNotFoundError:
@@ -136,25 +143,55 @@ def complete(store: Store, record: PartRecord) -> None:
             raise DecodeError(f"{file.name} {came}, {file.nbytes} were written")
 
 
-def scan(output: Output, run: str) -> Scan:
-    """Looks at every part of the folder; raises nothing for what is wrong with one."""
+def scan(output: Output, run: str, known: Mapping[str, Found] | None = None) -> Scan:
+    """Looks at every part of the folder; raises nothing for what is wrong with one.
+
+    `known` are parts that were whole before, by name: where all files have their sizes still, none is opened again.
+    """
+    sizes = {
+        f"{folder}{name}": nbytes
+        for folder in ("", f"{EMPTY}/")
+        for name, nbytes in output.store.sizes(folder, "part-").items()
+    }
     result = Scan({}, {}, {})
+    listed = []
     for name, parsed in part_names(output):
-        try:
-            found = _open(output, name)
-        except FileNotFoundError:
-            continue  # somebody just took it away
-        except DecodeError as error:
-            result.broken[name] = str(error)
-            continue
-        part = found.record.part
-        if part.run != run:
-            result.foreign[name] = f"it belongs to run {part.run}"
-        elif (part.chunk, part.round) != (parsed.chunk, parsed.round):
-            result.broken[name] = f"it is part {part.stem} by its content"
+        before = (known or {}).get(name)
+        if before is not None and all(sizes.get(n) == nbytes for n, nbytes in _sizes_of(before)):
+            _sort_in(result, run, before, parsed)
         else:
-            result.parts.setdefault((part.chunk, part.round), []).append(_light(found))
+            listed.append((name, parsed))
+    with ThreadPoolExecutor(_READERS) as readers:
+        # Each waits for a disk or a network most of the time.
+        for (name, parsed), found in zip(listed, readers.map(lambda n: _try_open(output, n[0]), listed), strict=True):
+            if isinstance(found, DecodeError):
+                result.broken[name] = str(found)
+            elif found is not None:
+                _sort_in(result, run, found, parsed)
     return result
+
+
+def _sizes_of(found: Found) -> list[tuple[str, int]]:
+    return [(file.name, file.nbytes) for file in found.record.files] or [(found.name, found.nbytes)]
+
+
+def _try_open(output: Output, name: str) -> Found | DecodeError | None:
+    try:
+        return _light(_open(output, name))
+    except FileNotFoundError:
+        return None  # somebody just took it away
+    except DecodeError as error:
+        return error
+
+
+def _sort_in(result: Scan, run: str, found: Found, parsed: PartName) -> None:
+    part = found.record.part
+    if part.run != run:
+        result.foreign[found.name] = f"it belongs to run {part.run}"
+    elif (part.chunk, part.round) != (parsed.chunk, parsed.round):
+        result.broken[found.name] = f"it is part {part.stem} by its content"
+    else:
+        result.parts.setdefault((part.chunk, part.round), []).append(found)
 
 
 def _light(found: Found) -> Found:

@@ -37,8 +37,7 @@ class Npy:
 
         def save(suffix: str, array: Array) -> None:
             files.append((suffix, make(suffix)))
-            with files[-1][1].open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+            _save(files[-1][1], np.ascontiguousarray(array))
 
         for name, column in table.columns.items():
             layout, begin = table.layouts[name], _file_name(name)
@@ -99,6 +98,13 @@ def _rows(flat: Array, shapes: Array, layout: Layout) -> list[Any]:
     starts = np.concatenate([[0], ends[:-1]]).tolist()
     values = restore_native(flat, layout)
     return [values[a:b].reshape(s) for a, b, s in zip(starts, ends.tolist(), shapes.tolist(), strict=True)]
+
+
+def _save(path: Path, array: Array) -> None:
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # Not np.save: on a full disk its error does not say so.
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _load(store: Store, name: str) -> Array:

@@ -14,19 +14,19 @@ names the temporary files, and whoever meets a record without its files gives th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torchrelay.config.runs import WriteOptions
-from torchrelay.errors import DecodeError
+from torchrelay.errors import DecodeError, WorkerError
 from torchrelay.stages.writing.formats import open_format
 from torchrelay.stages.writing.found import Found, Output, complete, find
-from torchrelay.stages.writing.record import PartFile, PartId, PartRecord, pack_errors
+from torchrelay.stages.writing.record import PartFile, PartId, PartRecord, RowError, pack_errors
 from torchrelay.stages.writing.staging import Staging
 from torchrelay.stages.writing.stores import EMPTY, RECORDS, disk_trouble, open_store
-from torchrelay.stages.writing.table import PartRows, assemble
+from torchrelay.stages.writing.table import PartRows, PartTable, assemble
 
 __all__ = ["Written", "open_output", "write_part"]
 
@@ -65,6 +65,22 @@ def write_part(
         WorkerError: the disk is full, or fails.
     """
     table = assemble(rows, output.options)
+    try:
+        return _write(output, part, fence, rows.errors, table, still_ours)
+    except FileNotFoundError as error:
+        raise WorkerError(
+            f"output {output.store.where}: {error.filename} is gone while {part.stem} was written; who cleans up there?"
+        ) from error
+
+
+def _write(
+    output: Output,
+    part: PartId,
+    fence: str,
+    errors: Sequence[RowError],
+    table: PartTable,
+    still_ours: Callable[[], bool],
+) -> Written | None:
     there = find(output, part)
     if there is not None:
         return _adopted(there)
@@ -72,50 +88,57 @@ def write_part(
         part,
         fence,
         table.rows,
-        len(rows.errors),
+        len(errors),
         table.layouts,
-        packed_errors=pack_errors(rows.errors),
+        packed_errors=pack_errors(errors),
         packed_places=table.places,
     )
     stem = part.stem if output.store.links else part.fenced_stem(fence)
-    with disk_trouble(output.store.where), Staging(output.store, stem, fence) as staging:
-        files = output.format.write(staging.make, table, record)
-        folder = f"{EMPTY}/" if not table.rows else ""
-        made = [PartFile(f"{folder}{stem}{end}", path.name, path.stat().st_size) for end, path in files]
-        publish = _publish_inside if output.format.inside else _publish_beside
-        return publish(output, replace(record, files=tuple(made)), [path for _, path in files], staging, still_ours)
+    where = output.store.where
+    with Staging(output.store, stem, fence) as staging:
+        with disk_trouble(where):
+            record, paths = _make(output, staging, stem, table, record)
+            staging.sync()
+        # What goes wrong there is not the disk's fault.
+        if not still_ours():
+            return None
+        with disk_trouble(where):
+            publish = _publish_inside if output.format.inside else _publish_beside
+            return publish(output, record, paths)
 
 
-def _publish_inside(
-    output: Output, record: PartRecord, paths: list[Path], staging: Staging, still_ours: Callable[[], bool]
-) -> Written | None:
-    staging.sync()
-    if not still_ours():
-        return None
+def _make(
+    output: Output, staging: Staging, stem: str, table: PartTable, record: PartRecord
+) -> tuple[PartRecord, list[Path]]:
+    """The record with its files, and the temporary files; last that of the record, where it lies beside."""
+    files = output.format.write(staging.make, table, record)
+    folder = f"{EMPTY}/" if not table.rows else ""
+    made = [PartFile(f"{folder}{stem}{end}", path.name, path.stat().st_size) for end, path in files]
+    record, paths = replace(record, files=tuple(made)), [path for _, path in files]
+    if not output.format.inside:
+        paths.append(staging.make(".json"))
+        paths[-1].write_text(json.dumps(record.encode()), encoding="utf-8")
+    return record, paths
+
+
+def _publish_inside(output: Output, record: PartRecord, paths: list[Path]) -> Written:
     (file,) = record.files
     if output.store.add(paths[0], file.name):
         return Written(file.name, record.rows, record.failed, file.nbytes, False)
     return _adopt(output, record.part)
 
 
-def _publish_beside(
-    output: Output, record: PartRecord, paths: list[Path], staging: Staging, still_ours: Callable[[], bool]
-) -> Written | None:
-    text = staging.make(".json")
-    text.write_text(json.dumps(record.encode()), encoding="utf-8")
-    staging.sync()
-    if not still_ours():
-        return None
+def _publish_beside(output: Output, record: PartRecord, paths: list[Path]) -> Written:
     store = output.store
     if not store.links:
         # The record comes last: what has none is no part.
-        for file, path in zip(record.files, paths, strict=True):
+        for file, path in zip(record.files, paths, strict=False):
             store.add(path, file.name)
     stem = record.files[0].name.rpartition("/")[2].partition(".")[0]
-    if not store.add(text, f"{RECORDS}/{stem}.json"):
+    if not store.add(paths[-1], f"{RECORDS}/{stem}.json"):
         return _adopt(output, record.part)
     if store.links:
-        complete(store, record)
+        complete(output, record)
     return Written(f"{RECORDS}/{stem}.json", record.rows, record.failed, sum(f.nbytes for f in record.files), False)
 
 

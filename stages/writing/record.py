@@ -28,9 +28,10 @@ PLACES_KEY: Final = "torchrelay.places"
 MAX_TEXT = 4000
 _FENCE = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _NAME = re.compile(r"part-(\d{8,15})(?:-r(\d{1,6}))?(?:-f([A-Za-z0-9_-]{1,100}))?")
+_PLACE = re.compile(r"(?:_run/empty/)?part-[^/\\]{1,250}")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class PartId:
     """Which part of which run. `round` counts how often rows that had failed were tried again; each time makes a part
     with those rows alone."""
@@ -63,7 +64,7 @@ def parse_name(stem: str) -> PartName | None:
     return None if match is None else PartName(int(match[1]), int(match[2] or 0), match[3] or "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowError:
     """A row that failed: where it comes from, at which stage, and why. `error` is the name of the error's class."""
 
@@ -85,7 +86,7 @@ class PartFile(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PartRecord:
     """`packed_errors` and `packed_places` are texts of `pack_errors` and `pack_places`."""
 
@@ -125,7 +126,7 @@ class PartRecord:
                 int(found["rows"]),
                 int(found["failed"]),
                 {name: Layout.decode(packed) for name, packed in found["columns"].items()},
-                tuple(PartFile(str(name), str(made), int(size)) for name, made, size in found["files"]),
+                tuple(map(_part_file, found["files"])),
                 texts.get(ERRORS_KEY, ""),
                 texts.get(PLACES_KEY, ""),
             )
@@ -150,6 +151,14 @@ class PartRecord:
             raise DecodeError(f"places of {deltas.size / 3:g} rows come with {self.rows} rows")
         places: Array = np.cumsum(deltas.reshape(3, self.rows), axis=1)
         return places
+
+
+def _part_file(values: Sequence[Any]) -> PartFile:
+    name, made_as, nbytes = values
+    # Files get these names from here: they must not lead out of the folder.
+    if not _PLACE.fullmatch(name) or "/" in made_as or "\\" in made_as:
+        raise ValueError(f"{name!r:.60} and {made_as!r:.60} are no files of a part")
+    return PartFile(str(name), str(made_as), int(nbytes))
 
 
 def pack_errors(errors: Iterable[RowError]) -> str:

@@ -44,7 +44,7 @@ class RemoteStore:
     def path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else str(self._root)
 
-    def names(self, folder: str, begin: str = "") -> list[str]:
+    def sizes(self, folder: str, begin: str = "") -> dict[str, int]:
         path = self.path(folder)
         self._fs.invalidate_cache(path)
         try:
@@ -53,11 +53,12 @@ class RemoteStore:
             else:
                 found = self._fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}
         except OSError as error:
             raise self._trouble("listed", error) from error
-        files = [f["name"].rstrip("/").rpartition("/") for f in found if f["type"] == "file"]
-        return sorted(name for where, _, name in files if where == path.rstrip("/") and name.startswith(begin))
+        files = [(f["name"].rpartition("/"), int(f["size"])) for f in found if f["type"] == "file"]
+        here = {n: size for (where, _, n), size in files if where == path.rstrip("/") and n.startswith(begin)}
+        return dict(sorted(here.items()))
 
     def size(self, name: str) -> int | None:
         try:

@@ -6,6 +6,7 @@ whoever cleans up takes files of the dead alone (`remove_dead`).
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import tempfile
@@ -15,8 +16,9 @@ from typing import Self
 
 from torchrelay.stages.writing.stores import TMP, LocalStore, Store, disk_trouble
 
-__all__ = ["Staging", "remove_dead"]
+__all__ = ["NO_LOCKS", "Staging", "remove_dead"]
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _TRIES = 100
 
 
@@ -27,7 +29,7 @@ class Staging:
     def __init__(self, store: Store, stem: str, fence: str) -> None:
         self._store = store
         self._begin = f".{stem}.{fence}"
-        self._made: dict[Path, int] = {}
+        self._made: dict[Path, int | None] = {}
         self._elsewhere: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
@@ -38,7 +40,8 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         for path, descriptor in self._made.items():
             path.unlink(missing_ok=True)
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
         self._made.clear()
         if self._elsewhere is not None:
             self._elsewhere.cleanup()
@@ -53,8 +56,13 @@ class Staging:
         for _ in range(_TRIES):
             path = folder / f"{self._begin}.{secrets.token_hex(6)}{suffix}"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            locked = _lock(descriptor)
+            if locked is None:
+                os.close(descriptor)
+                self._made[path] = None
+                return path
             # A cleaner may have met it before it was locked, and taken it for one of a dead writer.
-            if _lock(descriptor) and os.fstat(descriptor).st_nlink == 1:
+            if locked and os.fstat(descriptor).st_nlink == 1:
                 self._made[path] = descriptor
                 return path
             os.close(descriptor)
@@ -64,7 +72,7 @@ class Staging:
         """Puts all files on the disk."""
         for path in self._made:
             # Not the locked descriptor: a writer may have put another file under this name.
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDWR)
             try:
                 os.fsync(descriptor)
             finally:
@@ -97,14 +105,19 @@ def remove_dead(store: LocalStore, keep: Set[str] = frozenset()) -> int:
     return removed
 
 
-def _lock(descriptor: int) -> bool:
-    # Here, since Windows has no such module, and no workers: its drivers remove nothing.
+def _lock(descriptor: int) -> bool | None:
+    """Whether the file is locked now; None where there are no locks, and nobody can tell who is dead."""
+    # Here, since Windows has no such module: there a driver writes what it makes at the end of a run.
     try:
         import fcntl
     except ImportError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
     return True

@@ -24,6 +24,7 @@ from torchrelay.errors import ConfigError, WorkerError
 
 __all__ = [
     "BAD",
+    "DISK_FULL",
     "EMPTY",
     "HIDDEN",
     "RECORDS",
@@ -37,7 +38,7 @@ __all__ = [
 
 HIDDEN: Final = "_run"
 EMPTY, RECORDS, TMP, BAD = (f"{HIDDEN}/{name}" for name in ("empty", "parts", "tmp", "bad"))
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL, errno.EMLINK)
 
 
@@ -49,7 +50,7 @@ class Store(Protocol):
     @property
     def links(self) -> bool: ...
 
-    def names(self, folder: str, begin: str = "") -> list[str]:
+    def sizes(self, folder: str, begin: str = "") -> dict[str, int]:
         """The files right in a folder ("" the store's own) whose names begin so, sorted; none where it is missing."""
 
     def size(self, name: str) -> int | None:
@@ -66,7 +67,7 @@ class Store(Protocol):
 
     def add(self, made: Path, name: str) -> bool:
         """Gives a local file, which is on the disk, its final name; False where that is taken already. Where `links`
-        is False it replaces."""
+        is False it replaces. Raises FileNotFoundError where the file is gone."""
 
     def replace(self, made: Path, name: str) -> None:
         """The same, in place of what has that name."""
@@ -108,12 +109,19 @@ class LocalStore:
     def tmp_folder(self) -> Path:
         return self._folder(TMP)
 
-    def names(self, folder: str, begin: str = "") -> list[str]:
+    def sizes(self, folder: str, begin: str = "") -> dict[str, int]:
+        sizes = {}
         try:
             with os.scandir(self._root / folder) as found:
-                return sorted(e.name for e in found if e.name.startswith(begin) and not e.is_dir())
+                for entry in found:
+                    if entry.name.startswith(begin) and not entry.is_dir():
+                        try:
+                            sizes[entry.name] = entry.stat().st_size
+                        except FileNotFoundError:
+                            pass  # gone since it was listed
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            return {}
+        return dict(sorted(sizes.items()))
 
     def size(self, name: str) -> int | None:
         try:
@@ -189,7 +197,7 @@ class LocalStore:
         with disk_trouble(self.where):
             while True:
                 probe = self.tmp_folder() / f"probe.{secrets.token_hex(6)}"
-                linked = probe.with_suffix(".linked")
+                linked = probe.with_name(f"{probe.name}.linked")
                 probe.touch(exist_ok=False)
                 try:
                     os.link(probe, linked)
@@ -207,15 +215,20 @@ class LocalStore:
 
 @contextmanager
 def disk_trouble(where: str) -> Iterator[None]:
-    """Says what is wrong with the output folder, and what to do, in place of an error number."""
+    """Says what is wrong with the output folder, and what to do, in place of an error number.
+
+    FileNotFoundError passes: it can mean that somebody else was faster.
+    """
     try:
         yield
+    except FileNotFoundError:
+        raise
     except FileExistsError as error:
         raise ConfigError(f"output {where}: {error.filename} is a file where a folder is needed") from error
     except PermissionError as error:
         raise ConfigError(f"output {where}: may not write {error.filename}; allow it, or choose another") from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise WorkerError(
                 f"output {where}: no space is left ({error.strerror}); free some, then go on with --resume"
             ) from error
