@@ -252,7 +252,7 @@ class Relay:
         - `retry_errors`: of a run that is done, try the rows that failed once more
         - `limit`: rows to stop after; `max_errors`: failed rows at which to stop
         - `merge`: also write one file of all parts, in the order of the input
-        - `chunk_rows`, `chunk_bytes`: how much one job takes; about a second's work lets other jobs through in time
+        - `chunk_rows`, `chunk_bytes`: how much one job takes; default about a second's work, where that is known
         - `priority`: of its jobs, default "low": at every stage, jobs of higher priority overtake them
         - `in_flight`: chunks under way; default what keeps the workers busy
         - `on_progress`: called about twice a second, in another thread, with a `Progress`

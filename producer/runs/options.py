@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from torchrelay.config.runs import CHUNK_BYTES, CHUNK_ROWS, ChunkSize, ReadOptions, WriteOptions
+from torchrelay.config.runs import CHUNK_BYTES, ReadOptions, WriteOptions
 from torchrelay.errors import InputError
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.queues.priority import Priority, parse_priority
@@ -36,8 +36,8 @@ class RunKeywords(TypedDict, total=False):
     limit: int | None
     max_errors: int | None
     merge: bool
-    chunk_rows: int
-    chunk_bytes: int
+    chunk_rows: int | None
+    chunk_bytes: int | None
     priority: str | int
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
@@ -45,11 +45,12 @@ class RunKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """One run as it was asked for. `in_flight` None lets the run decide how many chunks are under way."""
+    """One run as it was asked for. None lets the run decide: `chunk_rows`, and how many chunks are `in_flight`."""
 
     read: ReadOptions
     write: WriteOptions
-    size: ChunkSize
+    chunk_rows: int | None = None
+    chunk_bytes: int = CHUNK_BYTES
     resume: bool = False
     retry_errors: bool = False
     limit: int | None = None
@@ -71,8 +72,7 @@ class RunOptions:
             raise InputError(f"keep {keep!r:.60} is a list of columns; write [{keep!r:.60}]")
         read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep))
         write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
-        size = ChunkSize(given.get("chunk_rows") or CHUNK_ROWS, given.get("chunk_bytes") or CHUNK_BYTES)
-        for name, least in (("limit", 0), ("max_errors", 0), ("in_flight", 1)):
+        for name, least in (("limit", 0), ("max_errors", 0), ("in_flight", 1), ("chunk_rows", 1), ("chunk_bytes", 1)):
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
@@ -80,7 +80,8 @@ class RunOptions:
         return cls(
             read,
             write,
-            size,
+            given.get("chunk_rows"),
+            given.get("chunk_bytes") or CHUNK_BYTES,
             bool(given.get("resume")) or retry_errors,
             retry_errors,
             given.get("limit"),

@@ -9,14 +9,27 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torchrelay.config.graph import is_runs
+from torchrelay.config.runs import CHUNK_ROWS
+from torchrelay.config.spec import StageConfig
 from torchrelay.queues.registry import WorkerReport
 
-__all__ = ["Progress", "StageFigures", "Throughput", "bottleneck", "chunks_in_flight", "stage_figures"]
+__all__ = [
+    "Progress",
+    "StageFigures",
+    "Throughput",
+    "bottleneck",
+    "chunks_in_flight",
+    "rows_per_chunk",
+    "slowest_rate",
+    "stage_figures",
+]
 
 _LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 4, 256
 # Each worker computes one chunk and has the next at hand.
 _PER_WORKER = 2
 _RECENT_S = 20.0
+_CHUNK_S, _MEASURED_S = 1.0, 0.5
+_LEAST_ROWS, _MOST_ROWS = 16, 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +107,29 @@ class Throughput:
     def eta_s(self, left: int | None) -> float | None:
         rate = self.rates()[1]
         return None if left is None or not rate else left / rate
+
+
+def rows_per_chunk(stages: Sequence[StageConfig], rate: float | None) -> int:
+    """How many rows one job takes where nobody said: about a second's work of one worker at the slowest stage.
+
+    A multiple of the largest batch, since a chunk ends with a batch that is not full. `rate` is what such a worker
+    computes a second, None where that is not known.
+    """
+    target = float(CHUNK_ROWS) if rate is None else min(max(rate * _CHUNK_S, _LEAST_ROWS), _MOST_ROWS)
+    batch = max((s.batch.max_rows for s in stages if s.use is not None), default=1)
+    return int(target) if batch > _MOST_ROWS else batch * max(round(target / batch), 1)
+
+
+def slowest_rate(nodes: Sequence[str], workers: Sequence[WorkerReport]) -> float | None:
+    """Rows that one worker of the slowest of these nodes computes a second; None until each has computed a little."""
+    rates = []
+    for node in nodes:
+        mine = [w for w in workers if node in w.nodes]
+        rows, busy_s = sum(w.rows for w in mine), sum(w.busy_s for w in mine)
+        if busy_s < _MEASURED_S:
+            return None
+        rates.append(rows / busy_s)
+    return min(rates, default=None)
 
 
 def chunks_in_flight(nodes: Iterable[str], workers: Sequence[WorkerReport]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.runs import ChunkSize
 from torchrelay.errors import TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
@@ -20,10 +21,11 @@ from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.merging import merge
 from torchrelay.producer.runs.options import RunOptions
-from torchrelay.producer.runs.pace import Progress
+from torchrelay.producer.runs.pace import Progress, rows_per_chunk, slowest_rate
 from torchrelay.producer.runs.planning import check_columns, find_sources, measure, root_of
 from torchrelay.producer.runs.reading import rows_of
 from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
+from torchrelay.queues.registry import Registry
 from torchrelay.stages.writing.table import check_names
 
 __all__ = ["Run", "start_run"]
@@ -154,6 +156,11 @@ class Run:
         return content
 
 
+def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
+    nodes = [f"{pipeline.ref}/{node.name}" for node in pipeline.graph.nodes]
+    return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
+
+
 def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
     """Plans, takes hold of the output folder and starts. `target` is a name, or a pipeline that is registered here.
 
@@ -175,11 +182,10 @@ def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
         check_columns(sources, options.read, pipeline.input)
     root = root_of(data) if sources[0].format == "image" else None
     text = data if isinstance(data, str) else f"{type(data).__name__} in memory" if in_memory else repr(data)
-    plan = RunPlan(
-        pipeline.name, pipeline.version, text, sources, options.read, options.write, options.size, options.limit
-    )
     with reached():
         registry.register(twin)
+        size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)
+    plan = RunPlan(pipeline.name, pipeline.version, text, sources, options.read, options.write, size, options.limit)
     folder = open_run(plan, resume=options.resume, base_dir=base_dir)
     try:
 

@@ -118,7 +118,7 @@ def up(
 @app.command()
 def worker(
     file: FileArgument,
-    stage: Annotated[str, typer.Option("--stage", "-s", help="The stage to serve.")],
+    stage: Annotated[str, typer.Option("--stage", "-s", help="The stage to serve; @read or @write for runs.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     redis: RedisOption = None,
     namespace: NamespaceOption = None,

@@ -69,7 +69,7 @@ def run(
     max_errors: Annotated[int | None, typer.Option(metavar="N", help="Stop when more rows than that fail.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write one file, in the order of the input.")] = False,
     chunk_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Rows of one job: about a second's work lets others through.")
+        int | None, typer.Option(metavar="N", help="Rows of one job; default about a second's work.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "low",
     redis: RedisOption = None,

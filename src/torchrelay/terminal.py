@@ -126,8 +126,8 @@ def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]
 def _node_rows(
     registry: Registry, standing: Mapping[str, operate.Standing], workers: Sequence[WorkerReport]
 ) -> list[dict[str, Any]]:
-    """Per node that has work, workers or is current: what waits, what runs, who serves it. What runs put through a stage
-    counts there; their reading and writing have rows of their own while they have work or workers."""
+    """Per node that has work, workers or is current: what waits, what runs, who serves it. What runs put through a
+    stage counts there; their reading and writing have rows of their own while they have work or workers."""
     loads = registry.loads()
     paused = operate.paused_nodes(registry)
     serving: dict[str, list[WorkerReport]] = {}
