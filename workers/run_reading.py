@@ -14,12 +14,12 @@ from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import MEMORY
 from torchrelay.errors import InputError
 from torchrelay.queues import codec
-from torchrelay.stages import Batch, Stage
+from torchrelay.stages import Batch, Stage, StageContext
 from torchrelay.stages.outputs import ReadRows
 from torchrelay.stages.reading import BadRow, ReadResult, read_chunk
 from torchrelay.stages.reading.pushed import from_columns
 from torchrelay.stages.reading.raw import ids
-from torchrelay.workers.run_columns import KEY, REFUSED, ROW, SOURCE, keep_column
+from torchrelay.workers.run_columns import KEY, REFUSED, ROW, SOURCE, keep_column, warm_up
 
 __all__ = ["Read"]
 
@@ -31,6 +31,10 @@ class Read(Stage):
 
     def __init__(self, twin: Pipeline) -> None:
         self._types = cast(RunGraph, twin.graph).base.input
+
+    def load(self, context: StageContext) -> None:
+        """What most formats need is there before the first chunk waits for it."""
+        warm_up()
 
     def forward(self, batch: Batch) -> ReadRows:
         task = RunTask.decode(batch[CHUNK][0])

@@ -11,10 +11,10 @@ from torchrelay.config.run_graph import CHUNK, RESULT, RunGraph, is_runs
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import WriteOptions
 from torchrelay.errors import RetryLater
-from torchrelay.stages import Batch, Stage
+from torchrelay.stages import Batch, Stage, StageContext
 from torchrelay.stages.writing import PartId, PartRows, RowError, open_output, write_part
 from torchrelay.workers.gathering import FAILED, PARTS, FailedRow
-from torchrelay.workers.run_columns import HELD, KEY, REFUSED, ROW, SOURCE, keep_column
+from torchrelay.workers.run_columns import HELD, KEY, REFUSED, ROW, SOURCE, keep_column, warm_up
 
 if TYPE_CHECKING:
     from torchrelay.stages.writing.found import Output
@@ -34,6 +34,10 @@ class Write(Stage):
 
     def _open(self, options: WriteOptions) -> Output:
         return open_output(options, self._base_dir)
+
+    def load(self, context: StageContext) -> None:
+        """What most formats need is there before the first chunk waits for it."""
+        warm_up()
 
     def forward(self, batch: Batch) -> Mapping[str, Any]:
         task = RunTask.decode(batch[CHUNK][0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +18,13 @@ from torchrelay import AsyncRelay, Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import Chunk, ReadOptions, WriteOptions
+from torchrelay.producer.runs import driver
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.producer.runs.run import Run
+from torchrelay.queues import dead
 from torchrelay.queues.registry import Registry
+from torchrelay.queues.registry import run as recounted
+from torchrelay.terminal import status_of
 
 
 def task(path: Path, out: Path, start: int, end: int, number: int = 0) -> str:
@@ -221,3 +227,97 @@ def test_runs_of_an_async_client(
     first, status = asyncio.run(both())
     assert (first.summary()["rows"], status) == (20, "done")
     assert pq.read_table(tmp_path / "b").num_rows == 60
+
+
+FORK = """
+    pipeline: fork
+    input: {x: int64}
+    stages:
+      - {name: grow, use: 'stages.py:grow', after: input, outputs: {big: "float32[5000]"}}
+      - {name: halve, use: 'stages.py:halve', after: grow, inputs: [big], outputs: {half: "float32[2500]"}}
+      - {name: total, use: 'stages.py:total', after: halve, inputs: [half], outputs: {total: float32}}
+      - {name: second, use: 'stages.py:second', after: grow, inputs: [big], outputs: {second: float32}}
+"""
+SECOND = """
+    def second(batch):
+        return {"second": batch["big"][:, 1]}
+"""
+
+
+def test_branches_end_in_one_part(
+    relay: Relay, registry: Registry, workers: Workers, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    """A row that one of them rejects is in neither; what one of the two hands on waits for the other."""
+    path = make_pipeline(FORK, textwrap.dedent(STAGES) + textwrap.dedent(SECOND))
+    for name in (None, "@read", "@write"):
+        workers.start(path, stage=name)
+    run = relay.run("fork", input=[{"x": i} for i in range(30)], output=tmp_path / "out", chunk_rows=8)
+    assert [(r["_row"], r["total"], r["second"]) for r in run.rows()] == [
+        (i, i * 1250.0, float(i)) for i in range(30) if i != 7
+    ]
+    for lane in registry.lanes:
+        assert recounted(registry.client, lane.recount()) == []
+
+
+def test_a_chunk_that_kills_its_workers_costs_no_other(
+    relay: Relay, registry: Registry, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It ends after its strikes and is told of, not among the dead letters; once mended, going on does it alone."""
+    path = obey("batch: {max_rows: 4}")
+    for name in (None, "@read", "@write"):
+        workers.start(path, stage=name)
+    data = dataset(tmp_path / "d.parquet", 40, r13="die")
+    run = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=10)
+    summary = run.summary()
+    assert (run.status, summary["rows"], summary["failed_chunks"], summary["chunks_done"]) == ("failed", 30, 1, 3)
+    (line,) = pq.read_table(tmp_path / "out" / "_run" / "errors.parquet").to_pylist()
+    assert (line["chunk"], line["_row"], line["rows"], line["error"], line["stage"]) == (
+        1,
+        None,
+        10,
+        "WorkerDied",
+        "work",
+    )
+    assert not list(dead.scan(registry))
+    assert [r["_row"] for r in run.rows()] == [i for i in range(40) if not 10 <= i < 20]
+
+
+def test_status_shows_a_run_under_its_stages_and_cancel_ends_it(
+    relay: Relay, registry: Registry, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Reading and writing have rows of their own while they are served; nothing stays under way."""
+    path = obey("batch: {max_rows: 4}")
+    for name in (None, "@read", "@write"):
+        workers.start(path, stage=name)
+    data = dataset(tmp_path / "d.parquet", 400, **{f"r{i}": "sleep 0.05" for i in range(400)})
+    run = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=20, wait=False)
+    ref = Pipeline.load(path).ref
+    wait_until(lambda: nodes(registry)[f"{ref}/work"]["waiting_rows"] >= 40)
+    shown = nodes(registry)
+    assert list(shown) == [f"{ref}/work", f"{ref}/@read", f"{ref}/@write"]
+    assert [shown[n]["workers"] for n in shown] == [1, 1, 1]
+    assert shown[f"{ref}/work"]["running_rows"] > 0
+    assert (run.done(), run.status) == (False, "running")
+    run.cancel()
+    assert run.summary()["status"] == run.status == "cancelled"
+    wait_until(lambda: nodes(registry)[f"{ref}/work"]["running_rows"] == 0)
+    assert {n: r["waiting_rows"] for n, r in nodes(registry).items() if r["waiting_rows"]} == {}
+
+
+def nodes(registry: Registry) -> dict[str, Any]:
+    return {row["node"]: row for row in status_of(registry)["nodes"]}
+
+
+def test_a_run_that_nobody_reads_for_says_what_to_start(
+    relay: Relay, workers: Workers, obey: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the command, once."""
+    monkeypatch.setattr(driver, "_HINT_S", 0.5)
+    path = obey()
+    workers.start(path)
+    run = relay.run("obey", input=dataset(tmp_path / "d.parquet", 4), output=tmp_path / "out", wait=False)
+    with pytest.warns(RuntimeWarning, match=r"no live worker for .*/@read: .* worker .* --stage @read") as caught:
+        wait_until(lambda: caught.list)
+    for name in ("@read", "@write"):
+        workers.start(path, stage=name)
+    assert run.wait(20).summary()["rows"] == 4
