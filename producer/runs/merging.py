@@ -15,10 +15,10 @@ import numpy as np
 from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.runs.folder import RunFolder
 from torchrelay.producer.runs.reading import chunks_of, in_order
-from torchrelay.stages.writing.arrow import need_arrow
+from torchrelay.stages.writing.arrow import LAYOUT_KEY, need_arrow
 from torchrelay.stages.writing.formats import BATCH_ROWS
 from torchrelay.stages.writing.found import Found, file_names, load
-from torchrelay.stages.writing.layout import Array
+from torchrelay.stages.writing.layout import Array, Layout
 from torchrelay.stages.writing.staging import Staging
 from torchrelay.stages.writing.stores import disk_trouble, open_store
 from torchrelay.stages.writing.table import ID_COLUMNS
@@ -79,7 +79,13 @@ def _fitted_tables(run: RunFolder, schema: Any) -> Iterator[Any]:
         for table in _tables(run, parts):
             try:
                 # Columns that one part has and another has not are null there.
-                fitted = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
+                own = _without_guesses(table.schema)
+                columns = [
+                    pa.nulls(table.num_rows) if pa.types.is_null(field.type) else table.column(i)
+                    for i, field in enumerate(own)
+                ]
+                known = pa.Table.from_arrays(columns, schema=own)
+                fitted = pa.concat_tables([schema.empty_table(), known], promote_options="permissive")
                 yield fitted.select(schema.names).cast(schema)
             except pa.ArrowException as error:
                 raise InputError(f"{parts[0].name} does not fit the other parts: {error!s:.200}") from error
@@ -94,12 +100,23 @@ def _common_schema(run: RunFolder) -> Any:
     some = [f for f in run.parts.values() if f.record.rows] or list(run.parts.values())
     for found in sorted(some, key=lambda f: f.record.part):
         with run.output.store.open(file_names(found)[0]) as file:
-            own = parquet.read_schema(file).remove_metadata()
+            own = _without_guesses(parquet.read_schema(file)).remove_metadata()
         try:
             schema = own if schema is None else pa.unify_schemas([schema, own], promote_options="permissive")
         except pa.ArrowException as error:
             raise InputError(f"{found.name} does not fit the other parts: {error!s:.200}") from error
     return pa.schema([]) if schema is None else schema
+
+
+def _without_guesses(schema: Any) -> Any:
+    """The schema with columns of no value in a part as what they are: they fit into whatever other parts have there."""
+    pa = need_arrow()
+    fields = []
+    for field in schema:
+        packed = (field.metadata or {}).get(LAYOUT_KEY)
+        empty = packed is not None and Layout.decode(packed).kind == "null"
+        fields.append(field.with_type(pa.null()).remove_metadata() if empty else field)
+    return pa.schema(fields)
 
 
 def _tables(run: RunFolder, parts: list[Found]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ number           the Arrow type of the same name
 fixed            fixed-size lists where a row has one axis, else Arrow's fixed_shape_tensor extension
 ragged           lists, nested as deep as a row has axes
 text bytes json  string, binary, string
+null             string
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def to_field(name: str, layout: Layout, kind: Any) -> Any:
 def _to_arrow(column: Column, layout: Layout) -> Any:
     pa = need_arrow()
     if layout.kind == "null":
-        return pa.nulls(len(column))
+        # Readers of a folder take the first part's schema: they fit most things into text, nothing into nulls.
+        return pa.nulls(len(column), pa.string())
     if layout.kind == "ragged":
         return _nested(*as_flat(column, layout))
     if layout.kind in ("number", "fixed"):
