@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.conftest import run_cli
 from torchrelay.config import Pipeline
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
@@ -31,6 +32,17 @@ def test_every_pipeline_of_the_guide_checks(text: str, tmp_path: Path) -> None:
     path.write_text(whole)
     pipeline = Pipeline.load(path)
     assert [s.name for s in pipeline.spec.stages] == [s["name"] for s in data["stages"]]
+
+
+def test_every_option_in_the_guide_of_runs_is_one() -> None:
+    """And so is every stage that it names."""
+    guide = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    help_text = run_cli("run", "--help").stdout + run_cli("worker", "--help").stdout
+    named = set(re.findall(r"--[a-z-]+", guide))
+    assert {"--resume", "--key", "--stage"} <= named
+    assert {name for name in named if name not in help_text} == set()
+    (program,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    compile(program, "docs/runs.md", "exec")
 
 
 def test_every_program_of_the_guide_compiles() -> None:

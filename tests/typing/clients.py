@@ -11,6 +11,7 @@ import numpy as np
 
 from torchrelay import AsyncJobFuture, AsyncRelay, JobFuture, Relay, errors
 from torchrelay.producer import Options, Row, Table
+from torchrelay.producer.runs.run import Run
 
 
 def tables(relay: Relay, vectors: np.ndarray[Any, np.dtype[np.float32]]) -> dict[int, str]:
@@ -35,6 +36,22 @@ def streams(relay: Relay, rows: Iterator[Mapping[str, object]]) -> Iterator[str]
             yield f"{result.stage}: {result.message}"
         else:
             yield result["label"]
+
+
+def runs(relay: Relay) -> int:
+    """A dataset, waited for or not."""
+    run = relay.run("embed", input=["a.parquet"], output="out/", columns={"text": "body"}, keep=["url"], priority="low")
+    assert_type(run, Run)
+    for row in run.rows(["vector"]):
+        assert_type(row, dict[str, Any])
+    later = relay.run("embed", input=({"x": i} for i in range(9)), output="more/", wait=False, on_progress=print)
+    return later.progress().rows
+
+
+async def async_runs(relay: AsyncRelay) -> dict[str, Any]:
+    """The same, in a task."""
+    run = await relay.run("embed", input="docs/", output="out/", resume=True, limit=10, max_errors=3, merge=True)
+    return run.summary()
 
 
 def shared_options(relay: Relay) -> None:
