@@ -138,11 +138,14 @@ class Core:
 
     def send(self, encoder: JobEncoder, drafts: list[Draft], options: SubmitOptions) -> list[JobFuture[Any]]:
         """Submits all and returns their futures; raises the first refusal, which carries what went in."""
+        return all_in(self.send_each(encoder, drafts, options))
+
+    def send_each(self, encoder: JobEncoder, drafts: list[Draft], options: SubmitOptions) -> list[Outcome]:
+        """Submits all; for each its future, or why it did not go in."""
         with self.lock, reached():
             self.start()
             self.inbox.start()
-            outcomes = self.submitter.send(encoder, drafts, options)
-        return all_in(outcomes)
+            return self.submitter.send(encoder, drafts, options)
 
     def job(self, job_id: str) -> JobFuture[Any]:
         """The future of any job of the namespace. Raises InputError for what is no id of it."""

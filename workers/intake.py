@@ -41,8 +41,9 @@ class Intake:
         self._stopping = stopping
         self._rest = rest
 
-    def next_batch(self) -> Taken | None:
-        """Jobs for one forward: a full batch, or what came within `max_wait_ms`. None after an idle second."""
+    def next_batch(self, *, at_once: bool = False) -> Taken | None:
+        """Jobs for one forward: a full batch, or what came within `max_wait_ms`; `at_once`, what is there. None after
+        an idle second."""
         claimer = self._claimer
         if not claimer.window:
             claimer.top_up()
@@ -54,7 +55,7 @@ class Intake:
         entrance = claimer.window[0].entrance
         rules = self._entrances[entrance].spec.batch
         deadline = claimer.window[0].claimed_at + rules.max_wait_ms / 1000.0
-        while claimer.window_rows < rules.max_rows and not self._stopping():
+        while claimer.window_rows < rules.max_rows and not at_once and not self._stopping():
             if claimer.ready_left and claimer.top_up():
                 continue
             remaining = deadline - time.monotonic()

@@ -63,7 +63,7 @@ class StageLoop:
         self._within, began = True, time.monotonic()
         try:
             while self._parts.something_better(works) and not self._around.stopping():
-                self._serve(self._intake.next_batch())
+                self._serve(self._intake.next_batch(at_once=True))
                 self._parts.committer.drain()
         finally:
             self._within = False

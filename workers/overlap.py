@@ -159,7 +159,7 @@ class OverlappedLoop:
             self._leaving.put(_Leaving(turned_away=Taken([], taken.bad, taken.lost, taken.given_back)))
         for number, pieces in enumerate(self._cut(taken.ready)):
             while number and not within and not self._stopping() and self._parts.something_better(taken.ready):
-                self._make_ready(intake.next_batch(), intake, within=True)
+                self._make_ready(intake.next_batch(at_once=True), intake, within=True)
             batch = self._prepared(pieces)
             if not self._ready.put(batch):
                 self._give_up(batch)

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -21,11 +21,10 @@ import redis
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import CHUNK, RESULT, ROWS
-from torchrelay.errors import BrokerError, JobError, JobFailed, QueueFull, ResultExpired, RunConflict
+from torchrelay.errors import BrokerError, JobError, JobFailed, QueueFull, ResultExpired, RunConflict, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.encoding import Draft, JobEncoder, SubmitOptions
 from torchrelay.producer.futures import JobFuture
-from torchrelay.producer.mapping import accepted_of
 from torchrelay.producer.runs.finishing import ChunkFailure
 from torchrelay.producer.runs.folder import RunFolder
 from torchrelay.producer.runs.options import RunOptions
@@ -131,7 +130,10 @@ class Driver:
         more = True
         while not self._cancelled.is_set():
             while more and (room := self._room()) > 0:
+                sent = len(self._flights)
                 more = self._send(room)
+                if more and len(self._flights) == sent:
+                    break  # the queue is full: what ends first makes room
             if not self._flights and not self._again and not more:
                 return
             self._wait()
@@ -164,20 +166,23 @@ class Driver:
         part += islice(self._works, min(room, _PART) - len(part))
         if not part:
             return False
-        drafts = [self._draft(work) for work in part]
-        try:
-            futures: Sequence[JobFuture[Any]] = self._core.send(self._encoder, drafts, self._submit)
-        except QueueFull as full:
-            # They went in from the front; the others have to wait for room.
-            futures = accepted_of(full)
-            self._again.extendleft(reversed(part[len(futures) :]))
-        self._flights += [_Flight(work, future) for work, future in zip(part, futures, strict=False)]
+        outcomes = self._core.send_each(self._encoder, [self._draft(work) for work in part], self._submit)
+        refused: TorchrelayError | None = None
+        for work, outcome in zip(part, outcomes, strict=True):
+            if isinstance(outcome, JobFuture):
+                self._flights.append(_Flight(work, outcome))
+                continue
+            self._again.append(work)
+            if not isinstance(outcome, QueueFull):
+                refused = outcome
+        if refused is not None:
+            raise refused
         return True
 
     def _draft(self, work: Work) -> Draft:
         """The same job of the same run has the same key, so that one that is under way already is joined."""
         text = work.task.encode()
-        content = blake2b(text.encode(), digest_size=8).hexdigest()
+        content = blake2b(text.encode() + (work.rows or b""), digest_size=8).hexdigest()
         key = f"{work.task.run}/{work.place[0]}/{work.place[1]}/{work.attempts}/{content}"
         return self._encoder.table({CHUNK: [text], ROWS: [work.rows]}, "keep", key)
 

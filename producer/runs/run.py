@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -181,7 +182,8 @@ def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
     if not in_memory:
         check_columns(sources, options.read, pipeline.input)
     root = root_of(data) if sources[0].format == "image" else None
-    text = data if isinstance(data, str) else f"{type(data).__name__} in memory" if in_memory else repr(data)
+    named = [data] if isinstance(data, str | os.PathLike) else data
+    text = f"{type(data).__name__} in memory" if in_memory else " ".join(map(os.fspath, named))
     with reached():
         registry.register(twin)
         size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)

@@ -59,11 +59,12 @@ def test_a_chunk_is_read_computed_and_written_beside_online_jobs(
     assert table["_row"].to_pylist() == good
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 def test_a_dataset_goes_through_a_pipeline(
-    relay: Relay, registry: Registry, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+    relay: Relay, registry: Registry, workers: Workers, obey: Callable[..., Path], tmp_path: Path, ahead: int
 ) -> None:
     """Every row once, in order; the summary agrees with what is there; nothing is left behind."""
-    path = obey("batch: {max_rows: 4}", "retry: {attempts: 1}")
+    path = obey(f"batch: {{max_rows: 4, ahead: {ahead}}}", "retry: {attempts: 1}")
     for stage in (None, "@read", "@write"):
         workers.start(path, stage=stage)
     (tmp_path / "in").mkdir()
