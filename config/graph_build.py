@@ -9,6 +9,7 @@ from dataclasses import replace
 from torchrelay.config.flow import Report, check_columns
 from torchrelay.config.fusing import check_fuse
 from torchrelay.config.graph import Graph, Node
+from torchrelay.config.handoff import check_handoff, kept_for
 from torchrelay.config.row_rules import check_rows
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
@@ -27,6 +28,7 @@ def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> 
     if columns:
         check_columns(spec, graph, report)
     check_fuse(spec, graph, report)
+    check_handoff(spec, graph, report)
     return graph if lined_up else None
 
 
@@ -133,13 +135,16 @@ def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:
     typed = {c: parse_type(t) for c, t in spec.input.items()}
     draft = Graph(tuple(_node(i, s, preds) for i, s in enumerate(spec.stages, 1)), result, typed)
     placed: dict[int, Node] = {}
+    kept = kept_for(spec, draft)
     for rank, n in enumerate(draft.ordered, 1):
         # Branches that meet with unequal stacks are reported elsewhere.
         before = placed[n.preds[0]].stack if n.preds[0] else ()
         at = before[:-1] if n.rows == "collapse" else before
         stack = (*at, n.index) if n.rows == "expand" else at
         keeps = _keeps(draft, n, result)
-        placed[n.index] = replace(n, keeps=keeps, rank=rank, before=before, at=at, stack=stack)
+        placed[n.index] = replace(
+            n, keeps=keeps, rank=rank, before=before, at=at, stack=stack, kept_for=kept.get(n.name, 0)
+        )
     return Graph(tuple(placed[n.index] for n in draft.nodes), result, typed)
 
 
