@@ -36,7 +36,7 @@ from torchrelay.testing.serving import await_ready
 from torchrelay.up import Fleet
 
 MIB = 1 << 20
-SIZES_MIB = (16, 64, 128, 256)
+SIZES_MIB = (16, 64, 128, 192)
 RELAY_SIZES_MIB = (16, 64)
 SENDER = "cuda:0"
 ROUND_BYTES = {"device": 24 << 30, "host": 4 << 30}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Semaphore
@@ -31,6 +32,7 @@ from torchrelay.workers.pins import cuda_memory, pins_for
 Told = tuple[Place, int]
 """A block of shared memory, and how many bytes it holds."""
 BYTE = np.dtype(np.uint8)
+NAME_BYTES = 64
 _PATIENCE_S = 60.0
 
 
@@ -77,18 +79,24 @@ class _Sender:
         source = torch.arange(order.nbytes, device=self._device).to(torch.uint8)
         start, tell = (self._leave, self._tell) if order.road == "device" else (self._bring, self._put)
         under_way: deque[tuple[Any, torch.cuda.Event]] = deque()
-        for number in range(order.jobs):
-            if not self._slots.acquire(timeout=_PATIENCE_S):
-                raise SystemExit("the receiver stopped; what it printed says why")
+        for _ in range(order.jobs):
+            # As a worker does: the next one is launched before the last is waited for, if there is one to launch.
+            if not self._slots.acquire(block=False):
+                self._tell_all(under_way, tell)
+                if not self._slots.acquire(timeout=_PATIENCE_S):
+                    raise SystemExit("the receiver stopped; what it printed says why")
             made = start(source)
             event = torch.cuda.Event(blocking=True)
             event.record()
+            self._tell_all(under_way, tell)
             under_way.append((made, event))
-            # As a worker does: the next one is launched before the last is waited for.
-            while len(under_way) > (number + 1 < order.jobs):
-                made, event = under_way.popleft()
-                event.synchronize()
-                self._pipe.send(tell(made))
+        self._tell_all(under_way, tell)
+
+    def _tell_all(self, under_way: deque[tuple[Any, torch.cuda.Event]], tell: Callable[[Any], Told]) -> None:
+        while under_way:
+            made, event = under_way.popleft()
+            event.synchronize()
+            self._pipe.send(tell(made))
 
     def _leave(self, source: torch.Tensor) -> DeviceRows:
         run = self._exporter.take(source.nbytes)
@@ -111,6 +119,8 @@ class _Sender:
 
     def _placed(self, made: HostMessage, keeps: object = None) -> Told:
         place = None
+        if len(made) > self._writer.max_bytes - NAME_BYTES:
+            raise SystemExit(f"no block of shared memory holds {len(made)} bytes")
         while place is None:
             self._writer.collect()
             place = self._writer.put("job.1.f.column", 0, made, 1, keeps=keeps)
@@ -141,20 +151,22 @@ class Receiver:
             self._slots.release()
         self._pipe.send(order)
         under_way: deque[tuple[Place, torch.cuda.Event]] = deque()
-        started_s = 0.0
-        for number in range(order.jobs + order.ahead):
-            if number < order.jobs:
+        started_s, come, done = 0.0, 0, 0
+        while done < order.jobs:
+            # A copy is started as soon as it can be, and waited for when there is nothing else to do.
+            if come < order.jobs and (not under_way or self._pipe.poll()):
                 place, nbytes = self._pipe.recv()
-                under_way.append((place, self._start(place, nbytes, targets[number % order.ahead])))
-            # The link is never without a copy while one more has come.
-            while under_way and (len(under_way) > 2 or number >= order.jobs):
-                place, event = under_way.popleft()
-                event.synchronize()
-                if not self._reader.intact(place):
-                    raise SystemExit("a block changed while it was copied")
-                self._reader.release(place, 0)
-                self._slots.release()
-            if number == order.warm - 1:
+                under_way.append((place, self._start(place, nbytes, targets[come % order.ahead])))
+                come += 1
+                continue
+            place, event = under_way.popleft()
+            event.synchronize()
+            if not self._reader.intact(place):
+                raise SystemExit("a block changed while it was copied")
+            self._reader.release(place, 0)
+            self._slots.release()
+            done += 1
+            if done == order.warm:
                 started_s = time.perf_counter()
         seconds = time.perf_counter() - started_s
         for _ in range(order.ahead):

@@ -26,13 +26,13 @@ PAIRS = [
 ROW_BYTES = 256 * 1024 * 2
 YAML = """
 pipeline: wide
-input: {seed: int64}
+input: {seed: int64, ballast: "uint8[8192]"}
 output: [total, first, device]
 stages:
-  - {name: count, use: "stages.py:count", outputs: {seed: int64}}
+  - {name: count, use: "stages.py:count", outputs: {seed: int64, ballast: "uint8[8192]"}}
   - name: spread
     use: stages.py:Spread
-    inputs: [seed]
+    inputs: [seed, ballast]
     outputs: {wide: "DTYPE[256, 1024]", maker: str}
     device: gpu
     handoff: device
@@ -54,7 +54,7 @@ from torchrelay import TorchStage
 
 
 def count(batch, *, log: str = ""):
-    return {"seed": batch["seed"] + 1}
+    return {"seed": batch["seed"] + 1, "ballast": batch["ballast"]}
 
 
 class Spread(TorchStage):
@@ -97,9 +97,13 @@ def start(path: Path, workers: Workers, relay: Relay, device: str) -> Any:
     return maker
 
 
-def settle(relay: Relay) -> None:
-    """Until the maker's worker has seen that the reader copies from its device."""
-    wait_until(lambda: moved(relay, "spread")["device"] or not relay.infer("wide", {"seed": 0}, deadline_s=20), 30)
+def row(seed: int) -> dict[str, Any]:
+    return {"seed": seed, "ballast": np.zeros(8192, np.uint8)}
+
+
+def await_device(relay: Relay) -> None:
+    """Until the maker's worker has heard that the reader copies from its device."""
+    wait_until(lambda: (relay.infer("wide", row(0), deadline_s=60), moved(relay, "spread")["device"])[1] > 0, 60)
 
 
 @pytest.mark.parametrize("device", PAIRS)
@@ -110,9 +114,8 @@ def test_columns_come_from_the_other_worker_as_they_were(
     path = make_pipeline(YAML.replace("DTYPE", dtype), CODE.replace("DTYPE", dtype))
     (tmp_path / "gate").touch()
     start(path, workers, relay, device)
-    relay.infer("wide", {"seed": 0})
-    wait_until(lambda: (relay.infer("wide", {"seed": 0}), moved(relay, "spread")["device"])[1] > 0, 30)
-    futures = relay.submit_many("wide", [{"seed": seed} for seed in range(200)])
+    await_device(relay)
+    futures = relay.submit_many("wide", [row(seed) for seed in range(200)])
     rows = [future.result(60) for future in futures]
     assert [(row["total"], row["first"]) for row in rows] == [expected(seed) for seed in range(200)]
     assert {row["device"] for row in rows} == {device}
@@ -127,8 +130,7 @@ def test_the_makers_death_costs_its_own_work_and_no_more(
     path = make_pipeline(YAML.replace("DTYPE", "float16"), CODE.replace("DTYPE", "float16"))
     (tmp_path / "gate").touch()
     maker = start(path, workers, relay, device)
-    relay.infer("wide", {"seed": 0})
-    wait_until(lambda: (relay.infer("wide", {"seed": 0}), moved(relay, "spread")["device"])[1] > 0, 30)
+    await_device(relay)
     (tmp_path / "gate").unlink()
     (version,) = relay.registry.current().values()
 
@@ -136,16 +138,16 @@ def test_the_makers_death_costs_its_own_work_and_no_more(
         return relay.registry.loads().get(f"{version}/{stage}.committed", 0)
 
     before, counted = committed("spread"), committed("count")
-    # Of 8 KiB a job, so that it lies in shared memory.
-    tables = [np.arange(a, a + 1024) % 1000 for a in range(4)]
-    futures = [relay.submit_table("wide", {"seed": table[:16]}, durable=False) for table in tables]
+    # The ballast is too large to travel inline: what `spread` reads lies in shared memory.
+    tables = [np.arange(a, a + 16) for a in range(4)]
+    ballast = np.zeros((16, 8192), np.uint8)
+    futures = [relay.submit_table("wide", {"seed": seeds, "ballast": ballast}, durable=False) for seeds in tables]
     wait_until(lambda: committed("spread") - before == len(tables), 30)
     pid = maker.child_pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: maker.child_pid != pid, 30)
     (tmp_path / "gate").touch()
-    for table, future in zip(tables, futures, strict=True):
-        found = future.result(120)
-        assert found["total"].tolist() == [expected(int(seed))[0] for seed in table[:16]]
+    for seeds, future in zip(tables, futures, strict=True):
+        assert future.result(120)["total"].tolist() == [expected(int(seed))[0] for seed in seeds]
     assert committed("count") - counted == len(tables)
     assert committed("spread") - before > len(tables)
