@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import COLUMN_NAME, ColumnType
 from torchrelay.errors import InputError
 
-Column = np.ndarray[Any, np.dtype[Any]] | list[Any] | RaggedRows
+Column = np.ndarray[Any, np.dtype[Any]] | list[Any] | RaggedRows | DeviceRows
 Types = Mapping[str, ColumnType]
 
 
 def describe(value: object) -> str:
     """What came, for an error message: a type, with dtype and shape for arrays."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | DeviceRows):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, str | bytes | list | tuple | dict | RaggedRows):
         kind = "list" if isinstance(value, RaggedRows) else type(value).__name__
@@ -161,8 +162,10 @@ def _has_names(types: Types) -> bool:
 
 def _check_named(types: Types, table: Mapping[str, Column], rows: int) -> None:
     if _has_names(types) and not _names_agree(types, table):
+        # The others need not be looked at: they may lie on a device.
+        named = {n: c for n, c in table.items() if n in types and _has_names({n: types[n]})}
         for i in range(rows):
-            _named_dims(types, {n: c[i] for n, c in table.items()}, i)
+            _named_dims(types, {n: c[i] for n, c in named.items()}, i)
 
 
 def _names_agree(types: Types, table: Mapping[str, Column]) -> bool:
@@ -241,6 +244,10 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
             return ragged
         return [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     whole = ColumnType(kind.dtype, (length, *kind.shape))
+    if isinstance(column, DeviceRows):
+        if fits_as_it_is(kind, column.dtype, column.shape[1:]):
+            return column
+        column = np.asarray(column)
     if isinstance(column, np.ndarray):
         if column.shape != whole.shape:
             came = f"{column.dtype}{list(column.shape[1:])}"
@@ -253,6 +260,11 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
             pass  # the loop below finds the row
     values = [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
+
+
+def fits_as_it_is(kind: ColumnType, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> bool:
+    """Whether rows of this dtype and shape are what is declared, without being looked at or converted."""
+    return kind.stacked and dtype == kind.np_dtype and row_shape == kind.shape
 
 
 def _ragged(name: str, kind: ColumnType, column: Any) -> RaggedRows | None:
@@ -310,7 +322,7 @@ def check_table(types: Types | None, table: Mapping[str, Any]) -> tuple[dict[str
 
 
 def _kept(column: Any) -> Column:
-    return column if isinstance(column, np.ndarray | RaggedRows) else list(column)
+    return column if isinstance(column, np.ndarray | RaggedRows | DeviceRows) else list(column)
 
 
 def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[str, Column]:

@@ -150,6 +150,10 @@ class Group:
         inner = {column: self.nodes[number].outputs[column] for column, number in self.leaving.items()}
         return inner | self.last.outputs
 
+    def follows_device(self) -> bool:
+        """Whether columns may come to it in another device's memory."""
+        return any(n.kept_for & m.bit for n in self.graph.nodes for m in self.nodes)
+
     def maker_of(self, column: str) -> Node:
         """Which of its stages made a column that leaves it."""
         return self.nodes[self.leaving.get(column, -1)]

@@ -27,7 +27,8 @@ class Node:
     `inputs` maps what the stage calls a column to where it comes from, None for all columns. `keeps` are the columns
     that must stay in the job after this node, None for all. `rank` is its place in an order in which each node comes
     after its predecessors, from 1. `when` names the column that must be true for a row to enter. `wire` is
-    how its columns travel to the nodes that read them.
+    how its columns travel to the nodes that read them. Where these may be lost with the process that made them, what it
+    read stays until the nodes of the mask `kept_for` are done, so that it can run again from there; 0 elsewhere.
 
     A stack lists the expanding nodes (by number) that rows came through and that no collapse has undone: `before` is
     that of the rows that come in, `at` that of the rows that `forward` sees, `stack` that of what it returns.
@@ -51,6 +52,7 @@ class Node:
     stack: tuple[int, ...] = ()
     wire: WireSpec = _AS_THEY_ARE
     gathers: frozenset[int] | None = None
+    kept_for: int = 0
 
     @property
     def bit(self) -> int:
@@ -146,6 +148,15 @@ class Graph:
         mask = sum(n.bit for n in meets if n.reads(column))
         # A column that nobody reads goes with the commit of the next node.
         return mask or sum(n.bit for n in meets[:1]) or TO_THE_END
+
+    def holders(self, column: str, origin: int) -> int:
+        """Mask of the nodes that must be done before the column goes: its consumers, and those that these run again
+        for; 0 when it belongs to the result."""
+        mask = self.consumers(column, origin)
+        for n in self.nodes:
+            if n.kept_for and mask & n.bit:
+                mask |= n.kept_for
+        return mask
 
     def _meets(self, column: str, origin: int) -> tuple[list[Node], bool]:
         """The nodes that the column comes to as `origin` made it, and whether it comes to the end as such: behind a

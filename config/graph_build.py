@@ -9,6 +9,7 @@ from dataclasses import replace
 from torchrelay.config.flow import Report, check_columns
 from torchrelay.config.fusing import check_fuse
 from torchrelay.config.graph import Graph, Node
+from torchrelay.config.handoff import check_handoff, kept_for
 from torchrelay.config.row_rules import check_rows
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
@@ -27,6 +28,7 @@ def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> 
     if columns:
         check_columns(spec, graph, report)
     check_fuse(spec, graph, report)
+    check_handoff(spec, graph, report)
     return graph if lined_up else None
 
 
@@ -132,6 +134,8 @@ def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:
     result = frozenset(spec.output) if spec.output is not None else None
     typed = {c: parse_type(t) for c, t in spec.input.items()}
     draft = Graph(tuple(_node(i, s, preds) for i, s in enumerate(spec.stages, 1)), result, typed)
+    kept = kept_for(spec, draft)
+    draft = replace(draft, nodes=tuple(replace(n, kept_for=kept.get(n.name, 0)) for n in draft.nodes))
     return Graph(placed_in(draft), result, typed)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final, overload
 
 import numpy as np
 
+from torchrelay.config.device_rows import on_host
 from torchrelay.config.types import NUMERIC
 
 __all__ = ["FEWEST_ROWS", "MOST_ROW_BYTES", "RaggedRows", "shown", "take_rows"]
@@ -159,6 +160,7 @@ def shown(column: Any) -> Any:
 
 def take_rows(column: Any, index: Index) -> Any:
     """The rows of a column with these numbers, in this order."""
+    column = on_host(column)
     if isinstance(column, np.ndarray):
         return column[index]
     return column.take(index) if isinstance(column, RaggedRows) else [column[i] for i in index.tolist()]

@@ -48,6 +48,8 @@ class Settings:
     """Shared memory that one process may take to hand large columns to others of its host; 0 turns that off."""
     arena_dir: str = "/dev/shm"
     """The tmpfs that holds it."""
+    device_arena_bytes: int = 2 << 30
+    """Memory of its GPU that a worker may take to hand columns to other GPUs (`handoff: device`); 0 turns that off."""
     log: Literal["text", "json"] = "text"
     """Form of the workers' logs."""
 
@@ -75,6 +77,7 @@ class Settings:
         need("results_max_bytes", _whole(self.results_max_bytes, 1, 2**50), "a number of bytes from 1")
         need("arena_bytes", _whole(self.arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("arena_dir", isinstance(self.arena_dir, str) and self.arena_dir.startswith("/"), "an absolute path")
+        need("device_arena_bytes", _whole(self.device_arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("log", self.log in ("text", "json"), "text or json")
 
     @property
@@ -112,7 +115,7 @@ def _from_text(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise ConfigError(f"TORCHRELAY_{name.upper()} {text!r:.60} is not a whole number") from None
-    if name in ("results_max_bytes", "arena_bytes"):
+    if name in ("results_max_bytes", "arena_bytes", "device_arena_bytes"):
         try:
             return parse_bytes(int(text) if text.strip().isdecimal() else text)
         except (ConfigError, ValueError) as error:

@@ -227,6 +227,7 @@ class StageConfig(_Model):
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
     wire: WireSpec = WireSpec()
+    handoff: Literal["host", "device"] = "host"
 
     @model_validator(mode="before")
     @classmethod

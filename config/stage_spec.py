@@ -40,6 +40,7 @@ class StageSpec:
         timeout_s: seconds per forward.
         queue: max_rows and max_bytes.
         wire: dtype and compress, of what it sends to the next stages.
+        handoff: "device" leaves what it made in its GPU's memory, for other GPUs of its host; default "host".
 
     Raises ConfigError for a value that no file could hold; all else is checked when the Pipeline is made.
     """
@@ -66,6 +67,7 @@ class StageSpec:
         timeout_s: float | None = None,
         queue: Mapping[str, Any] | None = None,
         wire: Mapping[str, Any] | None = None,
+        handoff: Literal["host", "device"] | None = None,
     ) -> None:
         keys: dict[str, Any] = {
             "after": after,
@@ -83,6 +85,7 @@ class StageSpec:
             "timeout_s": timeout_s,
             "queue": queue,
             "wire": wire,
+            "handoff": handoff,
         }
         self.name = name
         self.use = use

@@ -17,7 +17,7 @@ from torchrelay.config.columns import check_table, table_of_row
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.futures import JobFuture
 from torchrelay.queues import codec
-from torchrelay.queues.codec import Message
+from torchrelay.queues.codec import HostMessage
 from torchrelay.queues.job import (
     FLAG_HIGH,
     FLAG_KEEP,
@@ -143,7 +143,7 @@ class Draft:
     became of its draft `number`.
     """
 
-    columns: dict[str, Message]
+    columns: dict[str, HostMessage]
     rows: int = 1
     flags: int = 0
     digest: bytes = b""
@@ -156,10 +156,10 @@ class Encoded(NamedTuple):
     """A job ready to send: `blobs` are to be written to Redis before it."""
 
     job: NewJob
-    blobs: dict[str, Message]
+    blobs: dict[str, HostMessage]
 
 
-Store = Callable[[str, Message, Sequence[str], SubmitOptions], Place | None]
+Store = Callable[[str, HostMessage, Sequence[str], SubmitOptions], Place | None]
 """Finds a place in shared memory for the bytes of this name that these nodes will read; None where there is none."""
 
 
@@ -222,7 +222,7 @@ class JobEncoder:
         """The job, with its large columns where `store` finds a place for them."""
         inline, large = split_inline(draft.columns)
         columns: dict[str, Packed] = dict(inline)
-        blobs: dict[str, Message] = {}
+        blobs: dict[str, HostMessage] = {}
         refs = ""
         for column, message in large.items():
             name = f"{job_id}.0.in.{column}"
@@ -274,11 +274,11 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _encoded(columns: Mapping[str, Any]) -> dict[str, Message]:
-    encoded: dict[str, Message] = {}
+def _encoded(columns: Mapping[str, Any]) -> dict[str, HostMessage]:
+    encoded: dict[str, HostMessage] = {}
     for name, column in columns.items():
         try:
-            encoded[name] = codec.message(column)
+            encoded[name] = codec.on_host(codec.message(column))
         except InputError as error:
             raise InputError(f"column {name!r}: {error}") from error
     return encoded

@@ -22,7 +22,7 @@ from torchrelay.producer.inbox import Inbox
 from torchrelay.producer.lookups import reached
 from torchrelay.queues.blobs import write_blobs
 from torchrelay.queues.channel import LOST, Channel, Pending
-from torchrelay.queues.codec import Message
+from torchrelay.queues.codec import HostMessage
 from torchrelay.queues.job import Place
 from torchrelay.queues.keys import IdSource
 from torchrelay.queues.placement import Placer
@@ -59,7 +59,7 @@ class Item:
     draft: Draft
     job: NewJob
     future: JobFuture[Any]
-    blobs: dict[str, Message]
+    blobs: dict[str, HostMessage]
     places: list[Place]
 
 
@@ -203,7 +203,7 @@ class Submitter:
     def _item(self, encoder: JobEncoder, lane: int, draft: Draft, options: SubmitOptions) -> Item:
         places: list[Place] = []
 
-        def store(name: str, message: Message, readers: Sequence[str], options: SubmitOptions) -> Place | None:
+        def store(name: str, message: HostMessage, readers: Sequence[str], options: SubmitOptions) -> Place | None:
             patience_s = 0.0 if options.durable else min(options.wait_s, self.room_s)
             place = self._placer.put(name, lane, message, readers, cache=options.durable, patience_s=patience_s)
             places.extend(() if place is None else (place,))

@@ -12,7 +12,7 @@ import redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from torchrelay.errors import BytesLost, QueueFull
-from torchrelay.queues.codec import Message, join
+from torchrelay.queues.codec import HostMessage, join
 from torchrelay.queues.job import CHUNK_BYTES, Ref
 from torchrelay.queues.registry import run
 from torchrelay.queues.scripts import explain
@@ -22,7 +22,9 @@ UNRECORDED_TTL_MS = 600_000
 _PIPELINE_BYTES = 32 << 20
 
 
-def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, Message], *, must_pass: bool = False) -> None:
+def write_blobs(
+    client: redis.Redis, lane: Transitions, blobs: dict[str, HostMessage], *, must_pass: bool = False
+) -> None:
     """Writes blobs by name, many in one round trip.
 
     Out of memory, a worker's write (`must_pass`) goes by script, so that the queue drains; a producer's raises
@@ -44,9 +46,9 @@ def write_blobs(client: redis.Redis, lane: Transitions, blobs: dict[str, Message
         raise explain("blob", str(error)) from error
 
 
-def _parts(blobs: dict[str, Message]) -> Iterator[dict[str, Message]]:
+def _parts(blobs: dict[str, HostMessage]) -> Iterator[dict[str, HostMessage]]:
     """Groups of blobs, each small enough to be held once more by the connection."""
-    part: dict[str, Message] = {}
+    part: dict[str, HostMessage] = {}
     size = 0
     for name, data in blobs.items():
         if part and size + len(data) > _PIPELINE_BYTES:
@@ -57,7 +59,7 @@ def _parts(blobs: dict[str, Message]) -> Iterator[dict[str, Message]]:
     yield part
 
 
-def _write(client: redis.Redis, lane: Transitions, blobs: dict[str, Message]) -> None:
+def _write(client: redis.Redis, lane: Transitions, blobs: dict[str, HostMessage]) -> None:
     pipe = client.pipeline(transaction=False)
     for name, message in blobs.items():
         key = lane.keys.blob(name)

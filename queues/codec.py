@@ -32,17 +32,20 @@ from typing import Final, NoReturn
 import msgpack
 import numpy as np
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import DecodeError, InputError
 from torchrelay.queues import tensors, wire
 from torchrelay.queues.copying import copy_array
 from torchrelay.queues.tensors import DTYPES, BadValue
+from torchrelay.queues.tickets import DeviceMessage
 
 __all__ = [
     "DEFAULT_LIMITS",
     "DTYPES",
     "INLINE_BYTES",
     "Frame",
+    "HostMessage",
     "Limits",
     "Message",
     "copy_into",
@@ -50,6 +53,7 @@ __all__ = [
     "encode",
     "join",
     "message",
+    "on_host",
 ]
 
 INLINE_BYTES: Final = 1024
@@ -128,10 +132,12 @@ class Frame:
             end = start + array.nbytes
 
 
-Message = bytes | Frame
+HostMessage = bytes | Frame
+"""A message whose bytes are on the host."""
+Message = HostMessage | DeviceMessage
 
 
-def copy_into(message: Message, room: memoryview) -> None:
+def copy_into(message: HostMessage, room: memoryview) -> None:
     """Writes a message to the first `len(message)` of writable bytes."""
     if isinstance(message, Frame):
         message.copy_into(room)
@@ -141,7 +147,13 @@ def copy_into(message: Message, room: memoryview) -> None:
 
 def join(message: Message) -> bytes:
     """A message as bytes."""
+    message = on_host(message)
     return message.join() if isinstance(message, Frame) else message
+
+
+def on_host(message: Message) -> HostMessage:
+    """The message, with its bytes on the host."""
+    return message.on_host() if isinstance(message, DeviceMessage) else message
 
 
 def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -163,7 +175,11 @@ def encode(value: object, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 
 def message(value: object, limits: Limits = DEFAULT_LIMITS) -> Message:
-    """What `encode` gives, with large arrays still uncopied; raises as it does."""
+    """What `encode` gives, with large arrays still uncopied, and rows on a device still there; raises as it does."""
+    return DeviceMessage(value, _on_host) if isinstance(value, DeviceRows) else _on_host(value, limits)
+
+
+def _on_host(value: object, limits: Limits = DEFAULT_LIMITS) -> HostMessage:
     try:
         if type(value) is list:
             value = RaggedRows.of(value) or value
@@ -252,7 +268,7 @@ class _Encoder:
         self._tail_bytes = 0
         self._limits = DEFAULT_LIMITS
 
-    def encode(self, value: object, limits: Limits) -> Message:
+    def encode(self, value: object, limits: Limits) -> HostMessage:
         self._limits = limits
         head: bytes = self._packer.pack(value)
         if len(head) > _KEEP_PACKER_BYTES:

@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 
@@ -41,6 +41,9 @@ _SEPARATORS = re.compile("[:,;]")
 _BLOB = re.compile(r"[0-9A-Za-z~]+\.\d{1,3}\.[^.]+\..+", re.DOTALL)
 _MAKER = re.compile(r"[0-9A-Za-z~]+\.([0-9]+)\.")
 _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
+
+
+M = TypeVar("M", bound=Message)
 
 
 class Place(NamedTuple):
@@ -184,14 +187,12 @@ def encode_payload(columns: Mapping[str, Packed], meta: bytes = b"", origins: Or
     return packed
 
 
-def split_inline(
-    columns: Mapping[str, Message], most: int = INLINE_MAX_BYTES
-) -> tuple[dict[str, bytes], dict[str, Message]]:
+def split_inline(columns: Mapping[str, M], most: int = INLINE_MAX_BYTES) -> tuple[dict[str, bytes], dict[str, M]]:
     """(inline, out of band): the largest columns leave until the rest is at most `most` bytes."""
     total = sum(map(len, columns.values()))
     if total <= most:
-        return {name: m if type(m) is bytes else join(m) for name, m in columns.items()}, {}
-    inline, large = dict(columns), {}
+        return {name: m if isinstance(m, bytes) else join(m) for name, m in columns.items()}, {}
+    inline, large = dict(columns), dict[str, M]()
     for name in sorted(columns, key=lambda n: len(columns[n]), reverse=True):
         if total <= most:
             break

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column, plain_value, row_of_table
+from torchrelay.config.device_rows import on_host
 from torchrelay.config.ragged import RaggedRows, shown, take_rows
 from torchrelay.errors import DecodeError
 from torchrelay.queues.job import AT, COUNTS, FROM_INPUT, REJECTED, Origins, is_hidden, shared_length
@@ -81,7 +82,7 @@ class Levels:
         """
         if made_at == read_at:
             return column
-        shared = shared_length(made_at, read_at)
+        column, shared = on_host(column), shared_length(made_at, read_at)
         for node in reversed(made_at[shared:]):
             column = group(column, self.counts(node))
         if len(read_at) == shared + 1:

@@ -15,13 +15,14 @@ from typing import Literal
 
 import redis
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.graph import Graph
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerUnavailable, ConfigError, TorchrelayError
 from torchrelay.queues.arena.home import ArenaHome, unsupported
 from torchrelay.queues.arena.segment import MAX_EDGES
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter, Wanted
-from torchrelay.queues.codec import Message
+from torchrelay.queues.codec import HostMessage
 from torchrelay.queues.job import Place
 from torchrelay.queues.registry import Registry, run
 
@@ -29,11 +30,11 @@ log = logging.getLogger("torchrelay.arena")
 HOSTS_EVERY_S = 2.0
 _PAUSE_S = 0.001
 
-Where = Literal["arena", "cache", "result", "remote", "full"]
-"""`arena`: shared memory alone; `cache`: beside Redis. To Redis alone: `result` as it must last (it is
-the result's, or of a job that lost bytes before), `remote` as a reader is, or may be, on another host, `full` as there
-was no room."""
-MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full")
+Where = Literal["arena", "cache", "result", "remote", "full", "device"]
+"""`arena`: shared memory alone; `cache`: beside Redis; `device`: memory of the maker's GPU. To Redis alone: `result` as
+it must last (it is the result's, or of a job that lost bytes before), `remote` as a reader is, or may be, on another
+host, `full` as there was no room."""
+MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full", "device")
 
 
 def open_home(registry: Registry, settings: Settings) -> ArenaHome | None:
@@ -88,6 +89,7 @@ class Placer:
         self.before_waiting: Callable[[], object] = int
         self.rest: Callable[[float], object] = time.sleep
         self._hosts: dict[str, set[str]] = {}
+        self._gpus: dict[str, frozenset[str]] = {}
         self._hosts_at = -HOSTS_EVERY_S
         self._impatient_until = 0.0
 
@@ -95,7 +97,7 @@ class Placer:
         self,
         name: str,
         lane: int,
-        message: Message,
+        message: HostMessage,
         readers: Sequence[str],
         *,
         cache: bool = False,
@@ -121,7 +123,20 @@ class Placer:
         self.counts[where] += len(message)
         return place
 
-    def _put(self, name: str, lane: int, message: Message, edges: int, cache: bool, patience_s: float) -> Place | None:
+    def put_ticket(self, name: str, lane: int, ticket: bytes, rows: DeviceRows, readers: Sequence[str]) -> Place | None:
+        """A block that tells where on this worker's device the rows lie; None where they go another way.
+
+        It keeps them until it is gone. `name`, `lane` and `readers` are as for `put`, the ticket is the exporter's.
+        """
+        writer = self.writer
+        place = None if writer is None else writer.put(name, lane, ticket, len(readers), keeps=rows.memory)
+        if place is not None:
+            self.counts["device"] += rows.nbytes
+        return place
+
+    def _put(
+        self, name: str, lane: int, message: HostMessage, edges: int, cache: bool, patience_s: float
+    ) -> Place | None:
         writer = self.writer
         assert writer is not None  # asked by the caller
         place = writer.put(name, lane, message, edges, cache=cache)
@@ -141,20 +156,37 @@ class Placer:
     def _all_here(self, readers: Sequence[str]) -> bool:
         """Whether each reader has living workers, and all of them on this host."""
         assert self.writer is not None  # asked by the caller
-        if time.monotonic() - self._hosts_at > HOSTS_EVERY_S:
-            self._hosts_at = time.monotonic()
-            try:
-                found = self._registry.workers()
-            except (redis.RedisError, OSError) as error:
-                log.info("which hosts the readers are on is not known: %s", error)
-                found = []
-            self._hosts = {}
-            for report in found:
-                if report.state != "failed":
-                    for node in report.nodes:
-                        self._hosts.setdefault(node, set()).add(report.host_id)
-        mine = {host_text(self.writer.host)}
+        self.look()
+        return self._seen_here(readers, self.writer)
+
+    def _seen_here(self, readers: Sequence[str], writer: ArenaWriter) -> bool:
+        mine = {host_text(writer.host)}
         return all(self._hosts.get(node) == mine for node in readers)
+
+    def look(self) -> None:
+        """Finds out where the workers of all nodes are, unless it did a moment ago."""
+        if time.monotonic() - self._hosts_at <= HOSTS_EVERY_S:
+            return
+        self._hosts_at = time.monotonic()
+        try:
+            found = self._registry.workers()
+        except (redis.RedisError, OSError) as error:
+            log.info("which hosts the readers are on is not known: %s", error)
+            found = []
+        hosts: dict[str, set[str]] = {}
+        gpus: dict[str, frozenset[str]] = {}
+        for report in found:
+            for node in report.nodes if report.state != "failed" else ():
+                hosts.setdefault(node, set()).add(report.host_id)
+                gpus[node] = gpus.get(node, frozenset(report.gpus)).intersection(report.gpus)
+        self._hosts, self._gpus = hosts, gpus
+
+    def copies_from(self, gpu: int, readers: Sequence[str]) -> bool:
+        """Whether all workers of these nodes are here and copy from this GPU, as `look` last saw it. Asks nobody."""
+        if not readers or len(readers) > MAX_EDGES or self.writer is None:
+            return False
+        wanted = host_text(gpu)
+        return self._seen_here(readers, self.writer) and all(wanted in self._gpus.get(n, ()) for n in readers)
 
 
 def readers_of(graph: Graph, ref: str, column: str, maker: int) -> list[str]:

@@ -50,7 +50,8 @@ class WorkerReport:
 
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
     `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
-    serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs.
+    serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs. `gpus` are the
+    devices of its host from which it copies columns.
     """
 
     worker: str
@@ -70,6 +71,7 @@ class WorkerReport:
     moved: dict[str, int] = field(default_factory=dict)
     device_idle_s: float = 0.0
     fused: list[str] = field(default_factory=list)
+    gpus: list[str] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[str]:

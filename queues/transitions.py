@@ -132,6 +132,7 @@ def pack_graph(ref: str, graph: Graph, marks: Sequence[tuple[int, int]]) -> byte
             list(n.succs),
             list(n.preds),
             *mark,
+            int(n.kept_for > 0),
         )
         for n, mark in zip(graph.nodes, marks, strict=True)
     ]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.device_rows import DeviceRows, on_host
 from torchrelay.config.ragged import RaggedRows, shown
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
@@ -35,7 +36,7 @@ class Refusal(str):
 class Pieces(NamedTuple):
     """Rows of several jobs that one array could hold, `[n, ...]` each, not joined: a device takes them one by one."""
 
-    arrays: Sequence[np.ndarray]
+    arrays: Sequence[np.ndarray | DeviceRows]
 
     @property
     def rows(self) -> int:
@@ -47,7 +48,8 @@ class Pieces(NamedTuple):
 
     def joined(self) -> np.ndarray:
         """All rows in one array."""
-        return self.arrays[0] if len(self.arrays) == 1 else np.concatenate(self.arrays)
+        whole = [on_host(array) for array in self.arrays]
+        return whole[0] if len(whole) == 1 else np.concatenate(whole)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -213,7 +215,9 @@ def assemble(
 
 
 def join_rows(pieces: Sequence[Column]) -> Column:
-    """Rows behind rows: one array where all are arrays of one dtype and shape, or ragged rows, else a list of rows."""
+    """Rows behind rows: one array where all are arrays of one dtype and shape, or ragged rows, else a list of rows.
+    Those on a device are brought to the host."""
+    pieces = [on_host(piece) for piece in pieces]
     if len(pieces) == 1:
         return pieces[0]
     arrays = as_pieces(pieces)
@@ -223,14 +227,13 @@ def join_rows(pieces: Sequence[Column]) -> Column:
 
 
 def as_pieces(pieces: Sequence[Column]) -> Pieces | RaggedRows | list[Any]:
-    """Pieces where all are arrays of one dtype and row shape, or ragged rows, else a list of rows."""
-    first = pieces[0]
-    if isinstance(first, np.ndarray) and all(
-        # dtypes are compared, because concatenate would promote int64 and float32 to float64 without a word
-        isinstance(piece, np.ndarray) and piece.dtype == first.dtype and piece.shape[1:] == first.shape[1:]
-        for piece in pieces
-    ):
-        return Pieces(tuple(piece for piece in pieces if isinstance(piece, np.ndarray)))
+    """Pieces where all are arrays of one dtype and row shape, or such rows on a device; ragged rows; else a list."""
+    arrays = [piece for piece in pieces if isinstance(piece, np.ndarray | DeviceRows)]
+    # dtypes are compared, because concatenate would promote int64 and float32 to float64 without a word
+    kinds = {(array.dtype, array.shape[1:]) for array in arrays}
+    if len(arrays) == len(pieces) and len(kinds) == 1:
+        return Pieces(tuple(arrays))
+    pieces = [on_host(piece) for piece in pieces]
     ragged = RaggedRows.joined(pieces)
     if ragged is not None:
         return ragged

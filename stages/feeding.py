@@ -1,8 +1,8 @@
 """Brings batches to a GPU and their results back while it computes: copies on streams of their own, waits by events.
 
 A column of fixed row shape goes into one of three static tensors, piece by piece: each job's rows by one DMA from where
-the job's bytes lie, if that memory is pinned, else from a pinned copy. The stream that computes waits for the copy's
-event, and the copy that comes to the same tensor again waits for the event of the forward that read it.
+they lie, if that memory is pinned or another device's, else from a pinned copy. The stream that computes waits for the
+copy's event, and the copy that comes to the same tensor again waits for the event of the forward that read it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.stages.batch import Batch, Pieces
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.padding import Padded
-from torchrelay.stages.torch_tensors import carried, host_value, row_tensors, to_host, torch_dtype, walked
+from torchrelay.stages.torch_tensors import (
+    carried,
+    dense,
+    host_value,
+    numpy_dtype,
+    row_tensors,
+    to_host,
+    torch_dtype,
+    walked,
+)
 
-__all__ = ["Departure", "Fed", "Feeder", "begin"]
+__all__ = ["Departure", "Exports", "Fed", "Feeder", "begin"]
 
 _TURNS = 3
 _MOST_SHAPES = 16
@@ -105,8 +115,8 @@ class Feeder:
         if isinstance(column, np.ndarray):
             column = Pieces((column,))
         if isinstance(column, Pieces):
-            array, dtype = carried(column.arrays[0])
-            return column.joined() if array is None else self._pieces(name, column, dtype, turns)
+            carrier, dtype = carried(np.empty(0, column.arrays[0].dtype))
+            return column.joined() if carrier is None else self._pieces(name, column, dtype, turns)
         if isinstance(column, RaggedRows):
             return row_tensors(column, self._private(column.dense()))
         if isinstance(column, list) and any(isinstance(value, np.ndarray) for value in column):
@@ -118,10 +128,13 @@ class Feeder:
         turns.append(turn)
         at = 0
         for piece in pieces.arrays:
-            rows = len(piece)
-            source = _pinned(piece)
-            turn.tensor[at : at + rows].view(source.dtype).copy_(source, non_blocking=True)
-            at += rows
+            room = turn.tensor[at : at + len(piece)]
+            if isinstance(piece, DeviceRows):
+                piece.copy_to(room.data_ptr(), self._stream.cuda_stream)
+            else:
+                source = _pinned(piece)
+                room.view(source.dtype).copy_(source, non_blocking=True)
+            at += len(piece)
         return turn.tensor[:at]
 
     def _take_turn(self, key: tuple[str, torch.dtype, tuple[int, ...]], rows: int) -> _Turn:
@@ -189,23 +202,40 @@ def begin(fed: Fed, device: str) -> torch.cuda.Event:
     return begun
 
 
+class Exports(Protocol):
+    """Takes columns of a batch that stay in device memory, for stages on other devices."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceRows | None:
+        """Room for a column of this name, shape `[N, ...]` and dtype; None where it is to go to the host."""
+        ...
+
+    def copy_in(self, rows: DeviceRows, address: int, stream: int) -> None:
+        """Starts the copy from an address of this device into rows that it gave room for."""
+        ...
+
+
 class Departure:
-    """What a forward made, on its way to the host. `arrived()` waits for it.
+    """What a forward made, on its way to the host, or to where it stays on the device. `arrived()` waits for it.
 
     Args:
         stage: the stage's name, for errors.
         outputs: what `forward` returned: columns, or an Expand of such.
         device: of the stage.
         begun: the event before the forward, as `begin` recorded it.
+        exports: what may stay on the device; None for nothing.
     """
 
-    def __init__(self, stage: str, outputs: object, device: str, begun: torch.cuda.Event) -> None:
+    def __init__(
+        self, stage: str, outputs: object, device: str, begun: torch.cuda.Event, exports: Exports | None = None
+    ) -> None:
         self.begun = begun
         self.ended = _event(timing=True)
         self._outputs = outputs
         columns = outputs.columns if isinstance(outputs, Expand) else outputs
         # What is no mapping is reported where all outputs are checked.
-        self._moved = {n: _depart(stage, n, c) for n, c in columns.items()} if isinstance(columns, Mapping) else None
+        self._moved = None
+        if isinstance(columns, Mapping):
+            self._moved = {n: _depart(stage, n, c, exports) for n, c in columns.items()}
         self.ended.record(torch.cuda.current_stream(torch.device(device)))
 
     def idle_s(self, before: Departure | None) -> float:
@@ -218,13 +248,29 @@ class Departure:
         Raises what CUDA reports of the forward or the copies.
         """
         self.ended.synchronize()
-        if self._moved is None:
-            return self._outputs
-        columns = {name: host_value(value) for name, value in self._moved.items()}
-        return replace(self._outputs, columns=columns) if isinstance(self._outputs, Expand) else columns
+        # Its events are asked about later; what it made must not live that long.
+        outputs, moved, self._outputs, self._moved = self._outputs, self._moved, None, None
+        if moved is None:
+            return outputs
+        columns = {name: host_value(value) for name, value in moved.items()}
+        return replace(outputs, columns=columns) if isinstance(outputs, Expand) else columns
 
 
-def _depart(stage: str, name: str, value: Any) -> Any:
+def _export(stage: str, name: str, value: Any, exports: Exports | None) -> DeviceRows | None:
+    """The column where it stays, once the copy to there is started; None where it goes to the host."""
+    if exports is None or not isinstance(value, torch.Tensor) or not value.is_cuda or not value.ndim:
+        return None
+    tensor = dense(stage, name, value).contiguous()
+    rows = exports(name, tuple(tensor.shape), numpy_dtype(tensor.dtype))
+    if rows is not None:
+        exports.copy_in(rows, tensor.data_ptr(), torch.cuda.current_stream(tensor.device).cuda_stream)
+    return rows
+
+
+def _depart(stage: str, name: str, value: Any, exports: Exports | None) -> Any:
+    rows = _export(stage, name, value, exports)
+    if rows is not None:
+        return rows
     if isinstance(value, np.ndarray):
         return value.copy()  # the stage may use its own buffer again at its next call
     if isinstance(value, list | tuple):

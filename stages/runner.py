@@ -25,7 +25,7 @@ from torchrelay.stages.stage import Stage, StageContext
 from torchrelay.stages.warm_up import Unknown, row_buckets, shapes_of, table_of
 
 if TYPE_CHECKING:
-    from torchrelay.stages.feeding import Departure, Fed, Feeder
+    from torchrelay.stages.feeding import Departure, Exports, Fed, Feeder
     from torchrelay.stages.torch_stage import TorchStage
 
 __all__ = ["Launched", "Prepared", "Runner", "make_runner"]
@@ -103,6 +103,11 @@ class Runner:
     def members(self) -> Sequence[Runner]:
         """The stages that it runs one behind the other: itself, unless several are fused."""
         return (self,)
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether its batches are brought to its device."""
+        return takes_tensors(self.stage)
 
     def behind(self, passed: int) -> Runner:
         """What runs jobs that passed so many of its members."""
@@ -234,15 +239,18 @@ class Runner:
                 batch = self.stage.tensors(batch, self._device)
             return Prepared(rows, batch)
 
-    def launch(self, prepared: Prepared) -> Launched:
-        """Run the stage on it; a GPU may still be computing when this returns. Raises whatever `forward` raised."""
+    def launch(self, prepared: Prepared, exports: Exports | None = None) -> Launched:
+        """Run the stage on it; a GPU may still be computing when this returns. Raises whatever `forward` raised.
+
+        `exports` takes columns that need not come to the host.
+        """
         rows, batch, fed = prepared.rows, prepared.batch, prepared.fed
         if batch is None:
             nothing = np.zeros(0, np.int64) if self._expands else None
             return Launched([Made(empty_outputs(self._outputs), nothing) for _ in rows])
         with self._watched(self.name):
             if fed is not None and takes_tensors(self.stage):
-                return self._launch_fed(rows, batch, fed, self.stage)
+                return self._launch_fed(rows, batch, fed, self.stage, exports)
             outputs = self.stage.infer(batch) if takes_tensors(self.stage) else self.stage.forward(batch)
             made = self._split(outputs, rows, batch)
         # The stage may use its own buffers again while these are on their way.
@@ -251,14 +259,17 @@ class Runner:
     def _split(self, outputs: object, rows: Sequence[int], batch: Batch) -> list[Made]:
         return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
 
-    def _launch_fed(self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TensorStage) -> Launched:
+    def _launch_fed(
+        self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TensorStage, exports: Exports | None
+    ) -> Launched:
         from torchrelay.stages.feeding import Departure, begin
 
         ended: Any = None
         try:
             begun = begin(fed, self._device)
             outputs = stage.infer(batch)
-            departure = Departure(self.name, outputs, self._device, begun)
+            # Rows that were rejected are taken out of the columns, which is done on the host.
+            departure = Departure(self.name, outputs, self._device, begun, None if batch.rejected else exports)
             ended = departure.ended
             return Launched(None, departure, lambda outputs: self._split(outputs, rows, batch))
         finally:

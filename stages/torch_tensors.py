@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "carried",
+    "dense",
     "host_array",
     "host_value",
     "join_tensors",
+    "numpy_dtype",
     "numpy_outputs",
     "private",
     "real",
@@ -261,8 +263,14 @@ def stand_ins(stage_name: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _zero(dtype: torch.dtype) -> np.ndarray:
+    return np.zeros((), numpy_dtype(dtype))
+
+
+@cache
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The dtype of an array over a tensor that `dense` let pass."""
     ours = _TO_NUMPY.get(dtype)
-    return np.zeros((), torch.empty(0, dtype=dtype).numpy().dtype if ours is None else ours)
+    return torch.empty(0, dtype=dtype).numpy().dtype if ours is None else ours
 
 
 def real(value: Any, standing: Any, checked: Any) -> Any:

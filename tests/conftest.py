@@ -198,7 +198,13 @@ class Workers:
         self.fleets: list[object] = []
 
     def start(
-        self, path: Path, *, stage: str | None = None, lease_ms: int = 15_000, ready_s: float = 30.0
+        self,
+        path: Path,
+        *,
+        stage: str | None = None,
+        lease_ms: int = 15_000,
+        ready_s: float = 30.0,
+        device: str = "auto",
     ) -> list[Supervisor]:
         """Starts one worker per stage (or of one stage), and waits until they are ready."""
         from torchrelay.up import Fleet
@@ -208,7 +214,7 @@ class Workers:
             fleet = Fleet(self._url, self._namespace, allow_cpu=True)
         finally:
             del os.environ["TORCHRELAY_LEASE_MS"]
-        fleet.add(Pipeline.load(path), stage=stage)
+        fleet.add(Pipeline.load(path), stage=stage, device=device)
         self._stack.enter_context(fleet)
         await_ready(fleet, ready_s)
         return fleet.supervisors

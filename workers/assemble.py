@@ -12,6 +12,7 @@ from typing import Any, Generic
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph, Node, is_runs
 from torchrelay.config.ragged import take_rows
@@ -57,7 +58,7 @@ class _Parsed(Generic[J]):
 
 _MAX_WHY = 1000
 _WHEN, _BEFORE = "?", "<"  # beside the stage's own names, among what is read of a job
-_Bytes = bytes | memoryview
+_Bytes = bytes | memoryview | DeviceRows
 _Fetch = Callable[[Sequence[tuple[J, Ref]]], Sequence[_Bytes | None]]
 
 
@@ -400,7 +401,8 @@ def in_order(columns: dict[str, Packed], output: Iterable[str] | None) -> dict[s
 
 
 def _value(packed: Packed, fetched: Mapping[Ref, _Bytes | None]) -> Any:
-    return codec.decode((packed if isinstance(packed, bytes) else fetched[packed]) or b"")
+    found = packed if isinstance(packed, bytes) else fetched[packed]
+    return found if isinstance(found, DeviceRows) else codec.decode(found or b"")
 
 
 def _carried(why: Rejection) -> tuple[str, str, int]:

@@ -13,6 +13,7 @@ from typing import Any, Generic
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
@@ -218,6 +219,10 @@ def _lengths(column: Column, axis: int) -> Lengths:
     """Per row, its length along an axis, or the number itself where a row is one."""
     if isinstance(column, RaggedRows):
         return column.sizes(min(axis, column.row_ndim - 1))
+    if isinstance(column, DeviceRows) and column.ndim == 1:
+        column = np.asarray(column)
+    if isinstance(column, DeviceRows):
+        return np.full(len(column), column.shape[1 + min(axis, column.ndim - 2)], np.int64)
     if isinstance(column, np.ndarray) and column.dtype != object:
         if column.ndim > 1:
             return np.full(len(column), column.shape[1 + min(axis, column.ndim - 2)], np.int64)

@@ -44,7 +44,7 @@ from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.run_stages import StillHeld, run_stage
 from torchrelay.workers.stop import Stop
-from torchrelay.workers.storage import SharedMemory
+from torchrelay.workers.storage import Ends, SharedMemory
 
 log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER, EXIT_DEVICE = range(7)
@@ -72,6 +72,7 @@ class Orders:
     log: Literal["text", "json"]
     arena_bytes: int
     arena_dir: str
+    device_arena_bytes: int
 
     def encode(self) -> str:
         return json.dumps(asdict(self)) + "\n"
@@ -156,9 +157,16 @@ def serve(orders: Orders, stop: Stop) -> None:
         runner.behind(passed).on_device_lost = _end_at_once
     try:
         log.info("ready on %s", device)
-        settings = Settings(namespace=orders.namespace, arena_bytes=orders.arena_bytes, arena_dir=orders.arena_dir)
+        settings = Settings(
+            namespace=orders.namespace,
+            arena_bytes=orders.arena_bytes,
+            arena_dir=orders.arena_dir,
+            device_arena_bytes=orders.device_arena_bytes,
+        )
         ahead = spec.batch.ahead if spec.batch.ahead is not None else _AHEAD.get(device.partition(":")[0], 0)
-        memory = SharedMemory.open(registry, settings, pinned_for=device if ahead else "")
+        # Only the overlapped loop knows how to copy from another device, and to leave columns on its own.
+        ends = Ends(reads=runner.takes_tensors and group.follows_device(), writes=group.stages[-1].handoff == "device")
+        memory = SharedMemory.open(registry, settings, pinned_for=device if ahead else "", ends=ends)
         around = Surroundings(context, client, page, memory, stop)
         # What was loaded stays for good: each full collection would look through all of it again, for every few jobs.
         gc.collect()

@@ -1,34 +1,40 @@
 """Which blocks of shared memory each job in hand reads and has had written, until the server settles the job.
 
 A commit that was accepted releases what the job read and publishes what was made of it; anything else lets go of the
-former and frees the latter.
+former and frees the latter. What was made on a device is lost with this process: then what the job read is released
+only when its readers have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.arena.writer import ArenaWriter
 from torchrelay.queues.job import Place
 from torchrelay.workers.claimer import Held
+from torchrelay.workers.device_importer import DeviceImporter
 
 
 class Read(NamedTuple):
-    """A block that a job reads: by which edges, which node made it, and whether its bytes are in Redis too."""
+    """A block that a job reads: by which edges, which node made it, and whether its bytes are in Redis too. `exporter`
+    is who has the bytes on a device, where the block only tells of them."""
 
     place: Place
     edges: tuple[int, ...]
     maker: int
     durable: bool
+    exporter: str = ""
 
 
 @dataclass(slots=True)
 class _InHand:
     read: list[Read] = field(default_factory=list)
     made: list[Place] = field(default_factory=list)
+    on_device: list[Place] = field(default_factory=list)
 
 
 def makers_of(gone: Iterable[Read]) -> int:
@@ -40,12 +46,29 @@ def makers_of(gone: Iterable[Read]) -> int:
     return mask
 
 
-class Custody:
-    """Blocks by the grant's fence and the job's token. `reader` and `writer` are None where there is no arena."""
+class _Countdown:
+    """Calls something at its n-th call."""
 
-    def __init__(self, reader: ArenaReader | None, writer: ArenaWriter | None) -> None:
+    def __init__(self, calls: int, at_last: Callable[[], object]) -> None:
+        self._left = calls
+        self._at_last = at_last
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._at_last()
+
+
+class Custody:
+    """Blocks by the grant's fence and the job's token. `reader` and `writer` are None where there is no arena,
+    `importer` where nothing is read from devices."""
+
+    def __init__(
+        self, reader: ArenaReader | None, writer: ArenaWriter | None, importer: DeviceImporter | None = None
+    ) -> None:
         self._reader = reader
         self._writer = writer
+        self._importer = importer
         self._in_hand: dict[tuple[str, bytes], _InHand] = {}
 
     @property
@@ -57,9 +80,12 @@ class Custody:
         """The job reads this block."""
         self._entry(held).read.append(read)
 
-    def makes(self, held: Held, place: Place) -> None:
-        """This block was written for the job's output."""
-        self._entry(held).made.append(place)
+    def makes(self, held: Held, place: Place, *, on_device: bool = False) -> None:
+        """This block was written for the job's output; `on_device`, its bytes are on this worker's device."""
+        entry = self._entry(held)
+        entry.made.append(place)
+        if on_device:
+            entry.on_device.append(place)
 
     def _entry(self, held: Held) -> _InHand:
         return self._in_hand.setdefault((held.fence, held.entry.packed), _InHand())
@@ -69,7 +95,10 @@ class Custody:
         entry = self._in_hand.get((held.fence, held.entry.packed))
         if entry is None or self._reader is None:
             return []
-        return [read for read in entry.read if not self._reader.intact(read.place)]
+        return [read for read in entry.read if not (self._reader.intact(read.place) and self._is_there(read))]
+
+    def _is_there(self, read: Read) -> bool:
+        return not read.exporter or (self._importer is not None and self._importer.is_there(read.exporter))
 
     def settle(self, fence: str, tokens: Sequence[bytes], statuses: str = "") -> None:
         """The server answered: `statuses` has a letter a job, `k` for an accepted commit; '' says that none was."""
@@ -81,14 +110,21 @@ class Custody:
                 self._end(entry, statuses[number : number + 1] == "k")
 
     def _end(self, entry: _InHand, accepted: bool) -> None:
-        if self._reader is not None:
-            for read in entry.read:
-                if accepted and read.edges:
-                    self._reader.release(read.place, *read.edges)
-                else:
-                    self._reader.drop(read.place)
         if self._writer is not None and entry.made:
             self._told(entry.made, accepted)
+        if accepted and entry.on_device and self._writer is not None:
+            self._writer.when_gone(entry.on_device, _Countdown(len(entry.on_device), partial(self._let_go, entry.read)))
+        else:
+            self._let_go(entry.read, accepted=accepted)
+
+    def _let_go(self, reads: Iterable[Read], *, accepted: bool = True) -> None:
+        if self._reader is None:
+            return
+        for read in reads:
+            if accepted and read.edges:
+                self._reader.release(read.place, *read.edges)
+            else:
+                self._reader.drop(read.place)
 
     def _told(self, made: Iterable[Place], accepted: bool) -> None:
         assert self._writer is not None  # nothing is made without one

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from torchrelay.config.columns import Column
 from torchrelay.config.graph import Graph, Node
 from torchrelay.queues import wire
-from torchrelay.queues.codec import Message, join
+from torchrelay.queues.codec import HostMessage, join
 from torchrelay.queues.job import is_hidden
 
 
@@ -31,7 +31,7 @@ class Edge:
         dtype = self._wire.dtype
         return column if dtype is None or self._in_result(name) else wire.narrow(column, dtype)
 
-    def compressed(self, name: str, message: Message) -> Message:
+    def compressed(self, name: str, message: HostMessage) -> HostMessage:
         """What is written to Redis for this column; shared memory is faster than any compression."""
         if self._wire.compress is None or is_hidden(name) or self._in_result(name):
             return message

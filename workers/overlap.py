@@ -22,6 +22,7 @@ from torchrelay.stages.faults import is_out_of_memory, let_go
 from torchrelay.stages.runner import Launched, Prepared, Runner
 from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
+from torchrelay.workers.column_exports import ColumnExports
 from torchrelay.workers.compute import Failed, GivenUp, Outcome, compute, judged
 from torchrelay.workers.handoff import Handoff
 from torchrelay.workers.intake import Intake, Taken
@@ -35,6 +36,8 @@ _LEAVING = 8
 _SWITCH_S = 0.0002
 _JOIN_S = 0.005
 _IDLE_S = 0.5
+# How long a worker that ends waits for those that copy from its device.
+_HAND_OVER_S = 5.0
 
 Works = list[Work[Held]]
 
@@ -96,12 +99,17 @@ class OverlappedLoop:
         self._runner = runner
         self._parts = Parts(around, threads=True)
         self._meter = Meter(self._parts)
+        self._exports = ColumnExports.of(around.context, around.memory, self._parts.storage)
         self._ready: Handoff[_Batch] = Handoff(ahead)
         self._leaving: Handoff[_Leaving] = Handoff(_LEAVING)
         # How many batches may be launched and not finished.
         self._room = threading.Semaphore(LAUNCHED)
         self._error: BaseException | None = None
         self._finished_at = 0.0
+        self.threads = [
+            threading.Thread(target=self._guarded, args=(side,), name=f"torchrelay-{name}", daemon=True)
+            for name, side in (("input", self._take_in), ("output", self._let_out))
+        ]
 
     def run(self) -> None:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
@@ -111,11 +119,7 @@ class OverlappedLoop:
         self._runner.overlap()
         parts.load_scripts()
         parts.status.report()
-        threads = [
-            threading.Thread(target=self._guarded, args=(side,), name=f"torchrelay-{name}", daemon=True)
-            for name, side in (("input", self._take_in), ("output", self._let_out))
-        ]
-        for thread in threads:
+        for thread in self.threads:
             thread.start()
         try:
             self._guarded(self._drive)
@@ -123,10 +127,11 @@ class OverlappedLoop:
                 parts.status.none_running()
             while (left := self._ready.get(0.0)) is not None:
                 self._give_up(left)  # the input thread may be waiting for its place on the device
-            for thread in threads:
+            for thread in self.threads:
                 thread.join()
             if self._error is not None:
                 raise self._error
+            self._around.memory.hand_over(_HAND_OVER_S)
         finally:
             parts.close()
 
@@ -238,7 +243,8 @@ class OverlappedLoop:
         batch.number = status.started(batch.jobs)
         batch.started_at = time.monotonic()
         try:
-            batch.launched = self._runner_of(batch.works).launch(prepared)
+            exports = None if self._exports is None else self._exports.batch(batch.parts)
+            batch.launched = self._runner_of(batch.works).launch(prepared, exports)
         except _FAULTS as error:
             batch.failed(error)
         if batch.launched is None:

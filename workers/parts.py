@@ -48,7 +48,8 @@ class Parts:
         self.around = around
         self.claims = Channel(around.client, until=around.stopping)
         self.commits = Channel(around.client) if threads else self.claims
-        self.custody = Custody(around.memory.reader, around.memory.placer.writer)
+        memory = around.memory
+        self.custody = Custody(memory.reader, memory.placer.writer, memory.importer)
         # Each thread numbers its own operations.
         committing = Session(f"{context.incarnation}o") if threads else session
         self.committer = Committer(context, self.commits, committing, self.custody.settle)
@@ -62,10 +63,11 @@ class Parts:
             around.page,
             # In this order: a grant that is opened meanwhile is on both lists, and never on none.
             lambda: (*self.claimer.asked_fences, *self.committer.fences),
-            around.memory.moved,
+            memory.moved,
             lambda: self.committer.failures,
+            memory.gpus,
         )
-        around.memory.placer.before_waiting = partial(self.committer.flush, everything=True)
+        memory.placer.before_waiting = partial(self.committer.flush, everything=True)
         self._loaded_at = -1
 
     def _assembler(self, entrance: NodeContext) -> Assembler[Held]:
@@ -111,6 +113,7 @@ class Parts:
         if self.commits is not self.claims:
             self.commits.close()
         self.custody.close()
+        self.around.memory.close()
 
 
 class Meter:

@@ -13,11 +13,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = struct.Struct("<QddQQQddQII5Q")
+_HEAD = struct.Struct("<QddQQQddQIII6Q")
 _SEQUENCE = struct.Struct("<Q")
 PAGE_BYTES = 65536
 # What one job may add: its entry, and a fence when it was granted alone.
 _BYTES_PER_JOB = 48
+_MOST_GPUS = 64
 
 LOADING, READY, DRAINING = 0, 1, 2
 STATES = ("loading", "ready", "draining")
@@ -28,7 +29,8 @@ class Progress:
     """`forward_since` is time.monotonic() from which on a forward is waited for, 0 while none is.
 
     `started` holds the packed entries of all forwards under way, `fences` the grants in hand, `moved` bytes of columns
-    in the order of `placement.MOVED`, `idle_s` how long a GPU stood still between forwards, as its own events say.
+    in the order of `placement.MOVED`, `idle_s` how long a GPU stood still between forwards, as its own events say,
+    `gpus` the devices from which it copies.
     """
 
     state: int = LOADING
@@ -41,8 +43,9 @@ class Progress:
     failures: int = 0
     fences: tuple[str, ...] = ()
     started: bytes = b""
-    moved: tuple[int, ...] = (0, 0, 0, 0, 0)
+    moved: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     idle_s: float = 0.0
+    gpus: tuple[int, ...] = ()
 
 
 class ProgressPage:
@@ -77,9 +80,10 @@ class ProgressPage:
             p.failures,
             len(fences),
             len(p.started),
+            len(p.gpus),
             *p.moved,
         )
-        body += fences + p.started
+        body += fences + p.started + struct.pack(f"<{len(p.gpus)}Q", *p.gpus)
         if len(body) + 8 > len(self._map):
             raise ValueError(f"progress of {len(body)} bytes does not fit its page")
         self._sequence += 1
@@ -92,15 +96,20 @@ class ProgressPage:
         """The last whole state. `dead` says that the writer is gone: a state cut off by its death is read as it is."""
         for _ in range(1000):
             before = self._map[0:8]
-            *numbers, fences_length, started_length, m0, m1, m2, m3, m4 = _HEAD.unpack_from(self._map, 8)
+            numbers = _HEAD.unpack_from(self._map, 8)
+            fences_length, started_length, gpus = numbers[9:12]
             at = 8 + _HEAD.size
-            data = self._map[at : at + fences_length + started_length]
+            started_at = at + fences_length
+            gpus_at = started_at + started_length
+            fences = self._map[at:started_at]
+            started = self._map[started_at:gpus_at]
+            known = self._map[gpus_at : gpus_at + 8 * min(gpus, _MOST_GPUS)]
             if (before == self._map[0:8] and before[0] % 2 == 0) or dead:
                 break
         else:
             return self._last  # the writer was stopped in the middle of its words
-        state, since, beat, jobs, rows, batches, busy_s, idle_s, failures = numbers
-        fences = data[:fences_length].decode("ascii", "replace")
+        state, since, beat, jobs, rows, batches, busy_s, idle_s, failures = numbers[:9]
+        text = fences.decode("ascii", "replace")
         self._last = Progress(
             min(state, 2),
             since,
@@ -110,10 +119,11 @@ class ProgressPage:
             batches,
             busy_s,
             failures,
-            tuple(fences.split(",")) if fences else (),
-            data[fences_length:],
-            (m0, m1, m2, m3, m4),
+            tuple(text.split(",")) if text else (),
+            started,
+            numbers[12:],
             idle_s,
+            struct.unpack(f"<{len(known) // 8}Q", known[: len(known) // 8 * 8]),
         )
         return self._last
 

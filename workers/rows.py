@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.device_rows import DeviceRows, on_host
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import DecodeError
 from torchrelay.workers.work import Index
@@ -14,10 +15,10 @@ from torchrelay.workers.work import Index
 
 def spread_rows(column: Column, kept: Index, total: int, before: Column | None, *, nulls: bool) -> Column:
     """A column of `total` rows with the given ones at `kept`; the others have the value before, else null or zeros."""
-    base: Any = before
+    column, base = on_host(column), on_host(before)
     if isinstance(column, np.ndarray):
         row = column.shape[1:]
-        if before is None and not nulls:
+        if base is None and not nulls:
             base = np.zeros((total, *row), column.dtype)
         if isinstance(base, np.ndarray) and base.dtype == column.dtype and base.shape[1:] == row:
             whole = base.copy()
@@ -36,11 +37,12 @@ def spread_rows(column: Column, kept: Index, total: int, before: Column | None, 
 
 def is_column(value: object) -> bool:
     """Whether it has one value per row."""
-    return type(value) in (list, RaggedRows) or (type(value) is np.ndarray and value.ndim > 0)
+    return type(value) in (list, RaggedRows, DeviceRows) or (type(value) is np.ndarray and value.ndim > 0)
 
 
 def truth(column: Column) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which rows a column of `when` lets in; raises DecodeError for arrays, which are neither."""
+    column = on_host(column)
     if isinstance(column, np.ndarray):
         if column.ndim != 1:
             raise DecodeError("the column of `when` holds arrays, which are neither true nor false")

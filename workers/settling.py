@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from torchrelay.errors import BytesLost
-from torchrelay.queues.codec import Message
+from torchrelay.queues.codec import HostMessage
 from torchrelay.queues.job import Failure
 from torchrelay.queues.transitions import Output
 from torchrelay.workers.assemble import Assembler
@@ -57,7 +57,7 @@ class Settler:
     def settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
         """Writes the group's blobs in one go, then commits its jobs; charges those that failed."""
         later: list[tuple[Held, Output]] = []
-        blobs: dict[int, dict[str, Message]] = {}
+        blobs: dict[int, dict[str, HostMessage]] = {}
         failed: list[Charge] = []
         given_up: list[Held] = []
         lost: list[tuple[Held, int]] = []

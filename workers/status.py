@@ -20,6 +20,7 @@ class Status:
         fences: the grants in hand.
         moved: bytes of columns by where they went.
         failures: jobs charged so far.
+        gpus: the devices from which this worker copies.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class Status:
         fences: Callable[[], Iterable[str]],
         moved: Callable[[], tuple[int, ...]],
         failures: Callable[[], int],
+        gpus: Callable[[], tuple[int, ...]] = tuple,
     ) -> None:
         self._page = page
         self._fences = fences
         self._moved = moved
         self._failures = failures
+        self._gpus = gpus
         self._lock = threading.Lock()
         self._numbers = count()
         # Forwards under way, oldest first: their packed entries.
@@ -129,5 +132,6 @@ class Status:
                 fences=tuple(self._fences()),
                 started=b"".join(self._entries()),
                 moved=self._moved(),
+                gpus=self._gpus(),
             )
         )

@@ -228,6 +228,7 @@ class Supervisor:
             log=self._settings.log,
             arena_bytes=self._settings.arena_bytes,
             arena_dir=self._settings.arena_dir,
+            device_arena_bytes=self._settings.device_arena_bytes,
         )
         command = [sys.executable, "-m", "torchrelay.workers.child"]
         stderr = None if self._output is None else subprocess.PIPE
@@ -325,6 +326,7 @@ class Supervisor:
             host_id="" if self._home is None else host_text(self._home.host),
             device_idle_s=round(progress.idle_s, 3),
             moved=dict(zip(MOVED, progress.moved, strict=True)),
+            gpus=[host_text(gpu) for gpu in progress.gpus],
         )
         try:
             self._registry.beat(report, leave=state == "gone")

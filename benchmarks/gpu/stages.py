@@ -42,3 +42,28 @@ class ClassifyText(Classify):
     def forward(self, batch: Batch) -> dict[str, Any]:
         label, score = self.model(batch["tokens"], batch.lengths["tokens"])
         return {"label": label, "score": score}
+
+
+class MakeWide(TorchStage):
+    """A tensor as large as the column is declared, whose first byte is the seed."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def build(self, context: StageContext) -> nn.Module:
+        self._wide = torch.zeros(1, self.nbytes, dtype=torch.uint8, device=self.device)
+        return nn.Identity()
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        self._wide[0, 0] = batch["seed"][0]
+        return {"wide": self._wide}
+
+
+class UseWide(TorchStage):
+    """The first byte of each row."""
+
+    def build(self, context: StageContext) -> nn.Module:
+        return nn.Identity()
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        return {"first": batch["wide"][:, 0].long()}

@@ -4,7 +4,8 @@ A host is a boot of a machine *and* one /dev/shm: containers share the former an
 digest of the boot id, the device number and a random token file. A ref that names another host is never mapped.
 
     <base>/torchrelay-<uid>/host                 the token; the folder has mode 0700, every file 0600
-    <base>/torchrelay-<uid>/<namespace id>/      one folder per namespace; see `segment`, `holds` for its files
+    <base>/torchrelay-<uid>/<namespace id>/      one folder per namespace; see `segment`, `holds` for its files, and
+                                                 `<name>.gpu` says that a worker with device memory for others lives
 
 Imports neither torch nor redis.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from torchrelay.errors import ConfigError
 
+EXPORTER_SUFFIX = ".gpu"
 _TOKEN_BYTES = 32
 ARENA_FREE_PART = 0.1
 """This part of the file system stays free, whatever is asked for."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchrelay.queues.arena.holds import blocks_in_use
-from torchrelay.queues.arena.home import ArenaHome
+from torchrelay.queues.arena.home import EXPORTER_SUFFIX, ArenaHome
+from torchrelay.queues.arena.life import remove_dead
 from torchrelay.queues.arena.pool import BlockPool
 from torchrelay.queues.arena.segment import OwnerLock, Segment, remove, segments_in
 from torchrelay.queues.arena.writer import Wanted, forget_unwanted
@@ -55,6 +56,7 @@ class ArenaKeeper:
         for arena, adopted in list(self._adopted.items()):
             self._drain(arena, adopted)
         blocks_in_use(folder)  # the lists of dead readers go
+        remove_dead(folder, EXPORTER_SUFFIX)
         _remove_strays(folder)
         _remove_abandoned(folder)
 

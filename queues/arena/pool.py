@@ -6,7 +6,7 @@ Shared by the writer of an arena and by whoever takes over a dead writer's. Not 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ _EDGES = np.arange(MAX_EDGES, dtype=np.uint64)
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One live block. `published`: Redis was told of it, so Redis knows whether it is wanted."""
+    """One live block. `published`: Redis was told of it, so Redis knows whether it is wanted. `keeps` is what must live
+    as long as its bytes may be read; `on_gone` is called when they no longer may."""
 
     part: _Part
     slot: int
@@ -44,6 +45,8 @@ class Block:
     lane: int
     made_ms: int
     published: bool = False
+    keeps: object = None
+    on_gone: Callable[[], object] | None = None
 
     @property
     def offset(self) -> int:
@@ -154,6 +157,9 @@ class BlockPool:
     def _give(self, block: Block) -> None:
         block.part.space.give(block.first_page, block.pages)
         block.part.free_slots.append(block.slot)
+        block.keeps = None
+        if block.on_gone is not None:
+            block.on_gone()
 
     def collect(self) -> int:
         """Frees blocks that every reader released, and those in limbo that nobody uses now. Returns how many."""

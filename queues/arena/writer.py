@@ -29,7 +29,7 @@ from torchrelay.queues.arena.segment import (
     Segment,
 )
 from torchrelay.queues.arena.space import PAGE_BYTES
-from torchrelay.queues.codec import Message, copy_into
+from torchrelay.queues.codec import HostMessage, copy_into
 from torchrelay.queues.job import Place
 from torchrelay.queues.keys import new_token
 
@@ -66,6 +66,7 @@ class ArenaWriter:
         self._limits = limits
         self._wanted = wanted
         self._pool = BlockPool(home.folder)
+        self._renounced: list[BlockPool] = []
         self._lock = threading.Lock()
         self._arena = ""
         self._owner: OwnerLock | None = None
@@ -89,7 +90,9 @@ class ArenaWriter:
         """The largest block that can ever be placed."""
         return min(self._limits.segment_bytes, self._limits.nbytes) - 4096
 
-    def put(self, name: str, lane: int, message: Message, edges: int, *, cache: bool = False) -> Place | None:
+    def put(
+        self, name: str, lane: int, message: HostMessage, edges: int, *, cache: bool = False, keeps: object = None
+    ) -> Place | None:
         """Copies a message into a new block; None where there is no room now, or it is too large for ever.
 
         Args:
@@ -98,6 +101,7 @@ class ArenaWriter:
             message: what `codec.message` made.
             edges: how many nodes will read and release it, 0 to 8.
             cache: whether Redis holds the same bytes: such a block may go whenever nobody is reading it.
+            keeps: what the message refers to; the block holds on to it.
         """
         tail, nbytes = name.encode(), len(message)
         if edges > MAX_EDGES or len(tail) > MAX_NAME_BYTES or nbytes + len(tail) > self.max_bytes:
@@ -109,7 +113,7 @@ class ArenaWriter:
             if block is None:
                 return None
             block.kind = KIND_CACHE if cache else KIND_ONLY
-            block.lane, block.nbytes = lane, nbytes
+            block.lane, block.nbytes, block.keeps = lane, nbytes, keeps
             segment, offset = block.part.segment, block.offset
             words, at = segment.words, block.slot * SLOT_WORDS
             words[at + 1] = WRITING | block.kind << 8 | edges << 16
@@ -134,6 +138,31 @@ class ArenaWriter:
         with self._lock:
             for block in self._mine(places):
                 block.published = True
+
+    def collect(self) -> int:
+        """Takes back what its readers released; returns how many blocks."""
+        with self._lock:
+            return self._pool.collect()
+
+    @property
+    def keeping(self) -> int:
+        """How many blocks refer to something else that must live as long as they do."""
+        with self._lock:
+            return sum(block.keeps is not None for block in self._pool.blocks())
+
+    def when_gone(self, places: Iterable[Place], call: Callable[[], object]) -> None:
+        """Calls it for each of these once nobody may read it any more, at once where that is so already. It must not
+        call this object."""
+        gone = 0
+        with self._lock:
+            for place in places:
+                found = self._mine([place])
+                if found:
+                    found[0].on_gone = call
+                else:
+                    gone += 1
+        for _ in range(gone):
+            call()
 
     def free(self, places: Iterable[Place]) -> None:
         """Nobody was told of these, or what told of them was refused."""
@@ -243,6 +272,8 @@ class ArenaWriter:
         for segment in self._pool.segments():
             segment.unlink(self._home.folder)
         self._owner.give(remove=self._owner.is_there())
+        # Who mapped a block may still read what it keeps.
+        self._renounced.append(self._pool)
         self._owner, self._arena, self._pool = None, "", BlockPool(self._home.folder)
         self._gone = not self._home.is_there()
 

@@ -63,8 +63,15 @@ local function next_refs(refs, added, mask)
 end
 
 -- A linear record is overwritten in place; its last self-contained form is kept beside it as long as it needs one.
+-- Behind a node whose output may be lost with its worker, so is the form before it, as '#p': what that node read stays.
 local function advance_linear(e, rows, payload, added)
   local h = e.h
+  if band(h.flags, F_CHECKPOINT) > 0 then
+    local key, field = extra(e.id, 'p')
+    local before = node.preds[1]
+    if last.volatile and #added > 0 then call('HSET', key, field, e.rec)
+    elseif before > 0 and g.nodes[before].volatile then call('HDEL', key, field) end
+  end
   local mask, derived = bor(h.mask, bits), false
   if #h.refs > 0 or #added > 0 then
     local refs

@@ -109,7 +109,8 @@ local function build(h)
 end
 
 -- The pipeline's graph: {ref, linear, all-mask, nodes}; a node: {key, predecessors' mask, successors, predecessors,
--- ready rows high-water, ready bytes high-water}. Entry nodes have mask 0.
+-- ready rows high-water, ready bytes high-water, 1 where what it makes may be lost with its worker}. Entry nodes have
+-- mask 0.
 local graphs = {}
 local function graph(pid)
   local g = graphs[pid]
@@ -120,7 +121,7 @@ local function graph(pid)
     g = {ref = v[1], linear = v[2] == 1, all = v[3], nodes = {}}
     for i, n in ipairs(v[4]) do
       g.nodes[i] = {index = i, bit = 2 ^ (i - 1), key = n[1], needs = n[2], succs = n[3], preds = n[4], max_rows = n[5],
-        max_bytes = n[6]}
+        max_bytes = n[6], volatile = n[7] == 1}
     end
     graphs[pid] = g
   end
@@ -259,7 +260,7 @@ local function drop_extras(g, id, h)
   if band(h.flags, F_KEYED) > 0 then fields[#fields + 1] = tail .. '#k' end
   if band(h.flags, F_HISTORY) > 0 then fields[#fields + 1] = tail .. '#h' end
   if band(h.flags, F_SUBSCRIBED) > 0 then fields[#fields + 1] = tail .. '#s' end
-  if band(h.flags, F_CHECKPOINT) > 0 then fields[#fields + 1] = tail .. '#0' end
+  if band(h.flags, F_CHECKPOINT) > 0 then fields[#fields + 1] = tail .. '#0'; fields[#fields + 1] = tail .. '#p' end
   if not g.linear then for i = 1, #g.nodes do fields[#fields + 1] = tail .. '#' .. i end end
   if #fields > 0 then call('HDEL', T .. 'j:' .. sub(id, 1, 14), unpack(fields)) end
 end

@@ -3,7 +3,8 @@
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] entries  ARGV[4] error (msgpack), for a job that nothing can restart
 -- ARGV[5] '' or per job the mask of the nodes that made what is gone (4 bytes each), 0 where that is unknown: all
--- A linear job restarts from its last self-contained form, whoever made the bytes. A forking one reruns the makers and
+-- A linear job restarts from the form before a node whose output may be lost with its worker, if that is the last that
+-- was done, else from its last self-contained form, whoever made the bytes. A forking one reruns the makers and
 -- every node behind them, and with a node those that were committed together with it (commit.lua): a stage need not
 -- give the same twice, so nothing that was computed from the lost bytes may meet what is computed anew. Other branches keep their outputs and their places; what is held there is stale, and
 -- ready again. If a maker's own input is gone too, its worker finds out and calls again: so the restart walks back.
@@ -36,14 +37,23 @@ local function drop_refs(refs, nodes)
   return table.concat(kept)
 end
 
+-- The form before the last node, where that one was kept, else the last self-contained one.
 local function restart_linear(e)
   local h = e.h
   if band(h.flags, F_CHECKPOINT) == 0 then return false end
-  local key, field = extra(e.id, '0')
-  local c = parse(call('HGET', key, field))
+  local key, field = extra(e.id, 'p')
+  local rec = call('HGET', key, field)
+  local near = rec
+  if not near then
+    key, field = extra(e.id, '0')
+    rec = call('HGET', key, field)
+    h.flags = h.flags - F_CHECKPOINT
+  end
+  local c = parse(rec)
+  local again = near and {}
+  for i, n in ipairs(again and g.nodes or {}) do again[i] = band(c.mask, n.bit) == 0 end
   call('HDEL', key, field)
-  h.flags = h.flags - F_CHECKPOINT
-  h.refs = drop_refs(h.refs)
+  h.refs = drop_refs(h.refs, again)
   h.mask, h.rows, h.bytes, h.payload = c.mask, c.rows, c.bytes, c.payload
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
   h.gen = h.gen + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import msgpack
@@ -45,12 +45,13 @@ WHY = Failure("stage", "ValueError", "it broke")
 PLENTY = (10**6, 10**9)
 
 
-def graph_of(preds: dict[str, tuple[int, ...]]) -> Graph:
+def graph_of(preds: dict[str, tuple[int, ...]], volatile: Collection[str] = ()) -> Graph:
     """A graph of nodes, each with the numbers of its predecessors (0 is the input)."""
     nodes = []
     for index, (name, before) in enumerate(preds.items(), 1):
         after = tuple(i for i, p in enumerate(preds.values(), 1) if index in p)
-        nodes.append(Node(index, name, before, after, None, {}, None))
+        kept_for = sum(1 << (i - 1) for i in after) if name in volatile else 0
+        nodes.append(Node(index, name, before, after, None, {}, None, kept_for=kept_for))
     return Graph(tuple(nodes), None, {})
 
 
@@ -144,10 +145,17 @@ class Lane:
     def run(self, call: Any) -> Any:
         return self.channel.run(call)
 
-    def define(self, shape: dict[str, tuple[int, ...]], *, marks: dict[str, tuple[int, int]] | None = None) -> int:
-        """Makes a pipeline known and returns its number; `marks` by node's name."""
+    def define(
+        self,
+        shape: dict[str, tuple[int, ...]],
+        *,
+        marks: dict[str, tuple[int, int]] | None = None,
+        volatile: Collection[str] = (),
+    ) -> int:
+        """Makes a pipeline known and returns its number; `marks` by node's name. What `volatile` nodes make may be lost
+        with their workers."""
         number = len(self.graphs) + 1
-        self.graphs[number], self.refs[number] = graph_of(shape), f"p{number}@v"
+        self.graphs[number], self.refs[number] = graph_of(shape, volatile), f"p{number}@v"
         self.mark(number, marks or {})
         return number
 
@@ -331,6 +339,8 @@ class Audit:
                     fused.add(str(node.index))  # if it was committed together with that one, it has no entry
             named = {"k": FLAG_KEYED, "h": FLAG_HISTORY, "s": FLAG_SUBSCRIBED, "0": FLAG_CHECKPOINT}
             kept |= {name for name, flag in named.items() if flags & flag}
+            if graph.linear and flags & FLAG_CHECKPOINT and any(n.kept_for and mask & n.bit for n in graph.nodes):
+                kept, fused = kept | {"p"}, fused | {"p"}  # only where there was a longer way back
             extras = self.extras.get(job_id, set())
             assert kept - fused <= extras <= kept, job_id
         assert not ready

@@ -162,6 +162,82 @@ def test_branches_inside_an_expansion_count_their_rows(lane):
     assert committed(lane, pipeline) == [1, 2, 2, 2, 1]
 
 
+def test_what_a_volatile_node_made_is_made_again_from_what_it_read(lane):
+    """A chain goes back by that one node, though its last whole form is the input; what the node read was kept."""
+    chain = lane.define({"a": (0,), "b": (1,), "c": (2,), "d": (3,)}, volatile={"b"})
+    [job] = lane.submit(chain)
+    worker = lane.worker(chain)
+    _, read = advance(lane, worker, 1, B | C, rows=3)
+    first, made = advance(lane, worker, 2, C, rows=5)
+    assert set(lane.blobs()) == {read, made}
+    lane.audit()
+    lose(lane, made)
+    assert worker.lost(worker.claim(3)) == "g"
+    assert places(lane, chain) == [0, 1, 0, 0]
+    lane.audit()
+    again, remade = advance(lane, worker, 2, C, rows=5)
+    assert (again.payloads, again.rows) == (first.payloads, 3)
+    assert set(lane.blobs()) == {read, remade}
+    advance(lane, worker, 3)
+    assert lane.blobs() == {}
+    lane.audit()
+    lane.drain(chain)
+    assert committed(lane, chain) == [1, 2, 1, 1]
+    assert (lane.status(job), lane.terminal(job).generation) == ("done", 1)
+
+
+def test_a_restart_behind_a_volatile_node_walks_back_to_the_last_whole_form(lane):
+    """What the node had read is gone as well, with its host: its claim finds that out."""
+    chain = lane.define({"a": (0,), "b": (1,), "c": (2,)}, volatile={"b"})
+    [job] = lane.submit(chain)
+    worker = lane.worker(chain)
+    _, read = advance(lane, worker, 1, B | C)
+    _, made = advance(lane, worker, 2, C)
+    lose(lane, made, read)
+    assert worker.lost(worker.claim(3)) == "g"
+    assert worker.lost(worker.claim(2)) == "g"
+    assert places(lane, chain) == [1, 0, 0]
+    lane.audit()
+    lane.drain(chain)
+    assert committed(lane, chain) == [2, 2, 1]
+    assert (lane.status(job), lane.terminal(job).generation) == ("done", 2)
+
+
+def test_a_volatile_node_behind_the_input_needs_no_other_form(lane):
+    """Its own input is the last whole form; later nodes go back there, as ever."""
+    chain = lane.define({"a": (0,), "b": (1,), "c": (2,)}, volatile={"a"})
+    [job] = lane.submit(chain)
+    worker = lane.worker(chain)
+    _, made = advance(lane, worker, 1, B)
+    lose(lane, made)
+    assert worker.lost(worker.claim(2)) == "g"
+    assert places(lane, chain) == [1, 0, 0]
+    _, made = advance(lane, worker, 1, B | C)
+    _, other = advance(lane, worker, 2, C)
+    lose(lane, made, other)
+    assert worker.lost(worker.claim(3)) == "g"
+    assert places(lane, chain) == [1, 0, 0]
+    lane.audit()
+    lane.drain(chain)
+    assert lane.status(job) == "done"
+
+
+def test_jobs_that_end_behind_a_volatile_node_leave_nothing(lane):
+    """Cancelled, failed or buried: no form of them stays."""
+    chain = lane.define({"a": (0,), "b": (1,), "c": (2,)}, volatile={"b"})
+    jobs = lane.submit(chain, 2)
+    worker = lane.worker(chain)
+    for _ in jobs:
+        advance(lane, worker, 1, B | C)
+        advance(lane, worker, 2, C)
+    lane.run(lane.t.cancel([jobs[0]]))
+    for _ in range(3):
+        lane.until(lambda: lane.ready(chain, 3))
+        worker.fail(worker.claim(3), 3)
+    assert [lane.status(job) for job in jobs] == ["cancelled", "failed"]
+    lane.audit()
+
+
 def test_two_makers_of_several_jobs_in_one_call(lane, diamond):
     """Each job has a mask of its own; two lost branches leave only what they started from."""
     lane.submit(diamond, 3)

@@ -13,12 +13,16 @@ from typing import Any
 import redis
 
 from tests.conftest import wait_until
+from tests.workers.fake_gpu import FakeGpu
 from torchrelay import JobFuture
 from torchrelay.config import Pipeline, Settings
 from torchrelay.queues.keys import new_token
+from torchrelay.queues.placement import open_home
 from torchrelay.queues.registry import Registry
 from torchrelay.stages import Stage
 from torchrelay.stages.runner import Launched, Prepared, Runner
+from torchrelay.workers.device_exporter import DeviceExporter
+from torchrelay.workers.device_importer import DeviceImporter
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
@@ -66,7 +70,7 @@ class Device(Runner):
         super().__init__(stage, "work")
         self.computes = computes
 
-    def launch(self, prepared: Prepared) -> Launched:
+    def launch(self, prepared: Prepared, exports: Any = None) -> Launched:
         made = super().launch(prepared).made
 
         def arrived() -> object:
@@ -77,18 +81,35 @@ class Device(Runner):
 
 
 class InProcess:
-    """One worker's loop. `stop()` drains it; `error` is what ended it."""
+    """One worker's loop, of the stage of this number. `stop()` drains it; `error` is what ended it. With a `gpu` it
+    hands columns over on that device, within `settings`."""
 
-    def __init__(self, registry: Registry, url: str, path: Path, runner: Runner, ahead: int = 2) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        url: str,
+        path: Path,
+        runner: Runner,
+        ahead: int = 2,
+        *,
+        stage: int = 0,
+        gpu: FakeGpu | None = None,
+        **settings: Any,
+    ) -> None:
         pipeline = Pipeline.load(path)
         number = registry.register(pipeline).number
         self.incarnation = new_token(8)
-        context = NodeContext(
-            pipeline, number, pipeline.groups[0], registry.lanes, self.incarnation, "in-process", lease_ms=15_000
-        )
+        group = pipeline.groups[stage]
+        context = NodeContext(pipeline, number, group, registry.lanes, self.incarnation, "in-process", lease_ms=15_000)
         self.client = redis.Redis.from_url(url)
         self.page = ProgressPage.create(10_000)
-        self.memory = SharedMemory.open(registry, Settings(redis_url=url, namespace=registry.control.namespace))
+        mine = Settings(redis_url=url, namespace=registry.control.namespace, **settings)
+        self.memory = SharedMemory.open(registry, mine)
+        home = open_home(registry, mine)
+        if gpu is not None and home is not None:
+            self.memory.importer = DeviceImporter(gpu, home.folder)
+            if group.stages[-1].handoff == "device":
+                self.memory.exporter = DeviceExporter(gpu, home.folder, mine.device_arena_bytes)
         self.stopping = Stop()
         self.loop = OverlappedLoop(
             Surroundings(context, self.client, self.page, self.memory, self.stopping), runner, ahead
@@ -124,12 +145,10 @@ class InProcess:
         assert self.parts.committer.fences == ()
 
     def ended(self, timeout_s: float = 10.0) -> None:
-        """Waits for its end, and for that of its threads."""
+        """Waits for its end, and for that of the threads that it started."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), _stacks()
-        wait_until(
-            lambda: not [t for t in threading.enumerate() if t.name in ("torchrelay-input", "torchrelay-output")]
-        )
+        wait_until(lambda: not any(t.is_alive() for t in self.loop.threads))
         assert (self.progress.started, self.progress.forward_since) == (b"", 0.0)
         self.page.close(unlink=True)
         self.client.close()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from torchrelay.queues.placement import MOVED
 from torchrelay.stages import Stage
 from torchrelay.stages.runner import Runner
 from torchrelay.workers.handoff import Handoff
@@ -30,7 +31,7 @@ def page() -> Any:
 
 @pytest.fixture
 def status(page: ProgressPage) -> Status:
-    return Status(page, lambda: ("f-1",), lambda: (0,) * 5, lambda: 0)
+    return Status(page, lambda: ("f-1",), lambda: (0,) * len(MOVED), lambda: 0)
 
 
 def test_a_closed_handoff_wakes_both_sides_and_keeps_what_is_there() -> None:
