@@ -125,3 +125,21 @@ def test_a_job_has_room_for_so_many_stages(load: Load) -> None:
     stages = ", ".join(f"{{name: s{i}, use: 's.py:Stage'}}" for i in range(29))
     with pytest.raises(ConfigError, match="at most 28 stages, this one has 29"):
         load(f"pipeline: p\nstages: [{stages}]\n").for_runs()
+
+
+def test_what_stays_on_a_device_can_be_made_again_in_a_run_too(load: Load) -> None:
+    """What such a stage read is kept for the stages behind it; what is written never stays there."""
+    text = """
+pipeline: p
+input: {t: "float32[8]"}
+output: [y]
+stages:
+  - {name: a, use: 's.py:Stage', device: gpu, handoff: device, inputs: [t], outputs: {x: "float32[8]"}}
+  - {name: b, use: 's.py:Stage', device: gpu, inputs: [x], outputs: {y: "float32[8]"}}
+"""
+    base, (_, graph) = load(text), twin(load, text)
+    a, b, read, _ = graph.nodes
+    assert (a.kept_for, b.kept_for) == (base.graph.nodes[0].kept_for, 0) == (b.bit, 0)
+    assert graph.holders("t", read.index) == a.bit | b.bit
+    assert base.group_of("b").follows_device()
+    assert graph.consumers("y", b.index) & ~b.kept_for == graph.write.bit
