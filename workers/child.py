@@ -73,6 +73,7 @@ class Orders:
     arena_bytes: int
     arena_dir: str
     device_arena_bytes: int
+    run_writer: str = ""
 
     def encode(self) -> str:
         return json.dumps(asdict(self)) + "\n"
@@ -107,10 +108,10 @@ def _end_at_once(error: BaseException) -> None:
     os._exit(EXIT_DEVICE)
 
 
-def _stage(spec: StageConfig, home: Pipeline, still_held: StillHeld) -> object:
+def _stage(spec: StageConfig, home: Pipeline, still_held: StillHeld, writer: str) -> object:
     """What a stage's entry names; what reads and writes for runs is ours."""
     if is_runs(spec.name):
-        return run_stage(spec.name, home, still_held)
+        return run_stage(spec.name, home, still_held, writer)
     return spec.use and import_use(spec.use, home.base_dir)
 
 
@@ -140,7 +141,7 @@ def serve(orders: Orders, stop: Stop) -> None:
     check_codecs(home.graph, group.last)
     device = pick_device(spec, orders.device)
     still_held = StillHeld(orders.lease_ms)
-    runner = make_group_runner(lambda s: _stage(s, home, still_held), group)
+    runner = make_group_runner(lambda s: _stage(s, home, still_held, orders.run_writer), group)
     runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
     for member, node in zip(runner.members, group.nodes, strict=True):
         member.warm_up(columns_of(home.graph, node))

@@ -42,9 +42,9 @@ class StillHeld:
         return mine and held.entry.packed not in revoked
 
 
-def run_stage(name: str, twin: Pipeline, still_held: StillHeld) -> Stage:
-    """The stage that serves `@read` or `@write` of a run graph."""
+def run_stage(name: str, twin: Pipeline, still_held: StillHeld, writer: str) -> Stage:
+    """The stage that serves `@read` or `@write` of a run graph. `writer`: see `Settings.run_writer`."""
     from torchrelay.workers.run_reading import Read
     from torchrelay.workers.run_writing import Write
 
-    return Read(twin) if name == READ else Write(twin, still_held)
+    return Read(twin) if name == READ else Write(twin, still_held, writer)

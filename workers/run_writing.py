@@ -10,7 +10,7 @@ from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import CHUNK, RESULT, RunGraph, is_runs
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import WriteOptions
-from torchrelay.errors import RetryLater
+from torchrelay.errors import ConfigError, RetryLater, UsageError
 from torchrelay.stages import Batch, Stage, StageContext
 from torchrelay.stages.writing import PartId, PartRows, RowError, open_output, write_part
 from torchrelay.workers.gathering import FAILED, PARTS, FailedRow
@@ -26,13 +26,20 @@ __all__ = ["Write"]
 class Write(Stage):
     """One chunk a call: its columns come whole (`workers.gathering`), and a part's name and counts are returned."""
 
-    def __init__(self, twin: Pipeline, still_held: StillHeld) -> None:
+    def __init__(self, twin: Pipeline, still_held: StillHeld, writer: str) -> None:
+        """`writer` is the one class that may be imported, as `file.py:Writer`."""
+        self._writer = writer
         self._types = cast(RunGraph, twin.graph).written_types
         self._base_dir = twin.base_dir
         self._still_held = still_held
         self._output = lru_cache(8)(self._open)
 
     def _open(self, options: WriteOptions) -> Output:
+        if ":" in options.format and options.format != self._writer:
+            raise ConfigError(
+                f"format {options.format!r:.120} is a class, and workers import none that a job names: start those of "
+                f"@write with TORCHRELAY_RUN_WRITER={options.format:.120}"
+            )
         return open_output(options, self._base_dir)
 
     def load(self, context: StageContext) -> None:
@@ -43,9 +50,13 @@ class Write(Stage):
         task = RunTask.decode(batch[CHUNK][0])
         held = batch.meta[0][HELD]
         part = PartId(task.run, task.chunk.number, task.round)
-        written = write_part(
-            self._output(task.write), part, held.fence, self._rows(task, batch), lambda: self._still_held(held)
-        )
+        try:
+            output = self._output(task.write)
+            written = write_part(output, part, held.fence, self._rows(task, batch), lambda: self._still_held(held))
+        except UsageError as error:
+            # Names that clash, another run's file: that is as bad the next time.
+            batch.reject(0, f"{type(error).__name__}: {error}")
+            return {RESULT: [None]}
         if written is None:
             raise RetryLater(0, f"chunk {task.chunk.number} was taken over by another worker before it was written")
         return {RESULT: [written._asdict()]}

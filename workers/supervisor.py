@@ -229,6 +229,7 @@ class Supervisor:
             arena_bytes=self._settings.arena_bytes,
             arena_dir=self._settings.arena_dir,
             device_arena_bytes=self._settings.device_arena_bytes,
+            run_writer=self._settings.run_writer,
         )
         command = [sys.executable, "-m", "torchrelay.workers.child"]
         stderr = None if self._output is None else subprocess.PIPE

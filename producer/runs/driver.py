@@ -52,6 +52,7 @@ _TRIES = 3
 # How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
 _NOT_ITS_FAULT = ("BytesLost",)
 _WAIT_FOR_ROOM_S = 1.0
+_KEEP_S = 600
 
 
 class _Flight(NamedTuple):
@@ -89,7 +90,8 @@ class Driver:
         self._works = works
         self._options = options
         self._encoder: JobEncoder = core.encoder(twin.ref)
-        self._submit = SubmitOptions(priority=options.priority, wait_s=_WAIT_FOR_ROOM_S)
+        # What a job ended with is of no use once its part is there.
+        self._submit = SubmitOptions(priority=options.priority, wait_s=_WAIT_FOR_ROOM_S, keep_s=_KEEP_S)
         self._again: deque[Work] = deque()
         self._flights: list[_Flight] = []
         self._cancelled = threading.Event()

@@ -37,7 +37,8 @@ class StageFigures:
     """One stage, for runs and online work together, since the run began.
 
     `busy` is the share of the time that its workers spent in forwards, 0 to 1; `service_s` the seconds of forward per
-    1000 rows; `batch_fill` how full its batches were, both None before it computed anything.
+    1000 rows; `batch_fill` how full its batches were, both None before it computed anything. Where a run reads and
+    writes, a row is a chunk.
     """
 
     name: str

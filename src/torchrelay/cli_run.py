@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Annotated, Any
 
@@ -109,9 +110,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         relay = stack.enter_context(open_relay(redis, namespace))
-        target, look = _served(
-            stack, relay, pipeline, overrides, Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
-        )
+        target, look = _served(stack, relay, pipeline, overrides, _fleet(redis, namespace, allow_cpu, format))
         started = relay.run(target, input=input, output=output, wait=False, **options)
         summary = _follow(started, look)
         if as_json:
@@ -120,6 +119,14 @@ def run(
             _print_summary(started, summary)
     if summary["status"] != "done" or summary["errors"] or summary["failed_chunks"]:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _fleet(redis: str | None, namespace: str | None, allow_cpu: bool, format: str) -> Fleet:
+    """No worker yet. Those that write may import what this command names."""
+    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
+    if ":" in format:
+        fleet.settings = replace(fleet.settings, run_writer=format)
+    return fleet
 
 
 def _served(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import MakePipeline, Workers, wait_until
-from tests.workers.support import ForwardLog
+from tests.workers.support import ForwardLog, WorkerProcess
 from torchrelay import AsyncRelay, Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask
@@ -322,3 +322,42 @@ def test_a_run_that_nobody_reads_for_says_what_to_start(
     for name in ("@read", "@write"):
         workers.start(path, stage=name)
     assert run.wait(20).summary()["rows"] == 4
+
+
+WRITER = """
+    import json
+
+    class Lines:
+        suffix = ".lines"
+
+        def write(self, path, columns):
+            with open(path, "w") as file:
+                file.writelines(f"{row}\\n" for row in columns["out"])
+"""
+
+
+def test_a_class_that_writes_is_imported_only_where_the_operator_named_it(
+    relay: Relay,
+    workers: Workers,
+    obey: Callable[..., Path],
+    spawn: Callable[..., WorkerProcess],
+    tmp_path: Path,
+) -> None:
+    """What a job says is no import path: elsewhere its chunks fail with the setting that would allow it."""
+    path = obey()
+    (tmp_path / "writers.py").write_text(textwrap.dedent(WRITER))
+    for stage in (None, "@read", "@write"):
+        workers.start(path, stage=stage)
+    data = dataset(tmp_path / "d.parquet", 6)
+    run = relay.run(Pipeline.load(path), input=data, output=tmp_path / "a", format="writers.py:Lines")
+    assert run.status == "failed"
+    (line,) = pq.read_table(tmp_path / "a" / "_run" / "errors.parquet").to_pylist()
+    assert "TORCHRELAY_RUN_WRITER=writers.py:Lines" in line["text"]
+    workers.stop()
+    workers.start(path)
+    workers.start(path, stage="@read")
+    spawn(path, stage="@write", run_writer="writers.py:Lines").ready()
+    run = relay.run(Pipeline.load(path), input=data, output=tmp_path / "b", format="writers.py:Lines")
+    assert run.status == "done"
+    (part,) = (tmp_path / "b").glob("part-*.lines")
+    assert part.read_text().split() == [f"{i}!" for i in range(6)]
