@@ -123,7 +123,8 @@ def run(
 
 def _fleet(redis: str | None, namespace: str | None, allow_cpu: bool, format: str) -> Fleet:
     """No worker yet. Those that write may import what this command names."""
-    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
+    output = terminal.above_the_table(terminal.err) if terminal.err.is_terminal else None
+    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False, output=output)
     if ":" in format:
         fleet.settings = replace(fleet.settings, run_writer=format)
     return fleet

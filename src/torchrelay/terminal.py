@@ -235,18 +235,21 @@ def print_status(registry: Registry) -> None:
 class _ConsoleStream(io.TextIOBase):
     """A stream whose lines appear above a live table on the same console."""
 
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
     def write(self, text: str) -> int:
         if line := text.rstrip("\n"):
-            out.print(Text.from_ansi(line), soft_wrap=True)
+            self._console.print(Text.from_ansi(line), soft_wrap=True)
         return len(text)
 
     def isatty(self) -> bool:
-        return out.is_terminal
+        return self._console.is_terminal
 
 
-def above_the_table() -> TextIO:
-    """Where logs go while a live table is shown, so that neither spoils the other."""
-    return _ConsoleStream()  # type: ignore[return-value]  # it is one for all that logging asks
+def above_the_table(console: Console = out) -> TextIO:
+    """Where logs go while a live table is shown on this console, so that neither spoils the other."""
+    return _ConsoleStream(console)  # type: ignore[return-value]  # it is one for all that logging asks
 
 
 def when(seconds: float) -> str:
