@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from torchrelay import terminal
 from torchrelay.cli_options import (
@@ -198,7 +198,7 @@ def _follow(run: Run, look: Callable[[], None]) -> dict[str, Any]:
 
 
 def _bar(run: Run, look: Callable[[], None], console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (BarColumn(20), TaskProgressColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         while not run.done():
