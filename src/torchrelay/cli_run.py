@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 from torchrelay import terminal
 from torchrelay.cli_options import (
@@ -198,7 +199,13 @@ def _follow(run: Run, look: Callable[[], None]) -> dict[str, Any]:
 
 
 def _bar(run: Run, look: Callable[[], None], console: Console) -> None:
-    columns = (BarColumn(20), TaskProgressColumn(), TextColumn("{task.description}"))
+    # The text is what gives way on a narrow terminal.
+    bar_at, share_at = Column(min_width=20), Column(min_width=4)
+    columns = (
+        BarColumn(20, table_column=bar_at),
+        TaskProgressColumn(table_column=share_at),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         while not run.done():
