@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--producers", type=int, default=1, help="producer processes (default 1)")
     parser.add_argument("--passers", type=int, default=1, help="workers of the CPU stage (default 1)")
     parser.add_argument("--max-wait-ms", type=float, default=50.0, help="of the GPU stage (default 50)")
-    parser.add_argument("--graphs", action="store_true", help="torch: {cuda_graphs: true} for the GPU stage")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, on both sides")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
     options.models = options.models.split(",")
@@ -61,7 +61,7 @@ def measure(load: Workload, options: argparse.Namespace, server: BenchServer) ->
     """All rounds of one model; prints its lines and returns its figures."""
     server.restart_clean()
     tables = load.tables()
-    loops = Loops(load, tables, options.device, options.mode, options.seconds)
+    loops = Loops(load, tables, options.device, options.mode, options.seconds, graphs=options.graphs)
     # Before the workers start: what is compiled here, they find in the compiler's cache.
     loops.start()
     warm_s = min(3.0, options.seconds / 2)
