@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
 from typing import Any, NamedTuple
 
 import redis
@@ -47,7 +46,8 @@ log = logging.getLogger("torchrelay.runs")
 _LOOK_S = 0.5
 _FIGURES_S = 1.0
 _HINT_S = 5.0
-_PART = 32
+_PART, _PART_BYTES = 32, 8 << 20
+_MOST_BYTES = 128 << 20
 _TRIES = 3
 # How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
 _NOT_ITS_FAULT = ("BytesLost",)
@@ -114,6 +114,8 @@ class Driver:
 
     def run(self) -> str:
         """Until its end: "done", "failed" where a chunk has no part, "stopped" at too many errors, or "cancelled"."""
+        self._throughput = Throughput()
+        self._moved_at = time.monotonic()
         try:
             self._loop()
             if self._cancelled.is_set():
@@ -151,7 +153,9 @@ class Driver:
             self._tell()
 
     def _room(self) -> int:
-        return self._window() - len(self._flights) if not self._cancelled.is_set() else 0
+        if self._cancelled.is_set() or sum(len(f.work.rows or b"") for f in self._flights) > _MOST_BYTES:
+            return 0
+        return self._window() - len(self._flights)
 
     def _window(self) -> int:
         if self._options.in_flight is not None:
@@ -163,9 +167,14 @@ class Driver:
     def _send(self, room: int) -> bool:
         """Submits some of what is next; False when nothing is left to submit."""
         part: list[Work] = []
-        while self._again and len(part) < min(room, _PART):
-            part.append(self._again.popleft())
-        part += islice(self._works, min(room, _PART) - len(part))
+        nbytes = 0
+        # Rows that lie in memory are held once more here, and by the server until they were read.
+        while len(part) < min(room, _PART) and nbytes < _PART_BYTES:
+            work = self._again.popleft() if self._again else next(self._works, None)
+            if work is None:
+                break
+            part.append(work)
+            nbytes += len(work.rows or b"")
         if not part:
             return False
         outcomes = self._core.send_each(self._encoder, [self._draft(work) for work in part], self._submit)

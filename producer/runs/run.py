@@ -12,7 +12,7 @@ from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.runs import ChunkSize
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
@@ -29,7 +29,7 @@ from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.queues.registry import Registry
 from torchrelay.stages.writing.table import check_names
 
-__all__ = ["Run", "start_run"]
+__all__ = ["Run", "prepare_run"]
 
 log = logging.getLogger("torchrelay.runs")
 _JOIN_S = 0.2
@@ -58,8 +58,7 @@ class Run:
         self._thread = threading.Thread(target=self._work, name="torchrelay-run", daemon=True)
 
     def __repr__(self) -> str:
-        state = "under way" if self._summary is None and self._error is None else self.status
-        return f"<Run {self.id} into {self.output}: {state}>"
+        return f"<Run {self.id} into {self.output}: {self.status}>"
 
     def start(self) -> Run:
         """Begins; who waits calls `wait`."""
@@ -68,12 +67,14 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running; then done, failed (a chunk has no part), stopped (too many errors) or cancelled."""
+        """prepared, running; then done, failed (a chunk has no part), stopped (too many errors) or cancelled."""
+        if self._thread.ident is None:
+            return "prepared"
         return "running" if self._thread.is_alive() else self._driver.status
 
     def done(self) -> bool:
         """Whether it has ended, however."""
-        return not self._thread.is_alive()
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def progress(self) -> Progress:
         """How it stands now."""
@@ -84,6 +85,8 @@ class Run:
 
         Ctrl-C cancels what is under way, and leaves a run that can go on.
         """
+        if self._thread.ident is None:
+            raise InputError(f"run {self.id} was not started; call start()")
         try:
             if timeout is not None:
                 self._thread.join(timeout)
@@ -103,9 +106,12 @@ class Run:
         self._driver.cancel()
 
     def end(self) -> None:
-        """Cancels it and waits until the folder is given free."""
+        """Cancels it and waits until the folder is given free; also of a run that was never started."""
         self.cancel()
-        self._thread.join()
+        if self._thread.ident is None:
+            self._folder.close()
+        else:
+            self._thread.join()
 
     def summary(self) -> dict[str, Any]:
         """Waits; what `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, stages."""
@@ -162,8 +168,8 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
-def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans, takes hold of the output folder and starts. `target` is a name, or a pipeline that is registered here.
+def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
+    """Plans and takes hold of the output folder. `target` is a name, or a pipeline that is registered here.
 
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
@@ -200,7 +206,7 @@ def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
             core.start()
             core.inbox.start()
         # Rows in memory may come but once: only what files hold is counted ahead.
-        return Run(driver, folder, options, None if in_memory else chunks, base_dir).start()
+        return Run(driver, folder, options, None if in_memory else chunks, base_dir)
     except BaseException:
         folder.close()
         raise

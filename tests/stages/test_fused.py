@@ -114,7 +114,7 @@ def test_a_stage_writes_to_no_tensor_that_others_need() -> None:
         },
         output=["y", "w"],
     )
-    ((columns, _, _),) = runner.run([{"x": column([1, 2])}], [2])
+    ((columns, *_),) = runner.run([{"x": column([1, 2])}], [2])
     assert {name: values.tolist() for name, values in columns.items()} == {"y": [2, 3], "w": [4, 7]}  # type: ignore[union-attr]
 
 
@@ -199,7 +199,7 @@ def test_all_rows_rejected_by_the_first() -> None:
 
     b = Plain(lambda batch: {"z": batch["y"]})
     runner = fused({"a": (Plain(refuse), {"outputs": {"y": "float32"}}), "b": (b, {"outputs": {"z": "float32"}})})
-    ((columns, _, rejected),) = runner.run([{"x": column([1, 2])}], [2])
+    ((columns, _, rejected, _),) = runner.run([{"x": column([1, 2])}], [2])
     assert (b.seen, {n: len(c) for n, c in columns.items()}, dict(rejected)) == ([], {"z": 0}, {0: "no", 1: "no"})
 
 
@@ -307,7 +307,7 @@ def test_padding_within_a_group(kind: Any) -> None:
         types={"t": "float32[*]"},
     )
     ragged = [column([1]), column([1, 2, 3]), column([4, 4])]
-    ((columns, _, _),) = runner.run([{"t": ragged, "1.t": ragged}], [3])
+    ((columns, *_),) = runner.run([{"t": ragged, "1.t": ragged}], [3])
     found = {name: values.tolist() for name, values in columns.items()}  # type: ignore[union-attr]
     assert found == {"sum": [3, 18, 24], "n": [2, 6, 4], "mask": [1, 3, 2]}
     assert [tuple(batch["t"].shape) for batch in b.seen] == [(2, 4), (1, 4)]
@@ -337,7 +337,7 @@ def test_ragged_rows_in_one_array(first: Any, second: Any) -> None:
     )
     rows = RaggedRows.of([column(range(n)) for n in range(8)])
     assert rows is not None
-    ((columns, _, rejected),) = runner.run([{"t": rows}], [8])
+    ((columns, _, rejected, _),) = runner.run([{"t": rows}], [8])
     assert dict(rejected) == {1: "no"}
     assert list(columns["s"]) == [3 * sum(range(n)) for n in range(8) if n != 1]
     assert [row.tolist() for row in columns["twice"]] == [[2 * i for i in range(n)] for n in range(8) if n != 1]
@@ -373,7 +373,7 @@ def test_no_rows_call_no_stage() -> None:
     """A job without rows passes with the declared columns of what leaves."""
     a, b = Plain(lambda batch: {"y": batch["x"]}), Plain(lambda batch: {"z": batch["y"]})
     runner = fused({"a": (a, {"outputs": {"y": "int64"}}), "b": (b, {"outputs": {"z": "str"}})}, output=["y", "z"])
-    ((columns, _, _),) = runner.run([{"x": column([])}], [0])
+    ((columns, *_),) = runner.run([{"x": column([])}], [0])
     assert (sorted(columns), a.seen, b.seen) == (["y", "z"], [], [])
 
 
@@ -423,7 +423,7 @@ def test_a_tensor_is_handed_over_on_a_gpu() -> None:
         {"a": (a, {"outputs": {"y": "float32"}} | keys), "b": (b, {"outputs": {"z": "float32"}} | keys)},
         device="cuda:0",
     )
-    ((columns, _, _),) = runner.run([{"x": column([1, 2])}], [2])
+    ((columns, *_),) = runner.run([{"x": column([1, 2])}], [2])
     assert columns["z"].tolist() == [4, 6]  # type: ignore[union-attr]
     assert b.seen[0]["y"].is_cuda
     assert b.seen[0]["y"].untyped_storage().data_ptr() == a.made[0]["y"].untyped_storage().data_ptr()

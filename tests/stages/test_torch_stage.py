@@ -71,7 +71,7 @@ def test_weights_are_loaded_and_used(tmp_path: Path, name: str) -> None:
     assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
     x = numbers()
     x.flags.writeable = False
-    ((out, _, _),) = runner.run([{"x": x}], [2])
+    ((out, *_),) = runner.run([{"x": x}], [2])
     with torch.no_grad():
         expected = model(torch.from_numpy(x.copy()) + 1).numpy()
     np.testing.assert_array_equal(out["y"], expected)
@@ -88,7 +88,7 @@ def test_make_runner_configures(tmp_path: Path) -> None:
     runner = make_runner(Linear, spec)
     runner.load(StageContext(base_dir=tmp_path))
     assert runner.stage.model.weight.dtype == torch.bfloat16  # type: ignore[attr-defined]
-    ((out, _, _),) = runner.run([{"x": numbers().astype(ml_dtypes.bfloat16)}], [2])
+    ((out, *_),) = runner.run([{"x": numbers().astype(ml_dtypes.bfloat16)}], [2])
     assert isinstance(out["y"], np.ndarray)
     assert (out["y"].dtype, out["y"].shape) == (ml_dtypes.bfloat16, (2, 4))
 
@@ -106,7 +106,7 @@ def test_options_are_applied() -> None:
     """dtype converts the model, and never the batch."""
     runner = runner_of(Linear(), dtype="float64", channels_last=True)
     runner.load(StageContext())
-    ((out, _, _),) = runner.run([{"x": numbers().astype(np.float64)}], [2])
+    ((out, *_),) = runner.run([{"x": numbers().astype(np.float64)}], [2])
     assert isinstance(out["y"], np.ndarray)
     assert out["y"].dtype == np.float64
     with pytest.raises(RuntimeError, match="dtype"):
@@ -163,7 +163,7 @@ def test_what_is_not_saved_keeps_its_value(tmp_path: Path, computes: bool) -> No
     save_file({"weight": torch.full((3,), 100.0)}, tmp_path / "w.safetensors")
     runner = runner_of(WithUnsaved(computes), "w.safetensors")
     runner.load(StageContext(base_dir=tmp_path))
-    ((out, _, _),) = runner.run([{"x": np.zeros((1, 3), np.float32)}], [1])
+    ((out, *_),) = runner.run([{"x": np.zeros((1, 3), np.float32)}], [1])
     np.testing.assert_array_equal(out["y"], [[111, 112, 113]])
 
 
@@ -330,7 +330,7 @@ def test_text_stays_text() -> None:
 def test_outputs_of_many_kinds() -> None:
     """Tensors with gradients, strided, conjugated or in lists become arrays with equal values."""
     base = torch.arange(12.0).reshape(3, 4)
-    ((out, _, _),) = split(
+    ((out, *_),) = split(
         {
             "grad": base.clone().requires_grad_(),
             "strided": base.T[:3],
@@ -405,7 +405,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     saved(tmp_path / "w.safetensors", model)
     runner = runner_of(Linear(), "w.safetensors")
     runner.load(StageContext(device="cuda:0", base_dir=tmp_path))
-    ((out, _, _),) = runner.run([{"x": numbers()}], [2])
+    ((out, *_),) = runner.run([{"x": numbers()}], [2])
     assert SEEN[-1] == (True, "cuda", torch.float32)
     with torch.no_grad():
         expected = model(torch.from_numpy(numbers()) + 1).numpy()

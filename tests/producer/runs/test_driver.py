@@ -115,6 +115,26 @@ def drive(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Driver, Client
     return make
 
 
+def test_rows_in_memory_are_few_at_a_time(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are bounded by bytes, not only by chunks, both in this process and at the server."""
+    made, client, _ = drive(lambda chunk, times: None if chunk < 3 else 9, in_flight=8)
+    works = made._works
+    drawn: list[int] = []
+
+    def large() -> Iterator[Work]:
+        for work in works:
+            drawn.append(work.place[0])
+            yield work._replace(rows=bytes(50))
+
+    made._works = large()
+    monkeypatch.setattr(driving, "_PART_BYTES", 100)
+    monkeypatch.setattr(driving, "_MOST_BYTES", 120)
+    sizes: list[int] = []
+    client.settled.wait_for = lambda over, timeout: (sizes.append(len(made._flights)), made.cancel())  # type: ignore[method-assign]
+    assert made.run() == "cancelled"
+    assert (sizes, drawn) == ([4], [0, 1, 2, 3])
+
+
 def failed(kind: str) -> JobFailed:
     return JobFailed("why", job_id="j", stage="s", attempts=3, error_type=kind)
 
