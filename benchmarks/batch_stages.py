@@ -1,4 +1,4 @@
-"""`benchmarks.batch_code` as pipelines of torchrelay, and those of `run_balance` and `run_memory`."""
+"""`benchmarks.batch_code` as pipelines of torchrelay, and those of the other benchmarks of runs."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ class Slow(Stage):
     def forward(self, batch: Batch) -> dict[str, Any]:
         time.sleep(SLOW_S * len(batch))
         return {"number": batch["number"]}
+
+
+def pause(batch: Batch) -> dict[str, Any]:
+    time.sleep(0.002 * len(batch))
+    return {"number": batch["number"]}
 
 
 def increment(batch: Batch) -> dict[str, Any]:
@@ -136,4 +141,10 @@ numbers = Pipeline(
     input={"n": "int64"},
     stages=[StageSpec("increment", use=increment, inputs=["n"], outputs={"n": "int64"}, batch={"max_rows": 8192})],
     output=["n"],
+)
+paused = Pipeline(
+    "bench-paused",
+    input=NUMBER,
+    stages=[StageSpec("pause", use=pause, outputs=NUMBER, batch={"max_rows": 10})],
+    output=["number"],
 )

@@ -13,11 +13,13 @@ from torchrelay.errors import NoWorkers, StageLoadError
 from torchrelay.queues.registry import Registry
 from torchrelay.up import Fleet
 from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.patience import Every
 
 __all__ = ["missing_stages", "workers_here"]
 
 _LOAD_S = 600.0
 _LOOK_S = 0.05
+_MISSING_EVERY_S = 1.0
 _PROCESSORS_PER_READER = 4
 _MOST_READERS = 8
 
@@ -33,27 +35,33 @@ def missing_stages(registry: Registry, pipeline: Pipeline) -> list[str]:
 def workers_here(
     fleet: Fleet, registry: Registry, pipeline: Pipeline, overrides: dict[str, str]
 ) -> Iterator[Callable[[], None]]:
-    """Lets `fleet`, which is empty, start a worker for each stage that nobody serves, and waits until they are ready;
+    """Lets `fleet`, which is empty, start workers for the stages that nobody serves, and waits until they are ready;
     they drain afterwards.
 
-    Gives a function to call now and then, which raises StageLoadError once one of them gave up. Raises it too, and
-    ConfigError for a pipeline that workers cannot load.
+    Gives a function to call now and then. It starts workers for stages that are served no more: of those that were
+    killed a moment ago, the namespace learns only later. It raises StageLoadError once one of this machine gave up.
+    Raises that too, and ConfigError for a pipeline that workers cannot load.
     """
-    missing = missing_stages(registry, pipeline)
-    if not missing:
-        yield lambda: None
-        return
-    for name in missing:
-        count = _readers() if name in (READ, WRITE) else pipeline.group_of(name).replicas
-        for _ in range(count):
-            fleet.add(pipeline, overrides, stage=name)
     set_up_logs(fleet.settings.log, fleet.output)
+    due = Every(_MISSING_EVERY_S)
+
+    def start_missing() -> None:
+        for name in missing_stages(registry, pipeline):
+            group = pipeline.group_of(name)
+            if not fleet.nodes.isdisjoint(f"{pipeline.ref}/{mine}" for mine in group.names):
+                continue  # its worker is here, and comes back by itself
+            for _ in range(_readers() if name in (READ, WRITE) else group.replicas):
+                fleet.add(pipeline, overrides, stage=name)
+        fleet.launch()
 
     def look() -> None:
         if fleet.failed():
-            raise StageLoadError(f"a worker of {', '.join(missing)} gave up; what it logged says why")
+            raise StageLoadError("a worker of this machine gave up; what it logged says why")
+        if due.due():
+            start_missing()
 
     with fleet:
+        start_missing()
         _await(fleet, look)
         yield look
 

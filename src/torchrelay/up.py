@@ -100,9 +100,13 @@ class Fleet:
         self._broker = open_broker(self.settings.url)
         self.registry = Registry(self._broker.client, self.settings.namespace, self.settings.lanes)
         self.registry.open()
+        self.launch()
+
+    def launch(self) -> None:
+        """Starts what was added since; once it was started itself."""
         for pipeline in self._pipelines:
             self.registry.register(pipeline, current=self._make_current)
-        for plan in self._plans:
+        for plan in self._plans[len(self.supervisors) :]:
             supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings, self.output)
             thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
             self.supervisors.append(supervisor)

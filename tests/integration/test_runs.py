@@ -263,6 +263,23 @@ def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[
     assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, True)
 
 
+def test_a_run_goes_on_a_moment_after_everything_of_it_was_killed(
+    obey: Callable[..., Path], tmp_path: Path, server_url: str, namespace: str, data: Path
+) -> None:
+    """The dead workers still count as living then: theirs are started once the namespace has learnt of their end."""
+    out = tmp_path / "out"
+    more = ["-i", str(data), "-o", str(out), "--redis", server_url, "--namespace", namespace, "--chunk-rows", "20"]
+    arguments = ["run", str(obey("batch: {max_rows: 4}")), *more, "--json"]
+    silent = subprocess.DEVNULL
+    driver = subprocess.Popen([sys.executable, "-m", "torchrelay.cli", *arguments], stdout=silent, stderr=silent)
+    wait_until(lambda: len(list(out.glob("part-*"))) >= 3, 30.0)
+    driver.kill()
+    driver.wait()
+    done = run_cli(*arguments, "--resume", timeout_s=60.0)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == ROWS
+
+
 def test_a_name_that_nobody_serves_needs_workers(
     server_url: str, namespace: str, relay: Relay, obey: Callable[..., Path], tmp_path: Path, data: Path
 ) -> None:
