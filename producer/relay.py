@@ -252,6 +252,7 @@ class Relay:
         - `retry_errors`: of a run that is done, try the rows that failed once more
         - `limit`: rows to stop after; `max_errors`: failed rows at which to stop
         - `merge`: also write one file of all parts, in the order of the input
+        - `image_side`: JPEG files may come smaller, no side below so many pixels: decoding takes less time
         - `chunk_rows`, `chunk_bytes`: how much one job takes; default about a second's work, where that is known
         - `priority`: of its jobs, default "low": at every stage, jobs of higher priority overtake them
         - `in_flight`: chunks under way; default what keeps the workers busy

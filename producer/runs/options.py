@@ -16,6 +16,10 @@ from torchrelay.queues.priority import Priority, parse_priority
 __all__ = ["RunKeywords", "RunOptions"]
 
 
+# What is a number, and the least that it may be.
+_NUMBERS = {"limit": 0, "max_errors": 0, "in_flight": 1, "chunk_rows": 1, "chunk_bytes": 1, "image_side": 1}
+
+
 def _folder(output: object) -> str:
     """An absolute path, since workers may run in another folder, or a URL."""
     if not isinstance(output, str | os.PathLike) or not os.fspath(output):
@@ -38,6 +42,7 @@ class RunKeywords(TypedDict, total=False):
     merge: bool
     chunk_rows: int | None
     chunk_bytes: int | None
+    image_side: int | None
     priority: str | int
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
@@ -70,12 +75,12 @@ class RunOptions:
         key, keep = given.get("key"), given.get("keep") or ()
         if isinstance(keep, str):
             raise InputError(f"keep {keep!r:.60} is a list of columns; write [{keep!r:.60}]")
-        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep))
-        write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
-        for name, least in (("limit", 0), ("max_errors", 0), ("in_flight", 1), ("chunk_rows", 1), ("chunk_bytes", 1)):
+        for name, least in _NUMBERS.items():
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
+        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), given.get("image_side"))
+        write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
         retry_errors = bool(given.get("retry_errors"))
         return cls(
             read,

@@ -70,6 +70,9 @@ def run(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many rows.")] = None,
     max_errors: Annotated[int | None, typer.Option(metavar="N", help="Stop when more rows than that fail.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write one file, in the order of the input.")] = False,
+    image_side: Annotated[
+        int | None, typer.Option(metavar="N", help="JPEG files may come smaller, no side below N pixels: faster.")
+    ] = None,
     chunk_rows: Annotated[
         int | None, typer.Option(metavar="N", help="Rows of one job; default about a second's work.")
     ] = None,
@@ -105,8 +108,7 @@ def run(
         "merge": merge,
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
-    if chunk_rows is not None:
-        options["chunk_rows"] = chunk_rows
+    options |= {k: v for k, v in (("chunk_rows", chunk_rows), ("image_side", image_side)) if v is not None}
     overrides = overrides_of(set_)
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())

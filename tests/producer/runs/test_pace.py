@@ -135,3 +135,4 @@ def test_options_are_what_was_given(tmp_path: Any) -> None:
     assert RunOptions.parse("out", {}).write.folder.startswith("/")
     with pytest.raises(InputError, match="is a folder or a URL"):
         RunOptions.parse("", {})
+    assert RunOptions.parse("out", {"image_side": 64}).read.image_side == 64
