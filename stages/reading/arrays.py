@@ -122,8 +122,16 @@ class _Arrays:
             flat = np.frombuffer(file.read(header.shape[0] * header.row_bytes), header.dtype)
             return flat.reshape(header.shape, order="F")[start:end]
         file.seek(header.begin + start * header.row_bytes)
-        data = file.read((end - start) * header.row_bytes)
-        return np.frombuffer(data, header.dtype).reshape(end - start, *header.shape[1:])
+        # numpy takes large memory in large pages, which is in place several times as fast as that of bytes.
+        rows = np.empty((end - start, *header.shape[1:]), header.dtype)
+        room = rows.reshape(-1).view(np.uint8).data
+        come = 0
+        while come < len(room):
+            count = file.readinto(room[come:])
+            if not count:
+                raise EOFError(f"{come} bytes of {len(room)} are there")
+            come += count
+        return rows
 
 
 def _begin_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pandas
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pyarrow.dataset
 import pytest
 from hypothesis import given, settings
@@ -200,3 +201,12 @@ def test_a_value_that_does_not_fit_names_its_column(tmp_path: Path) -> None:
         write(output, {"x": ["\ud800"]})
     assert visible(tmp_path) == []
     assert rows_of({"x": [1]}).rows.tolist() == [0]
+
+
+def test_text_is_packed_tight_and_numbers_fast(tmp_path: Path) -> None:
+    columns = {"text": ["one", "two"], "vector": np.zeros((2, 3), np.float32), "json": [{"a": 1}, None]}
+    write(output_at(tmp_path), columns)
+    (path,) = tmp_path.glob("part-*")
+    group = pq.read_metadata(path).row_group(0)
+    found = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    assert (found["text"], found["json"], found["vector.list.element"]) == ("ZSTD", "ZSTD", "SNAPPY")
