@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pandas
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pyarrow.dataset
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
