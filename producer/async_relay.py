@@ -225,13 +225,7 @@ class AsyncRelay:
 
         A task that is cancelled while it waits cancels the run, which can go on later. The methods of `Run` block.
         """
-        from torchrelay.producer.runs.options import RunOptions
-        from torchrelay.producer.runs.run import prepare_run
-
-        parsed = RunOptions.parse(output, options)
-        await self._core.ready()
-        # Not where submits wait for their turn: listing an input may take long.
-        run = (await asyncio.to_thread(prepare_run, self._core.core, pipeline, input, parsed)).start()
+        run = (await self.prepare_run(pipeline, input=input, output=output, **options)).start()
         if wait:
             try:
                 await asyncio.to_thread(run.wait)
@@ -239,6 +233,19 @@ class AsyncRelay:
                 await asyncio.shield(asyncio.to_thread(run.end))
                 raise
         return run
+
+    async def prepare_run(
+        self, pipeline: str | Pipeline, *, input: Any, output: str | os.PathLike[str], **options: Unpack[RunKeywords]
+    ) -> Run:
+        """The same up to the first job, as for `Relay.prepare_run`."""
+        # Only who runs datasets needs what reads and writes them.
+        from torchrelay.producer.runs.options import RunOptions
+        from torchrelay.producer.runs.run import prepare_run
+
+        parsed = RunOptions.parse(output, options)
+        await self._core.ready()
+        # Not where submits wait for their turn: listing an input may take long.
+        return await asyncio.to_thread(prepare_run, self._core.core, pipeline, input, parsed)
 
     def job(self, job_id: str) -> AsyncJobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.
