@@ -125,6 +125,7 @@ class Lane:
     """One lane of a namespace of its own, with a client that submits to it."""
 
     CHAIN: ClassVar = {"s1": (0,), "s2": (1,), "s3": (2,)}
+    LONG: ClassVar = {"s1": (0,), "s2": (1,), "s3": (2,), "s4": (3,)}
     DIAMOND: ClassVar = {"a": (0,), "b": (1,), "c": (1,), "d": (2, 3)}
     SIDES: ClassVar = {"a": (0,), "b": (1,), "c": (0,), "d": (2, 3)}
     WHY = WHY
