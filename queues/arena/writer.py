@@ -150,19 +150,17 @@ class ArenaWriter:
         with self._lock:
             return sum(block.keeps is not None for block in self._pool.blocks())
 
-    def when_gone(self, places: Iterable[Place], call: Callable[[], object]) -> None:
-        """Calls it for each of these once nobody may read it any more, at once where that is so already. It must not
-        call this object."""
-        gone = 0
+    def when_gone(self, places: Iterable[Place], call: Callable[[bool], object]) -> None:
+        """Calls it for each of these once nobody may read it any more, at once where that is so already: with True
+        where its readers had it, with False where nobody waits for it. It must not call this object."""
         with self._lock:
             for place in places:
                 found = self._mine([place])
                 if found:
                     found[0].on_gone = call
                 else:
-                    gone += 1
-        for _ in range(gone):
-            call()
+                    # Whoever reads what this process let go of, it would not hear of it.
+                    call(place.arena == self._arena)
 
     def free(self, places: Iterable[Place]) -> None:
         """Nobody was told of these, or what told of them was refused."""

@@ -34,7 +34,7 @@ def subset(items: list[Any], mask: int) -> list[Any]:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """One lane with a chain, a diamond, a fork with a chain in it, and a chain with a volatile node; two live workers at
+    """One lane with a chain, a diamond, a fork with a chain in it and a chain with volatile nodes; two workers live at
     a time."""
 
     make_lane: ClassVar[Any]
