@@ -62,6 +62,11 @@ class _Countdown:
             self._at_last()
 
 
+def _give_back(reader: ArenaReader, reads: Iterable[Read]) -> None:
+    for read in reads:
+        reader.give_back(read.place, *read.edges)
+
+
 class Custody:
     """Blocks by the grant's fence and the job's token. `reader` and `writer` are None where there is no arena,
     `importer` where nothing is read from devices."""
@@ -115,20 +120,17 @@ class Custody:
     def _end(self, entry: _InHand, accepted: bool) -> None:
         if self._writer is not None and entry.made:
             self._told(entry.made, accepted)
+        if self._reader is None:
+            return
         waits = accepted and bool(entry.on_device)
-        for read in entry.read if self._reader is not None else ():
+        for read in entry.read:
             if accepted and read.edges and not waits:
                 self._reader.release(read.place, *read.edges)
             else:
                 self._reader.drop(read.place)
         if waits and self._writer is not None:
-            self._writer.when_gone(
-                entry.on_device, _Countdown(len(entry.on_device), partial(self._give_back, entry.read))
-            )
-
-    def _give_back(self, reads: Iterable[Read]) -> None:
-        for read in reads if self._reader is not None else ():
-            self._reader.give_back(read.place, *read.edges)
+            give_back = partial(_give_back, self._reader, entry.read)
+            self._writer.when_gone(entry.on_device, _Countdown(len(entry.on_device), give_back))
 
     def _told(self, made: Iterable[Place], accepted: bool) -> None:
         assert self._writer is not None  # nothing is made without one

@@ -288,6 +288,37 @@ def test_a_column_that_nobody_could_have_leaves_what_it_was_made_of(
     assert chain.reads.calls == 8
 
 
+def test_a_worker_whose_files_were_removed_hands_over_again(
+    relay: Relay, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody cleared the folder under living processes: what lay there may be made again, what comes then is not; and
+    in the end nothing of either is left."""
+    monkeypatch.setattr("torchrelay.queues.arena.writer._OLD_MS", 50)
+    maker = chain.serve("spread", gpu=FakeGpu(chain.folder))
+    chain.serve("read")
+    wait_until(lambda: maker.memory.placer.copies_from(7, [f"{chain.pipeline.ref}/total"]))
+    given = images(4)
+    futures = submit(relay, chain, given)
+    wait_until(lambda: maker.memory.placer.counts["device"] == 4 * ROW_BYTES)
+    for path in chain.home.folder.iterdir():
+        path.unlink()
+    writer, exporter = maker.memory.placer.writer, maker.memory.exporter
+    assert writer is not None
+    assert exporter is not None
+    old = writer.arena
+    wait_until(lambda: writer.arena != old)
+    wait_until(lambda: list(chain.home.folder.glob("*.gpu")))
+    chain.serve("total", gpu=chain.reader)
+    assert results(futures) == [total_of(image) for image in given]
+    committed = f"{chain.pipeline.ref}/spread.committed"
+    before = chain.registry.loads()[committed]
+    assert results(submit(relay, chain, given)) == [total_of(image) for image in given]
+    assert chain.registry.loads()[committed] == before + 4
+    assert maker.memory.placer.counts["device"] == 8 * ROW_BYTES
+    (segment,) = exporter._segments
+    wait_until(lambda: segment.take(1 << 30) is None and segment.space.free_pages == segment.space.pages)
+
+
 def test_a_driver_that_refuses_is_asked_no_more(relay: Relay, chain: Chain, caplog: pytest.LogCaptureFixture) -> None:
     maker = chain.serve("spread", gpu=FakeGpu(chain.folder))
     chain.reader.refuses = "open"
