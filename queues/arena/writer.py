@@ -255,7 +255,6 @@ class ArenaWriter:
                 self._renounce()
             for pool in self._pools:
                 pool.collect()
-            self._renounced = {arena: pool for arena, pool in self._renounced.items() if not pool.empty}
             now = now_ms()
             # Thousands may wait for long, and each is asked about: no more often than it takes to grow old.
             if now >= self._look_again_ms and any(
@@ -263,6 +262,7 @@ class ArenaWriter:
             ):
                 self._look_again_ms = now + _OLD_MS
                 self._forget_unwanted()
+            self._renounced = {arena: pool for arena, pool in self._renounced.items() if not pool.empty}
             for segment in self._pool.drop_empty(keep=1):
                 segment.unlink(self._home.folder)
 
