@@ -2,7 +2,8 @@
 
 A commit that was accepted releases what the job read and publishes what was made of it; anything else lets go of the
 former and frees the latter. What was made on a device is lost with this process: then what the job read is released
-only when its readers have it.
+only when its readers have it. Where they never will, since it was lost to them or the job ended, that is not this
+process's to say: the job may be on its way here again, and Redis knows whether it waits for those blocks.
 """
 
 from __future__ import annotations
@@ -47,16 +48,23 @@ def makers_of(gone: Iterable[Read]) -> int:
 
 
 class _Countdown:
-    """Calls something at its n-th call."""
+    """Calls something at its n-th call, if all of them said yes."""
 
     def __init__(self, calls: int, at_last: Callable[[], object]) -> None:
         self._left = calls
+        self._all = True
         self._at_last = at_last
 
-    def __call__(self) -> None:
+    def __call__(self, yes: bool) -> None:
         self._left -= 1
-        if self._left == 0:
+        self._all = self._all and yes
+        if self._left == 0 and self._all:
             self._at_last()
+
+
+def _give_back(reader: ArenaReader, reads: Iterable[Read]) -> None:
+    for read in reads:
+        reader.give_back(read.place, *read.edges)
 
 
 class Custody:
@@ -112,19 +120,17 @@ class Custody:
     def _end(self, entry: _InHand, accepted: bool) -> None:
         if self._writer is not None and entry.made:
             self._told(entry.made, accepted)
-        if accepted and entry.on_device and self._writer is not None:
-            self._writer.when_gone(entry.on_device, _Countdown(len(entry.on_device), partial(self._let_go, entry.read)))
-        else:
-            self._let_go(entry.read, accepted=accepted)
-
-    def _let_go(self, reads: Iterable[Read], *, accepted: bool = True) -> None:
         if self._reader is None:
             return
-        for read in reads:
-            if accepted and read.edges:
+        waits = accepted and bool(entry.on_device)
+        for read in entry.read:
+            if accepted and read.edges and not waits:
                 self._reader.release(read.place, *read.edges)
             else:
                 self._reader.drop(read.place)
+        if waits and self._writer is not None:
+            give_back = partial(_give_back, self._reader, entry.read)
+            self._writer.when_gone(entry.on_device, _Countdown(len(entry.on_device), give_back))
 
     def _told(self, made: Iterable[Place], accepted: bool) -> None:
         assert self._writer is not None  # nothing is made without one

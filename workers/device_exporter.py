@@ -80,7 +80,8 @@ class Run:
 
 
 class DeviceExporter:
-    """One worker's device memory for others. `take` may be called from one thread; the rest from any.
+    """One worker's device memory for others. `take` may be called from one thread, `tend` and `close` from one, the
+    rest from any.
 
     Args:
         memory: the device's.
@@ -95,7 +96,9 @@ class DeviceExporter:
         self._segments: list[_Segment] = []
         self._taken_bytes = 0
         self.name = new_token(8)
-        self._sign = LifeSign(folder / (self.name + EXPORTER_SUFFIX))
+        self._path = folder / (self.name + EXPORTER_SUFFIX)
+        # The last one has the name; whoever opened an earlier one still looks at that.
+        self._signs = [LifeSign(self._path)]
 
     def take(self, nbytes: int) -> Run | None:
         """Room for so many bytes; None where there is none now."""
@@ -133,6 +136,16 @@ class DeviceExporter:
             self.name, segment.number, segment.handle, run.offset + rows.start, rows.dtype, rows.shape
         ).encode()
 
+    def tend(self) -> None:
+        """Makes the file anew where somebody removed it: readers to come would take the memory for gone."""
+        if self._signs[-1].is_there():
+            return
+        try:
+            self._signs.append(LifeSign(self._path))
+        except OSError as error:
+            log.info("nobody can see that this worker's device memory is there: %s", error)
+
     def close(self) -> None:
         """Says that the memory is gone; it goes with the process."""
-        self._sign.close()
+        for sign in self._signs:
+            sign.close()

@@ -121,6 +121,7 @@ class SharedMemory:
         if self._write_every.due():
             self.placer.writer.tend()
             if self.exporter is not None:
+                self.exporter.tend()
                 self.placer.look()
         elif self.exporter is not None:
             # What was read for columns on the device is given back only with these.

@@ -140,6 +140,8 @@ def _remove_abandoned(folder: Path) -> None:
                 remove(note)
             lock.give(remove=stale)
         if _age_s(other) > _ABANDONED_S:
+            blocks_in_use(other)  # the lists of dead readers go
+            remove_dead(other, EXPORTER_SUFFIX)
             try:
                 other.rmdir()
             except OSError:

@@ -24,6 +24,10 @@ class LifeSign:
         made.rename(path)
         keep(self._descriptor)
 
+    def is_there(self) -> bool:
+        """Whether the file still has its name: who looks for it else takes this process for dead."""
+        return os.fstat(self._descriptor).st_nlink > 0
+
     def close(self) -> None:
         """Takes the file away."""
         remove(self._path)

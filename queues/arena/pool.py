@@ -33,7 +33,7 @@ _EDGES = np.arange(MAX_EDGES, dtype=np.uint64)
 @dataclass(slots=True, eq=False)
 class Block:
     """One live block. `published`: Redis was told of it, so Redis knows whether it is wanted. `keeps` is what must live
-    as long as its bytes may be read; `on_gone` is called when they no longer may."""
+    as long as its bytes may be read; `on_gone` is called when they no longer may, with whether its readers had them."""
 
     part: _Part
     slot: int
@@ -46,7 +46,7 @@ class Block:
     made_ms: int
     published: bool = False
     keeps: object = None
-    on_gone: Callable[[], object] | None = None
+    on_gone: Callable[[bool], object] | None = None
 
     @property
     def offset(self) -> int:
@@ -143,7 +143,7 @@ class BlockPool:
     def free(self, block: Block) -> None:
         """Its space can be used again at once: nobody may read it any more."""
         self._end(block)
-        self._give(block)
+        self._give(block, released=True)
 
     def retire(self, block: Block) -> None:
         """It goes, but somebody may still be reading: its space waits until no living reader lists it."""
@@ -154,12 +154,12 @@ class BlockPool:
         del block.part.live[block.slot]
         block.part.segment.words[block.slot * SLOT_WORDS] = _after(block.generation)
 
-    def _give(self, block: Block) -> None:
+    def _give(self, block: Block, *, released: bool) -> None:
         block.part.space.give(block.first_page, block.pages)
         block.part.free_slots.append(block.slot)
         block.keeps = None
         if block.on_gone is not None:
-            block.on_gone()
+            block.on_gone(released)
 
     def collect(self) -> int:
         """Frees blocks that every reader released, and those in limbo that nobody uses now. Returns how many."""
@@ -198,7 +198,7 @@ class BlockPool:
             if key_of(block) in in_use:
                 self._limbo.append(block)
             else:
-                self._give(block)
+                self._give(block, released=False)
         return len(waiting) - len(self._limbo)
 
     def evict_caches(self, *, wanted_bytes: int) -> int:

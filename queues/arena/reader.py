@@ -92,11 +92,15 @@ class ArenaReader:
 
     def release(self, place: Place, *edges: int) -> None:
         """These edges need the block no longer: their commit was accepted. Takes it off the list, too."""
+        self.give_back(place, *edges)
+        self.drop(place)
+
+    def give_back(self, place: Place, *edges: int) -> None:
+        """As `release`, of a block that is off the list already."""
         segment = self._segments.get((place.arena, place.segment))
         if segment is not None and self.intact(place):
             for edge in edges:
                 segment.words[place.slot * SLOT_WORDS + FIRST_RELEASE + edge] = place.generation
-        self.drop(place)
 
     def drop(self, place: Place) -> None:
         """Takes one use of the block off the list."""

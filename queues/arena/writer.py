@@ -66,7 +66,8 @@ class ArenaWriter:
         self._limits = limits
         self._wanted = wanted
         self._pool = BlockPool(home.folder)
-        self._renounced: list[BlockPool] = []
+        # By the names of their arenas; nothing is put there any more.
+        self._renounced: dict[str, BlockPool] = {}
         self._lock = threading.Lock()
         self._arena = ""
         self._owner: OwnerLock | None = None
@@ -142,38 +143,44 @@ class ArenaWriter:
     def collect(self) -> int:
         """Takes back what its readers released; returns how many blocks."""
         with self._lock:
-            return self._pool.collect()
+            return sum(pool.collect() for pool in self._pools)
+
+    @property
+    def _pools(self) -> list[BlockPool]:
+        return [self._pool, *self._renounced.values()]
 
     @property
     def keeping(self) -> int:
         """How many blocks refer to something else that must live as long as they do."""
         with self._lock:
-            return sum(block.keeps is not None for block in self._pool.blocks())
+            return sum(block.keeps is not None for pool in self._pools for block in pool.blocks())
 
-    def when_gone(self, places: Iterable[Place], call: Callable[[], object]) -> None:
-        """Calls it for each of these once nobody may read it any more, at once where that is so already. It must not
-        call this object."""
-        gone = 0
+    def when_gone(self, places: Iterable[Place], call: Callable[[bool], object]) -> None:
+        """Calls it for each of these once nobody may read it any more, at once where that is so already: with True
+        where its readers had it, with False where nobody waits for it. It must not call this object."""
         with self._lock:
             for place in places:
                 found = self._mine([place])
                 if found:
                     found[0].on_gone = call
                 else:
-                    gone += 1
-        for _ in range(gone):
-            call()
+                    # Of an arena that was given up it is not known who had it.
+                    call(place.arena == self._arena)
 
     def free(self, places: Iterable[Place]) -> None:
         """Nobody was told of these, or what told of them was refused."""
         with self._lock:
             for block in self._mine(places):
-                self._pool.free(block)
+                if block.part.segment.arena == self._arena:
+                    self._pool.free(block)
+                else:
+                    block.published = True  # its arena was given up: Redis, which knows nothing of it, says that
 
     def _mine(self, places: Iterable[Place]) -> list[Block]:
         if os.getpid() != self._pid:
             return []
-        found = (self._pool.find(p.segment, p.slot, p.generation) for p in places if p.arena == self._arena)
+        pools = {**self._renounced, self._arena: self._pool}
+        found = (pools[p.arena].find(p.segment, p.slot, p.generation) for p in places if p.arena in pools)
         return [block for block in found if block is not None]
 
     def _room_for(self, nbytes: int, cache: bool) -> Block | None:
@@ -237,7 +244,7 @@ class ArenaWriter:
         if now_ms() < self._ask_again_ms:
             return 0
         self._ask_again_ms = now_ms() + _ASK_EVERY_MS
-        return forget_unwanted(self._pool, self._wanted)
+        return sum(forget_unwanted(pool, self._wanted) for pool in self._pools)
 
     def tend(self) -> None:
         """What can wait until there is time: takes back what is old and unwanted, and gives unused segments back."""
@@ -246,12 +253,16 @@ class ArenaWriter:
         with self._lock:
             if not self._is_reachable():
                 self._renounce()
-            self._pool.collect()
+            for pool in self._pools:
+                pool.collect()
             now = now_ms()
             # Thousands may wait for long, and each is asked about: no more often than it takes to grow old.
-            if now >= self._look_again_ms and any(b.made_ms < now - _OLD_MS for b in self._pool.blocks()):
+            if now >= self._look_again_ms and any(
+                b.made_ms < now - _OLD_MS for pool in self._pools for b in pool.blocks()
+            ):
                 self._look_again_ms = now + _OLD_MS
                 self._forget_unwanted()
+            self._renounced = {arena: pool for arena, pool in self._renounced.items() if not pool.empty}
             for segment in self._pool.drop_empty(keep=1):
                 segment.unlink(self._home.folder)
 
@@ -272,8 +283,8 @@ class ArenaWriter:
         for segment in self._pool.segments():
             segment.unlink(self._home.folder)
         self._owner.give(remove=self._owner.is_there())
-        # Who mapped a block may still read what it keeps.
-        self._renounced.append(self._pool)
+        # Who mapped a block may still read what it keeps, until its readers released it or nobody waits for it.
+        self._renounced[self._arena] = self._pool
         self._owner, self._arena, self._pool = None, "", BlockPool(self._home.folder)
         self._gone = not self._home.is_there()
 

@@ -83,11 +83,7 @@ local function advance_linear(e, rows, payload, added)
     end
     h.refs = refs
   end
-  if not derived and band(h.flags, F_CHECKPOINT) > 0 then
-    local key, field = extra(e.id, '0')
-    call('HDEL', key, field)
-    h.flags = h.flags - F_CHECKPOINT
-  end
+  if not derived and band(h.flags, F_CHECKPOINT) > 0 then drop_checkpoint(e.id, h) end
   h.mask, h.rows, h.payload = mask, rows, payload
   h.bytes = #h.refs > 0 and math.min(#payload + refs_bytes(h.refs), MOST) or #payload
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0

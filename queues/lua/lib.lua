@@ -264,6 +264,13 @@ local function drop_extras(g, id, h)
   if not g.linear then for i = 1, #g.nodes do fields[#fields + 1] = tail .. '#' .. i end end
   if #fields > 0 then call('HDEL', T .. 'j:' .. sub(id, 1, 14), unpack(fields)) end
 end
+-- Forgets the forms of a linear record that it could go back to. The '#p' of commit.lua may be there though no node is
+-- volatile now: the graph was defined anew meanwhile.
+local function drop_checkpoint(id, h)
+  local key, field = extra(id, '0')
+  call('HDEL', key, field, sub(id, 15) .. '#p')
+  h.flags = h.flags - F_CHECKPOINT
+end
 -- Ends a job: its record goes, its terminal record comes, its clients hear of it. The caller took it out of queues.
 local function finish(g, id, h, status, node_index, rows, refs, payload)
   gone[#gone + 1] = id

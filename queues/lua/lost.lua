@@ -4,10 +4,11 @@
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] entries  ARGV[4] error (msgpack), for a job that nothing can restart
 -- ARGV[5] '' or per job the mask of the nodes that made what is gone (4 bytes each), 0 where that is unknown: all
 -- A linear job restarts from the form before a node whose output may be lost with its worker, if that is the last that
--- was done, else from its last self-contained form, whoever made the bytes. A forking one reruns the makers and
--- every node behind them, and with a node those that were committed together with it (commit.lua): a stage need not
--- give the same twice, so nothing that was computed from the lost bytes may meet what is computed anew. Other branches keep their outputs and their places; what is held there is stale, and
--- ready again. If a maker's own input is gone too, its worker finds out and calls again: so the restart walks back.
+-- was done and all that is gone was made behind that form; else from its last self-contained form. A forking one reruns
+-- the makers and every node behind them, and with a node those that were committed together with it (commit.lua): a
+-- stage need not give the same twice, so nothing that was computed from the lost bytes may meet what is computed anew.
+-- Other branches keep their outputs and their places; what is held there is stale, and ready again. If a maker's own
+-- input is gone too, its worker finds out and calls again: so the restart walks back.
 -- A job none of whose nodes is done (its own input is missing), or that restarted 100 times, fails for good.
 -- Returns one letter a job: g restarted, f failed for good, s stale. Refused, with nothing written: TRARGS.
 local bad = begin()
@@ -37,22 +38,24 @@ local function drop_refs(refs, nodes)
   return table.concat(kept)
 end
 
--- The form before the last node, where that one was kept, else the last self-contained one.
-local function restart_linear(e)
+-- The form before the last node, where that one was kept and nothing made before it is gone; else the last
+-- self-contained one. (A node need not read what the one before the form made: it would run again and again.)
+local function restart_linear(e, makers)
   local h = e.h
   if band(h.flags, F_CHECKPOINT) == 0 then return false end
+  makers = band(makers, h.mask)
   local key, field = extra(e.id, 'p')
-  local rec = call('HGET', key, field)
-  local near = rec
-  if not near then
-    key, field = extra(e.id, '0')
-    rec = call('HGET', key, field)
-    h.flags = h.flags - F_CHECKPOINT
+  local rec = makers > 0 and call('HGET', key, field)
+  local c = rec and parse(rec)
+  local again
+  if c and band(makers, c.mask) == 0 then
+    call('HDEL', key, field)
+    again = {}
+    for i, n in ipairs(g.nodes) do again[i] = band(c.mask, n.bit) == 0 end
+  else
+    c = parse(call('HGET', extra(e.id, '0')))
+    drop_checkpoint(e.id, h)
   end
-  local c = parse(rec)
-  local again = near and {}
-  for i, n in ipairs(again and g.nodes or {}) do again[i] = band(c.mask, n.bit) == 0 end
-  call('HDEL', key, field)
   h.refs = drop_refs(h.refs, again)
   h.mask, h.rows, h.bytes, h.payload = c.mask, c.rows, c.bytes, c.payload
   h.attempts, h.strikes, h.releases, h.suspect = 0, 0, 0, 0
@@ -125,7 +128,7 @@ for i, e in ipairs(list) do
     local restarted = false
     if e.h.gen < MAX_GEN then
       local makers = #ARGV[5] > 0 and unpackb('<I4', ARGV[5], 4 * i - 3) or 0
-      if g.linear then restarted = restart_linear(e) else restarted = restart_fork(e, makers) end
+      if g.linear then restarted = restart_linear(e, makers) else restarted = restart_fork(e, makers) end
     end
     if restarted then
       status[i] = 'g'

@@ -125,6 +125,7 @@ class Lane:
     """One lane of a namespace of its own, with a client that submits to it."""
 
     CHAIN: ClassVar = {"s1": (0,), "s2": (1,), "s3": (2,)}
+    LONG: ClassVar = {"s1": (0,), "s2": (1,), "s3": (2,), "s4": (3,)}
     DIAMOND: ClassVar = {"a": (0,), "b": (1,), "c": (1,), "d": (2, 3)}
     SIDES: ClassVar = {"a": (0,), "b": (1,), "c": (0,), "d": (2, 3)}
     WHY = WHY
@@ -163,6 +164,12 @@ class Lane:
         graph = self.graphs[number]
         packed = pack_graph(self.refs[number], graph, [marks.get(n.name, PLENTY) for n in graph.nodes])
         self.run(self.t.define(number, packed))
+
+    def redefine(self, number: int, volatile: Collection[str]) -> None:
+        """The same pipeline with other tuning, as a worker that starts with a changed file makes it known."""
+        nodes = self.graphs[number].nodes
+        self.graphs[number] = graph_of({n.name: n.preds for n in nodes}, volatile)
+        self.mark(number, {})
 
     def worker(self, pipeline: int) -> Worker:
         self.workers += 1
@@ -339,8 +346,8 @@ class Audit:
                     fused.add(str(node.index))  # if it was committed together with that one, it has no entry
             named = {"k": FLAG_KEYED, "h": FLAG_HISTORY, "s": FLAG_SUBSCRIBED, "0": FLAG_CHECKPOINT}
             kept |= {name for name, flag in named.items() if flags & flag}
-            if graph.linear and flags & FLAG_CHECKPOINT and any(n.kept_for and mask & n.bit for n in graph.nodes):
-                kept, fused = kept | {"p"}, fused | {"p"}  # only where there was a longer way back
+            if graph.linear and flags & FLAG_CHECKPOINT:
+                kept, fused = kept | {"p"}, fused | {"p"}  # behind a volatile node, where there was a longer way back
             extras = self.extras.get(job_id, set())
             assert kept - fused <= extras <= kept, job_id
         assert not ready

@@ -23,8 +23,9 @@ class Spot:
 
 @dataclass
 class Job:
-    """A live job. `blobs` are (name, consumers) of what stages made, `restart` the mask to restart from, `fused` the
-    nodes that were committed together with the next one."""
+    """A live job. `blobs` are (name, consumers) of what stages made, `restart` the mask to restart from, `near` a later
+    one that does where nothing made before it is gone, `fused` the nodes that were committed together with the next
+    one."""
 
     id: str
     pipeline: int
@@ -35,6 +36,7 @@ class Job:
     overdue: bool = False
     history: int = 0
     restart: int | None = None
+    near: int | None = None
     blobs: list[tuple[str, int]] = field(default_factory=list)
     spots: dict[int, Spot] = field(default_factory=dict)
     fused: dict[int, int] = field(default_factory=dict)
@@ -140,6 +142,11 @@ class Model:
         self.commits += [(*entry, node) for node in nodes]
         graph = self.graphs[job.pipeline]
         before = job.mask
+        volatile = {n.index for n in graph.nodes if n.kept_for}
+        if job.restart is not None and blob and nodes[-1] in volatile:
+            job.near = before
+        elif volatile.intersection(graph.nodes[nodes[0] - 1].preds):
+            job.near = None
         job.mask |= sum(1 << (node - 1) for node in nodes)
         job.fused.update(pairwise(nodes))
         del job.spots[nodes[0]]
@@ -150,6 +157,7 @@ class Model:
         job.blobs = [(name, c) for name, c in blobs if c == 0 or job.mask & c != c]
         if graph.linear:
             job.restart = (before if job.restart is None else job.restart) if job.blobs else None
+            job.near = job.near if job.blobs else None
         self.open_up(job)
         return "k"
 
@@ -186,10 +194,14 @@ class Model:
             self.bury(job)
             return "f"
         job.gen += 1
-        if linear:
-            job.mask, job.restart, job.blobs, job.spots = job.restart or 0, None, [], {}
+        makers &= job.mask
+        if linear and makers and job.near is not None and not makers & job.near:
+            job.mask, job.near, job.spots = job.near, None, {}
+            job.blobs = [(name, c) for name, c in job.blobs if job.mask >> (int(name.split(".")[1]) - 1) & 1]
+        elif linear:
+            job.mask, job.restart, job.near, job.blobs, job.spots = job.restart or 0, None, None, [], {}
         else:
-            self.rerun(job, makers & job.mask or job.mask)
+            self.rerun(job, makers or job.mask)
         self.open_up(job)
         return "g"
 
@@ -244,6 +256,7 @@ class Model:
         stem, _, number = job_id.partition("~")
         new = deepcopy(old)
         new.id, new.key, new.gen, new.overdue, new.spots = f"{stem}~{int(number or 0) + 1}", None, 0, False, {}
+        new.near = None
         self.dead[job_id] = (old, new.id)
         self.live[new.id] = new
         self.open_up(new)

@@ -25,7 +25,7 @@ from torchrelay.queues.transitions import Grant, Output
 
 PICK = st.integers(0, 10**6)
 FEW = st.integers(0, 255)
-BLOBS = st.sampled_from(["", "", "next", "result"])
+BLOBS = st.sampled_from(["", "", "next", "kept", "result"])
 
 
 def subset(items: list[Any], mask: int) -> list[Any]:
@@ -34,7 +34,8 @@ def subset(items: list[Any], mask: int) -> list[Any]:
 
 
 class LaneMachine(RuleBasedStateMachine):
-    """One lane with a chain, a diamond and a fork with a chain in it; two live workers at a time."""
+    """One lane with a chain, a diamond, a fork with a chain in it and a chain with volatile nodes; two workers live at
+    a time."""
 
     make_lane: ClassVar[Any]
 
@@ -44,14 +45,15 @@ class LaneMachine(RuleBasedStateMachine):
         self.lane.define(self.lane.CHAIN)
         self.lane.define(self.lane.DIAMOND)
         self.lane.define(self.lane.SIDES)
+        self.lane.define(self.lane.LONG, volatile={"s2"})
         self.model = Model(self.lane.graphs)
         self.workers = [self.lane.worker(1) for _ in range(2)]
         self.given: list[tuple[Any, Grant, int, int]] = []
         self.answered: list[tuple[Any, Any, Any]] = []
         self.submits = 0
         self.names: set[str] = set()
-        for number in (1, 2, 3, 1, 2, 3):
-            kinds = [(0.0, "", False), (100_000.0, "abc"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
+        for number in (1, 2, 3, 4, 1, 2, 3, 4):
+            kinds = [(0.0, "", False), (100_000.0, "abcd"[number - 1], True), (0.0, "", True), (200_000.0, "", False)]
             self.submitted(number, kinds, "x", False, False)
 
     def teardown(self) -> None:
@@ -78,11 +80,11 @@ class LaneMachine(RuleBasedStateMachine):
         return answer
 
     @rule(
-        number=st.sampled_from([1, 2, 3]),
+        number=st.sampled_from([1, 2, 3, 4]),
         kinds=st.lists(
             st.tuples(
                 st.sampled_from([0.0, 100_000.0, 200_000.0]),
-                st.sampled_from(["", "", "", "a", "b", "c"]),
+                st.sampled_from(["", "", "", "a", "b", "c", "d"]),
                 st.booleans(),
             ),
             min_size=1,
@@ -155,7 +157,7 @@ class LaneMachine(RuleBasedStateMachine):
         number, node = self.places()[which % len(self.places())]
         self.granted(which, number, node, most, again)
 
-    @rule(number=st.sampled_from([1, 2, 3]), node=st.integers(1, 3))
+    @rule(number=st.sampled_from([1, 2, 3, 4]), node=st.integers(1, 3))
     def claim_anywhere(self, number: int, node: int) -> None:
         self.granted(0, number, node, 2, False)
 
@@ -214,14 +216,26 @@ class LaneMachine(RuleBasedStateMachine):
             added, ref = None, ""
             if blob:
                 job_id = made.token[:-1].decode()
-                later = sum(1 << (s - 1) for s in self.lane.graphs[number].nodes[nodes[-1] - 1].succs)
-                added = (f"{job_id}.{nodes[-1]}.{grant.fence}.{len(self.answered)}", later if blob == "next" else 0)
+                later = self.readers(number, nodes[-1], kept=blob == "kept")
+                added = (f"{job_id}.{nodes[-1]}.{grant.fence}.{len(self.answered)}", later if blob != "result" else 0)
                 self.lane.blob(added[0])
                 ref = f"{added[0]}:1:5:{added[1]},"
             outputs.append(Output(made.token, made.payload, rows, ref))
             expected += self.model.commit(grant.fence, nodes, (made.token[:-1].decode(), made.token[-1] - 128), added)
         call = self.lane.t.commit(worker.session, grant.fence, number, (node, nodes[-1]), outputs)
         assert self.run(worker.session, call, again) == expected
+
+    def readers(self, number: int, node: int, *, kept: bool) -> int:
+        """The mask of the nodes behind this one; `kept`, with those behind them."""
+        nodes = self.lane.graphs[number].nodes
+        found = set(nodes[node - 1].succs)
+        found |= {s for n in found for s in nodes[n - 1].succs} if kept else set()
+        return sum(1 << (s - 1) for s in found)
+
+    @rule(volatile=st.sampled_from([{"s2"}, {"s1", "s2"}, {"s3"}, set()]))
+    def redefine(self, volatile: set[str]) -> None:
+        """A worker starts whose file says otherwise where columns are handed over."""
+        self.lane.redefine(4, volatile)
 
     @precondition(lambda self: self.given)
     @rule(
@@ -258,10 +272,26 @@ class LaneMachine(RuleBasedStateMachine):
     def lose(self, which: int, mask: int, makers: list[int], again: bool) -> None:
         """Whatever the mask of makers says, of nodes that are not done and of other branches too."""
         worker, grant, _, _, entries = self.pick(which, mask)
-        masks = [makers[i % len(makers)] for i in range(len(entries))]
+        self.lost(worker, grant, entries, [makers[i % len(makers)] for i in range(len(entries))], again)
+
+    def lost(self, worker: Any, grant: Grant, entries: list[Entry], masks: list[int], again: bool) -> None:
+        masks = masks[: len(entries)]
         call = self.lane.t.lost(worker.session, grant.fence, [e.packed for e in entries], self.lane.WHY, masks)
         expected = "".join(self.model.lose(grant.fence, self.key(e), m) for e, m in zip(entries, masks, strict=True))
         assert self.run(worker.session, call, again) == expected
+
+    @rule(which=PICK, blobs=st.lists(BLOBS, min_size=2, max_size=3), makers=st.sampled_from([0, 1, 2, 2, 3, 4, 6]))
+    def lose_behind_volatile(self, which: int, blobs: list[str], makers: int) -> None:
+        """Jobs of the chain with volatile nodes come a way, and then their bytes are gone."""
+        for node, blob in enumerate(blobs, 1):
+            before = len(self.given)
+            self.granted(which, 4, node, 3, False)
+            if len(self.given) > before:
+                self.committed(*self.given[-1], self.given[-1][1].entries, blob, False)
+        before = len(self.given)
+        self.granted(which, 4, len(blobs) + 1, 2, False)
+        if len(self.given) > before:
+            self.lost(*self.given[-1][:2], self.given[-1][1].entries, [makers, makers], False)
 
     @precondition(lambda self: self.given)
     @rule(which=PICK, mask=FEW, again=st.booleans())

@@ -88,6 +88,35 @@ def test_a_commit_of_fused_stages_releases_the_edges_of_all(arena: Arena) -> Non
     assert not arena.reader.intact(place)
 
 
+@pytest.mark.parametrize("had", [True, False])
+def test_what_a_column_on_a_device_was_made_of_is_released_by_its_readers_alone(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch, had: bool
+) -> None:
+    """A reader that could not have it has the job begin again at this node, which reads the same once more."""
+    monkeypatch.setattr("torchrelay.queues.arena.writer._OLD_MS", -1)
+    read, made = arena.put("read"), arena.writer.put("made", 0, b"a ticket", 1, keeps=object())
+    assert made is not None
+    assert arena.reader.view(read, 4000) is not None
+    arena.custody.reads(HELD, Read(read, (0,), 1, False))
+    arena.custody.makes(HELD, made, on_device=True)
+    arena.wanted = {"read", "made"}
+    arena.writer.publish([read])
+    arena.custody.settle(HELD.fence, [HELD.entry.packed], "k")
+    arena.writer.tend()
+    assert arena.writer.keeping == 1
+    if had:
+        assert arena.reader.view(made, 8) is not None
+        arena.reader.release(made, 0)
+    else:
+        arena.wanted = {"read"}
+        monkeypatch.setattr(arena.writer, "_ask_again_ms", 0)
+        monkeypatch.setattr(arena.writer, "_look_again_ms", 0)
+    arena.writer.tend()
+    assert arena.writer.keeping == 0
+    arena.writer.collect()
+    assert arena.reader.intact(read) is not had
+
+
 def test_masks_of_makers_hold_whatever_a_ref_says() -> None:
     """`lost` takes 32 bits; the input and makers that cannot be count for nothing."""
     place = Place(1, "aaaaaaaa", 0, 0, 1, 0)

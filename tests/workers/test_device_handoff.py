@@ -27,7 +27,7 @@ from torchrelay.config import Pipeline
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.placement import HOSTS_EVERY_S
-from torchrelay.queues.registry import Registry
+from torchrelay.queues.registry import Registry, run
 from torchrelay.queues.tickets import Ticket
 from torchrelay.workers.device_exporter import DeviceExporter
 from torchrelay.workers.device_importer import DeviceImporter
@@ -85,6 +85,10 @@ class Chain:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
         return child
+
+    def pause(self, stage: str, on: bool) -> None:
+        for lane in self.registry.lanes:
+            run(self.registry.client, lane.pause("wide", "", stage, on))
 
     def close(self) -> None:
         for worker in self.running:
@@ -257,6 +261,62 @@ def test_a_reader_that_came_meanwhile_and_cannot_copy_has_the_column_made_again(
     assert results(futures) == [total_of(image) for image in given]
     # What was lost once goes through Redis.
     assert maker.memory.placer.counts["result"] >= 4 * ROW_BYTES
+
+
+def test_a_column_that_nobody_could_have_leaves_what_it_was_made_of(
+    relay: Relay, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The maker takes it back while its job waits to be run again, of an input that is nowhere else."""
+    monkeypatch.setattr("torchrelay.queues.arena.writer._OLD_MS", 50)
+    maker = chain.serve("spread", gpu=FakeGpu(chain.folder))
+    first = chain.serve("read")
+    wait_until(lambda: maker.memory.placer.copies_from(7, [f"{chain.pipeline.ref}/total"]))
+    relay.register(chain.path)
+    given = np.stack(images(8))
+    futures = [relay.submit_table("wide", {"image": given[a : a + 4]}, durable=False) for a in (0, 4)]
+    wait_until(lambda: maker.memory.placer.counts["device"] == 8 * ROW_BYTES)
+    chain.pause("spread", True)
+    chain.serve("total")
+    mine, before = maker.memory.placer.writer, first.memory.placer.writer
+    assert mine is not None
+    assert before is not None
+    wait_until(lambda: mine.keeping == 0)
+    before.tend()
+    chain.pause("spread", False)
+    found = [future.result(20)["total"].tolist() for future in futures]
+    assert found == [[total_of(image) for image in given[a : a + 4]] for a in (0, 4)]
+    assert chain.reads.calls == 8
+
+
+def test_a_worker_whose_files_were_removed_hands_over_again(
+    relay: Relay, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody cleared the folder under living processes: what lay there may be made again, what comes then is not; and
+    in the end nothing of either is left."""
+    monkeypatch.setattr("torchrelay.queues.arena.writer._OLD_MS", 50)
+    maker = chain.serve("spread", gpu=FakeGpu(chain.folder))
+    chain.serve("read")
+    wait_until(lambda: maker.memory.placer.copies_from(7, [f"{chain.pipeline.ref}/total"]))
+    given = images(4)
+    futures = submit(relay, chain, given)
+    wait_until(lambda: maker.memory.placer.counts["device"] == 4 * ROW_BYTES)
+    for path in chain.home.folder.iterdir():
+        path.unlink()
+    writer, exporter = maker.memory.placer.writer, maker.memory.exporter
+    assert writer is not None
+    assert exporter is not None
+    old = writer.arena
+    wait_until(lambda: writer.arena != old)
+    wait_until(lambda: list(chain.home.folder.glob("*.gpu")))
+    chain.serve("total", gpu=chain.reader)
+    assert results(futures) == [total_of(image) for image in given]
+    committed = f"{chain.pipeline.ref}/spread.committed"
+    before = chain.registry.loads()[committed]
+    assert results(submit(relay, chain, given)) == [total_of(image) for image in given]
+    assert chain.registry.loads()[committed] == before + 4
+    assert maker.memory.placer.counts["device"] == 8 * ROW_BYTES
+    (segment,) = exporter._segments
+    wait_until(lambda: segment.take(1 << 30) is None and segment.space.free_pages == segment.space.pages)
 
 
 def test_a_driver_that_refuses_is_asked_no_more(relay: Relay, chain: Chain, caplog: pytest.LogCaptureFixture) -> None:

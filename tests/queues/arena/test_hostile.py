@@ -257,6 +257,22 @@ def test_an_idle_namespaces_folder_stays_while_it_has_a_keeper(
     assert home.folder.exists()
 
 
+def test_what_dead_processes_of_an_abandoned_namespace_left_goes_with_its_folder(
+    base: Path, home: ArenaHome, server_of_blocks: Server
+) -> None:
+    """The lists of readers and the signs of workers with device memory: no keeper of that namespace ever comes."""
+    other = ArenaHome.open(str(base), "other")
+    for name in ("AAAAAAAA.held", "BBBBBBBB.gpu"):
+        (other.folder / name).touch(0o600)
+    keeper = ArenaKeeper(home, server_of_blocks)
+    keeper.tick()
+    assert len(list(other.folder.iterdir())) == 2
+    hour_ago = time.time() - 3700
+    os.utime(other.folder, (hour_ago, hour_ago))
+    keeper.tick()
+    assert not other.folder.exists()
+
+
 def test_a_list_of_odd_length_is_read_as_far_as_it_goes(home: ArenaHome, server_of_blocks: Server) -> None:
     """Somebody alive holds it; it says nothing, and hinders nothing."""
     with (home.folder / "CCCCCCCC.held").open("wb") as file:

@@ -204,6 +204,30 @@ def test_a_writer_whose_files_were_removed_begins_another_arena(
     keeper.close()
 
 
+def test_an_arena_that_was_given_up_ends_with_its_blocks(
+    home: ArenaHome, writer: ArenaWriter, reader: ArenaReader, server_of_blocks: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was released by who had mapped it, one ended with its job, one was refused: its memory is free again."""
+    monkeypatch.setattr("torchrelay.queues.arena.writer._OLD_MS", -1)
+    places = [writer.put(f"j.1.f.{name}", 0, b"\3" * 9000, 1, keeps=object()) for name in "xyz"]
+    read, ended, refused = (place for place in places if place is not None)
+    assert reader.view(read, 9000) is not None
+    for path in home.folder.glob("*.lock"):
+        path.unlink()
+    writer.tend()
+    assert writer.keeping == 3
+    gone: list[bool] = []
+    writer.publish([read, ended])
+    writer.when_gone([read, ended], gone.append)
+    writer.free([refused])
+    reader.release(read, 0)
+    server_of_blocks.unwanted = {"j.1.f.y", "j.1.f.z"}
+    monkeypatch.setattr(writer, "_look_again_ms", 0)
+    monkeypatch.setattr(writer, "_ask_again_ms", 0)
+    writer.tend()
+    assert (writer.keeping, writer._renounced, gone) == (0, {}, [True, False])
+
+
 def test_a_writer_without_its_host_puts_nothing(base: Path, home: ArenaHome, writer: ArenaWriter) -> None:
     """Everything was cleared, and another process made a new token: readers of now are on another host."""
     assert writer.put("j.1.f.x", 0, bytes(9000), 1) is not None
