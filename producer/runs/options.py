@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -14,6 +15,9 @@ from torchrelay.producer.runs.pace import Progress
 from torchrelay.queues.priority import Priority, parse_priority
 
 __all__ = ["RunKeywords", "RunOptions"]
+
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def _folder(output: object) -> str:
@@ -41,6 +45,7 @@ class RunKeywords(TypedDict, total=False):
     priority: str | int
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
+    run_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ class RunOptions:
     priority: int = Priority.LOW
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
+    run_id: str | None = None
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -76,6 +82,9 @@ class RunOptions:
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
+        run_id = given.get("run_id")
+        if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
+            raise InputError(f"run_id {run_id!r:.80} must be 1 to 64 letters, digits, _ and -")
         retry_errors = bool(given.get("retry_errors"))
         return cls(
             read,
@@ -90,4 +99,5 @@ class RunOptions:
             parse_priority(given.get("priority", Priority.LOW)),
             given.get("in_flight"),
             given.get("on_progress"),
+            run_id,
         )
