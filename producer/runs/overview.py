@@ -1,4 +1,4 @@
-"""The runs of a namespace, whoever drives them: those of agents and those in the foreground, waiting, running and ended.
+"""The runs of a namespace, whoever drives them: agents or the foreground; waiting, running and ended.
 
 What a run's driver wrote of it and what RQ knows of its job are put together here; the driver's word counts while the
 job is being executed, and RQ's before and after.
@@ -55,8 +55,8 @@ ENDED: Final = frozenset({"done", "failed", "stopped", "cancelled", LOST})
 class RunView:
     """One run as it is shown. Times are seconds since the epoch.
 
-    `state` is queued, scheduled, repeating (a schedule), running, done, failed, stopped (too many errors), cancelled, or
-    lost (its driver died: it goes on with --resume). `total_rows` is None where nobody counted.
+    `state` is queued, scheduled, repeating (a schedule), running, done, failed, stopped (too many errors), cancelled,
+    or lost (its driver died: it goes on with --resume). `total_rows` is None where nobody counted.
     """
 
     id: str
@@ -97,7 +97,7 @@ def _of_job(job: ControlJob, due: float | None, record: RunRecord | None) -> Run
     view = _of_record(record) if record is not None else RunView(job.id, state)
     if state == RUNNING and view.state in (LOST, RUNNING):
         state = view.state
-    elif view.state == "stopped" and state == "failed":
+    elif view.state == "stopped" and state in ("failed", "cancelled"):
         state = "stopped"
     if state in ("queued", "scheduled"):
         view = replace(view, eta_s=None, rows_per_s=None)
@@ -220,8 +220,9 @@ class Overview:
         return found
 
     def _due(self, queue: ControlQueue, run: str) -> float | None:
-        score: Any = self._client.zscore(ScheduledJobRegistry(queue=queue).key, run)  # type: ignore[no-untyped-call]
-        return score
+        key = ScheduledJobRegistry(queue=queue).key  # type: ignore[no-untyped-call]
+        score = self._client.zscore(key, run)
+        return None if score is None else float(score)
 
 
 def _texts(values: Any) -> Iterable[str]:

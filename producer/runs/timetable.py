@@ -146,8 +146,10 @@ def _change(client: redis.Redis, control: ControlKeys, schedule: Schedule) -> No
 
 
 class Timetable:
-    """Keeps the time of a namespace's runs. Of several keepers one has RQ's scheduler locks; when it dies, another takes
-    over within seconds."""
+    """Keeps the time of a namespace's runs.
+
+    Of several keepers one has RQ's scheduler locks; when it dies, another takes over within seconds.
+    """
 
     def __init__(self, client: redis.Redis, control: ControlKeys, name: str) -> None:
         self._client = client

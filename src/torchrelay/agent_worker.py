@@ -34,6 +34,8 @@ from torchrelay.queues.keys import new_token
 __all__ = ["AgentWorker", "GivenBack", "Stopped"]
 
 log = logging.getLogger("torchrelay.agent")
+_rq_log = logging.getLogger("torchrelay.agent.rq")
+_rq_log.setLevel(logging.WARNING)  # what RQ does step by step is not of interest to operators
 _POLL_S = 1.0
 _RENEW_S = 5.0
 _TIDY_S = 5.0
@@ -81,7 +83,7 @@ class AgentWorker(BaseWorker):
             serializer="json",
             log_job_description=False,
         )
-        self.log = log
+        self.log = _rq_log
         self._entries = entries
         self._tidied_at = 0.0
 
@@ -160,7 +162,8 @@ class AgentWorker(BaseWorker):
         log.info("job %s of %s begins", job.id, queue.name)
         execution = self.prepare_execution(job)
         with _Renewal(self, job, execution):
-            self.perform_job(job, queue, execution)
+            if self.perform_job(job, queue, execution):
+                log.info("job %s is done", job.id)
         self.set_state(WorkerStatus.IDLE)
 
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:

@@ -38,6 +38,7 @@ from torchrelay.cli_options import (
     pipeline_name,
 )
 from torchrelay.cli_run import run_app
+from torchrelay.cli_runs import agent_app, runs_app
 from torchrelay.cli_server import server_app
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import (
@@ -62,7 +63,8 @@ app = typer.Typer(
 )
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
-app.registered_commands += operate_app.registered_commands + run_app.registered_commands
+app.add_typer(runs_app, name="runs")
+app.registered_commands += operate_app.registered_commands + run_app.registered_commands + agent_app.registered_commands
 
 
 @app.command()

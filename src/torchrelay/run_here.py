@@ -31,13 +31,17 @@ def missing_stages(registry: Registry, pipeline: Pipeline) -> list[str]:
 
 @contextmanager
 def workers_here(
-    fleet: Fleet, registry: Registry, pipeline: Pipeline, overrides: dict[str, str]
+    fleet: Fleet,
+    registry: Registry,
+    pipeline: Pipeline,
+    overrides: dict[str, str],
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], None]]:
     """Lets `fleet`, which is empty, start a worker for each stage that nobody serves, and waits until they are ready;
     they drain afterwards.
 
     Gives a function to call now and then, which raises StageLoadError once one of them gave up. Raises it too, and
-    ConfigError for a pipeline that workers cannot load.
+    ConfigError for a pipeline that workers cannot load. `tick` is called while they load; what it raises ends them.
     """
     missing = missing_stages(registry, pipeline)
     if not missing:
@@ -54,14 +58,15 @@ def workers_here(
             raise StageLoadError(f"a worker of {', '.join(missing)} gave up; what it logged says why")
 
     with fleet:
-        _await(fleet, look)
+        _await(fleet, look, tick)
         yield look
 
 
-def _await(fleet: Fleet, look: Callable[[], None]) -> None:
+def _await(fleet: Fleet, look: Callable[[], None], tick: Callable[[], None]) -> None:
     deadline = time.monotonic() + _LOAD_S
     while not fleet.nodes <= {n for r in fleet.registry.workers() if r.state == "ready" for n in r.nodes}:
         look()
+        tick()
         if time.monotonic() > deadline:
             raise NoWorkers(f"the workers of this machine were not ready within {_LOAD_S:g} s")
         time.sleep(_LOOK_S)
