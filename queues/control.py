@@ -48,6 +48,9 @@ class ControlJob(Job):
     entries: Mapping[str, Entry] = {}  # replaced, never changed
     refusal: str = ""
 
+    def __init__(self, id: str | None = None, connection: redis.Redis | None = None, serializer: object = None) -> None:
+        super().__init__(id, connection, JSONSerializer)  # whatever was asked for: RQ's default is pickle
+
     def refresh(self) -> None:
         """Raises NoSuchJobError."""
         length: Any = self.connection.hstrlen(self.key, "data")
@@ -152,7 +155,7 @@ class ControlQueue(Queue):
         return job
 
     def _fetch(self, job_id: str) -> ControlJob:
-        job = ControlJob(job_id, connection=self.connection, serializer=JSONSerializer)
+        job = ControlJob(job_id, connection=self.connection)
         job.refresh()
         return job
 

@@ -67,7 +67,7 @@ class RunRequest:
         def absolute(text: str) -> str:
             return text if "://" in text else os.path.abspath(os.path.join(folder, os.path.expanduser(text)))
 
-        given = {k: v for k, v in options.items() if v not in (None, (), [], {}, False)}
+        given = {k: v for k, v in options.items() if v is not None and v is not False and v not in ([], {})}
         return cls.parse(
             {"pipeline": pipeline, "input": [*map(absolute, data)], "output": absolute(output), "options": given}
         )

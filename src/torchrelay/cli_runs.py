@@ -1,4 +1,4 @@
-"""`torchrelay agent` and `torchrelay runs list | show | cancel`, and what `run --detach` does: runs that others drive."""
+"""`torchrelay agent`, `torchrelay runs list | show | cancel`, and `run --detach`: runs that others drive."""
 
 from __future__ import annotations
 

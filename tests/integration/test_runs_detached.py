@@ -22,7 +22,7 @@ from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from tests.conftest import Workers, run_cli, wait_until
+from tests.conftest import Workers, private_server, run_cli, wait_until
 from tests.workers.support import CODE, YAML, ForwardLog
 from torchrelay.producer.runs.detached import queue_of, runs_queues
 from torchrelay.queues.control import ControlQueue
@@ -286,6 +286,49 @@ def test_what_else_lies_in_a_queue_is_refused_and_called_by_nobody(agents: Agent
         assert reason in job.meta["error"], (job_id, job.meta)
     assert sorted(agents.numbers()) == list(range(30))
     assert agents.state(run) == "done"
+
+
+def test_runs_that_fail_are_taken_up_again_and_those_that_were_stopped_are_not(agents: Agents, tmp_path: Path) -> None:
+    """A chunk without a part may have one at the next try; too many errors are too many."""
+    bad = tmp_path / "bad.parquet"
+    raw = bytearray(dataset(bad, [""] * 20).read_bytes())
+    raw[4:200] = b"\xff" * 196
+    bad.write_bytes(raw)
+    agents.start()
+    failing = agents.detach(bad, "--retries", "1")["id"]
+    raising = dataset(tmp_path / "raising.parquet", ["raise"] * 40)
+    stopped = agents.detach(raising, "--max-errors", "0", "--retries", "1", output=str(tmp_path / "stopped"))["id"]
+    wait_until(lambda: agents.status(stopped) == JobStatus.STOPPED, 30.0)
+    assert agents.state(stopped) == "stopped"
+    assert agents.job(stopped).retries_left == 1
+    wait_until(lambda: agents.status(failing) == JobStatus.FAILED, 40.0)
+    view = agents.runs("show", failing)
+    assert (view["state"], view["retries_left"], view["errors"]) == ("failed", 0, 1)
+    assert "1 chunks have no part" in view["error"]
+
+
+def test_an_agent_waits_for_a_server_that_is_away(
+    tmp_path: Path, make_pipeline: Callable[..., Path], data: Path
+) -> None:
+    """Killed while the agent idles, and in mid-run: nothing is lost, and nothing is charged."""
+    log = ForwardLog(tmp_path / "forwards.txt")
+    path = make_pipeline(YAML.format(log=log.path, options="batch: {max_rows: 4}"), CODE)
+    with private_server("--appendfsync", "always", "--appendonly", "yes") as fresh:
+        agents = Agents(fresh.url, "default", tmp_path, path)
+        agent = agents.start()
+        try:
+            fresh.kill()
+            fresh.start()
+            run = agents.detach(data, "--retries", "1")["id"]
+            wait_until(lambda: len(agents.parts()) >= 3, 40.0)
+            fresh.kill()
+            fresh.start()
+            wait_until(lambda: agents.status(run) == JobStatus.FINISHED, 60.0)
+            assert agents.numbers() == list(range(ROWS))
+            assert agents.job(run).retries_left == 1
+        finally:
+            agent.terminate()
+            assert agent.wait(30) == 0, agents.log()
 
 
 def test_another_version_is_refused_with_both(agents: Agents, tmp_path: Path, data: Path) -> None:
