@@ -226,12 +226,12 @@ class AsyncRelay:
         A task that is cancelled while it waits cancels the run, which can go on later. The methods of `Run` block.
         """
         from torchrelay.producer.runs.options import RunOptions
-        from torchrelay.producer.runs.run import start_run
+        from torchrelay.producer.runs.run import prepare_run
 
         parsed = RunOptions.parse(output, options)
         await self._core.ready()
         # Not where submits wait for their turn: listing an input may take long.
-        run = await asyncio.to_thread(start_run, self._core.core, pipeline, input, parsed)
+        run = (await asyncio.to_thread(prepare_run, self._core.core, pipeline, input, parsed)).start()
         if wait:
             try:
                 await asyncio.to_thread(run.wait)

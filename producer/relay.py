@@ -263,12 +263,19 @@ class Relay:
         Raises ConfigError and InputError for what cannot be run, RunConflict for a folder that holds another run (or
         any, without `resume`), PipelineNotFound, BrokerUnavailable.
         """
+        run = self.prepare_run(pipeline, input=input, output=output, **options).start()
+        return run.wait() if wait else run
+
+    def prepare_run(
+        self, pipeline: str | Pipeline, *, input: Any, output: str | os.PathLike[str], **options: Unpack[RunKeywords]
+    ) -> Run:
+        """The same up to the first job: all is checked, and the folder is held, until `start()` or `end()` is called of
+        what this returns."""
         # Only who runs datasets needs what reads and writes them.
         from torchrelay.producer.runs.options import RunOptions
-        from torchrelay.producer.runs.run import start_run
+        from torchrelay.producer.runs.run import prepare_run
 
-        run = start_run(self._core.start(), pipeline, input, RunOptions.parse(output, options))
-        return run.wait() if wait else run
+        return prepare_run(self._core.start(), pipeline, input, RunOptions.parse(output, options))
 
     def job(self, job_id: str) -> JobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.

@@ -60,10 +60,44 @@ class SharedSegment:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._registered))
 
 
-class Loops:
-    """The bare loops of one workload. `start()` compiles; then `bare()` and `raw()` return units per second."""
+class Recorded:
+    """A model whose calls are CUDA graphs, one per shape. Results are overwritten by the next call of their shape."""
 
-    def __init__(self, load: Workload, tables: list[Table], device: str, mode: str, seconds: float) -> None:
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._model = model
+        self._graphs: dict[torch.Size, tuple[Inputs, Inputs, torch.cuda.CUDAGraph]] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> Inputs:
+        found = self._graphs.get(inputs[0].shape)
+        if found is None:
+            found = self._graphs[inputs[0].shape] = self._record(inputs)
+        static, results, graph = found
+        _copy(static, inputs)
+        graph.replay()
+        return results
+
+    def _record(self, inputs: Inputs) -> tuple[Inputs, Inputs, torch.cuda.CUDAGraph]:
+        static = tuple(t.clone() for t in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._model(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = tuple(self._model(*static))
+        return static, results, graph
+
+
+class Loops:
+    """The bare loops of one workload. `start()` compiles; then `bare()` and `raw()` return units per second. With
+    `graphs` they replay CUDA graphs, as the relay's stage then does."""
+
+    def __init__(
+        self, load: Workload, tables: list[Table], device: str, mode: str, seconds: float, *, graphs: bool = False
+    ) -> None:
+        self._graphs = graphs and device == "cuda"
         self._load = load
         self._device = device
         self._mode = mode
@@ -76,6 +110,8 @@ class Loops:
         set_up(self._mode, self._device)
         self._model = prepare(self._load, self._device, self._mode)
         self._shared = SharedSegment(self._batches, self._device)
+        if self._graphs:
+            self._model = Recorded(self._model)
         with torch.inference_mode():
             self._resident = [tuple(t.to(self._device, copy=True) for t in inputs) for inputs in self._shared.batches]
             for inputs in self._resident:

@@ -37,8 +37,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, help="rows of a batch, on both sides")
     parser.add_argument("--in-flight", type=int, help="jobs under way, over all producers")
     parser.add_argument("--producers", type=int, default=1, help="producer processes (default 1)")
+    parser.add_argument("--passers", type=int, default=1, help="workers of the CPU stage (default 1)")
     parser.add_argument("--max-wait-ms", type=float, default=50.0, help="of the GPU stage (default 50)")
-    parser.add_argument("--graphs", action="store_true", help="torch: {cuda_graphs: true} for the GPU stage")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs, on both sides")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
     options.models = options.models.split(",")
@@ -60,12 +61,19 @@ def measure(load: Workload, options: argparse.Namespace, server: BenchServer) ->
     """All rounds of one model; prints its lines and returns its figures."""
     server.restart_clean()
     tables = load.tables()
-    loops = Loops(load, tables, options.device, options.mode, options.seconds)
+    loops = Loops(load, tables, options.device, options.mode, options.seconds, graphs=options.graphs)
     # Before the workers start: what is compiled here, they find in the compiler's cache.
     loops.start()
     warm_s = min(3.0, options.seconds / 2)
     how = RelayOptions(
-        options.device, options.mode, options.seconds, warm_s, options.producers, options.max_wait_ms, options.graphs
+        device=options.device,
+        mode=options.mode,
+        seconds=options.seconds,
+        warm_s=warm_s,
+        producers=options.producers,
+        passers=options.passers,
+        max_wait_ms=options.max_wait_ms,
+        graphs=options.graphs,
     )
     with RelayCase(server.url, load, how) as relay:
         relay.check(tables[0], *loops.reference(load.job_rows))

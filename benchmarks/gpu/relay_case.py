@@ -35,6 +35,7 @@ class RelayOptions:
     seconds: float
     warm_s: float
     producers: int
+    passers: int
     max_wait_ms: float
     graphs: bool
 
@@ -49,6 +50,7 @@ def pipeline_text(load: Workload, options: RelayOptions) -> str:
             "use": "benchmarks.gpu.stages:pass_on",
             "outputs": column,
             "batch": {"max_rows": load.pass_rows},
+            "replicas": options.passers,
         },
         {
             "name": "classify",

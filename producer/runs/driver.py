@@ -114,6 +114,8 @@ class Driver:
 
     def run(self) -> str:
         """Until its end: "done", "failed" where a chunk has no part, "stopped" at too many errors, or "cancelled"."""
+        self._throughput = Throughput()
+        self._moved_at = time.monotonic()
         try:
             self._loop()
             if self._cancelled.is_set():

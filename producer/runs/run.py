@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.runs import ChunkSize
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
@@ -33,7 +33,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
 from torchrelay.stages.writing.table import check_names
 
-__all__ = ["Run", "start_run"]
+__all__ = ["Run", "prepare_run"]
 
 log = logging.getLogger("torchrelay.runs")
 _JOIN_S = 0.2
@@ -64,7 +64,7 @@ class Run:
         self._planned: int | None = None
         self._total_rows: int | None = None
         self._before = totals_of(folder).rows, len(folder.done())
-        self._began = time.time()
+        self._began = 0.0
         self._recorder = Recorder(records, self._standing, driver.cancel)
         self._base_dir = base_dir
         self._summary: dict[str, Any] | None = None
@@ -72,23 +72,25 @@ class Run:
         self._thread = threading.Thread(target=self._work, name="torchrelay-run", daemon=True)
 
     def __repr__(self) -> str:
-        state = "under way" if self._summary is None and self._error is None else self.status
-        return f"<Run {self.id} into {self.output}: {state}>"
+        return f"<Run {self.id} into {self.output}: {self.status}>"
 
     def start(self) -> Run:
         """Begins; who waits calls `wait`."""
+        self._began = time.time()
         self._recorder.start()
         self._thread.start()
         return self
 
     @property
     def status(self) -> str:
-        """running; then done, failed (a chunk has no part), stopped (too many errors) or cancelled."""
+        """prepared, running; then done, failed (a chunk has no part), stopped (too many errors) or cancelled."""
+        if self._thread.ident is None:
+            return "prepared"
         return "running" if self._thread.is_alive() else self._driver.status
 
     def done(self) -> bool:
         """Whether it has ended, however."""
-        return not self._thread.is_alive()
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def progress(self) -> Progress:
         """How it stands now."""
@@ -99,6 +101,8 @@ class Run:
 
         Ctrl-C cancels what is under way, and leaves a run that can go on.
         """
+        if self._thread.ident is None:
+            raise InputError(f"run {self.id} was not started; call start()")
         try:
             if timeout is not None:
                 self._thread.join(timeout)
@@ -118,9 +122,12 @@ class Run:
         self._driver.cancel()
 
     def end(self) -> None:
-        """Cancels it and waits until the folder is given free."""
+        """Cancels it and waits until the folder is given free; also of a run that was never started."""
         self.cancel()
-        self._thread.join()
+        if self._thread.ident is None:
+            self._folder.close()
+        else:
+            self._thread.join()
 
     def summary(self) -> dict[str, Any]:
         """Waits; what `_run/run.json` says: status, rows, errors, chunks, seconds, rows_per_s, stages."""
@@ -205,8 +212,8 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
-def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans, takes hold of the output folder and starts. `target` is a name, or a pipeline that is registered here.
+def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
+    """Plans and takes hold of the output folder. `target` is a name, or a pipeline that is registered here.
 
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
@@ -244,7 +251,7 @@ def start_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
             core.inbox.start()
         # Rows in memory may come but once: only what files hold is counted ahead.
         records = RunRecords(registry.client, registry.control)
-        return Run(driver, folder, options, None if in_memory else chunks, base_dir, records).start()
+        return Run(driver, folder, options, None if in_memory else chunks, base_dir, records)
     except BaseException:
         folder.close()
         raise

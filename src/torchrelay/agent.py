@@ -107,9 +107,13 @@ class RunsAgent:
         self._check_writer(request, fleet)
         watch = _Watch(self.worker, job, self._records)
         watch.look()
-        with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
-            run = self._start(one.pipeline, request, watch)
-            return watch.follow(run, look)
+        run = self._prepare(one.pipeline, request, watch)
+        try:
+            with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
+                return watch.follow(run.start(), look)
+        finally:
+            if not run.done():
+                run.end()
 
     def _find(self, ref: str) -> Loaded:
         if ref in self._loaded:
@@ -129,14 +133,14 @@ class RunsAgent:
                 f"start it with TORCHRELAY_RUN_WRITER={wanted:.80}"
             )
 
-    def _start(self, pipeline: Pipeline, request: RunRequest, watch: _Watch) -> Run:
+    def _prepare(self, pipeline: Pipeline, request: RunRequest, watch: _Watch) -> Run:
         """A folder that another driver has is waited for: it may have died a moment ago."""
         given_up_at = time.monotonic() + _HELD_S
         options: Any = {**request.options, "run_id": watch.job.id}
         while True:
             try:
                 data = list(request.input)
-                return self._relay.run(pipeline, input=data, output=request.output, wait=False, **options)
+                return self._relay.prepare_run(pipeline, input=data, output=request.output, **options)
             except Held:
                 if time.monotonic() > given_up_at:
                     raise

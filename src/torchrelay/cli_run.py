@@ -130,13 +130,19 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
         relay = stack.enter_context(open_relay(redis, namespace))
-        target, look = _served(stack, relay, pipeline, overrides, _fleet(redis, namespace, allow_cpu, format))
-        started = relay.run(target, input=input, output=output, wait=False, **options)
-        summary = _follow(started, look)
+        target = _target(relay, pipeline, overrides)
+        # Before any model is loaded: what cannot be run is refused at once.
+        prepared = relay.prepare_run(target, input=input, output=output, **options)
+        stack.callback(_leave, prepared)
+        look: Callable[[], None] = _nothing
+        if isinstance(target, Pipeline):
+            fleet = _fleet(redis, namespace, allow_cpu, format)
+            look = stack.enter_context(workers_here(fleet, relay.registry, target, overrides))
+        summary = _follow(prepared.start(), look)
         if as_json:
             terminal.print_json(summary)
         else:
-            _print_summary(started, summary)
+            _print_summary(prepared, summary)
     if summary["status"] != "done" or summary["errors"] or summary["failed_chunks"]:
         raise typer.Exit(EXIT_FAILED)
 
@@ -150,14 +156,15 @@ def _fleet(redis: str | None, namespace: str | None, allow_cpu: bool, format: st
     return fleet
 
 
-def _served(
-    stack: ExitStack, relay: Relay, text: str, overrides: dict[str, str], fleet: Fleet
-) -> tuple[str | Pipeline, Callable[[], None]]:
-    """What to run, once workers serve it; and what to call now and then, to learn that one of them gave up."""
+def _nothing() -> None: ...
+
+
+def _target(relay: Relay, text: str, overrides: dict[str, str]) -> str | Pipeline:
+    """The pipeline of a file; of a name its version, once workers serve it."""
     if is_file(text):
         pipeline = Pipeline.load(text, overrides)
         relay.registry.register(pipeline, current=False)
-        return pipeline, stack.enter_context(workers_here(fleet, relay.registry, pipeline, overrides))
+        return pipeline
     found = relay.registry.find(text).pipeline
     missing = relay.registry.wait_served(found.for_runs(), _WAIT_FOR_WORKERS_S)
     if missing:
@@ -165,7 +172,7 @@ def _served(
             f"no live worker serves {', '.join(missing)} of {found.ref}; start one with: torchrelay worker FILE "
             f"--stage {missing[0]}, or give the pipeline's FILE in place of its name"
         )
-    return found.ref, lambda: None
+    return found.ref
 
 
 @contextmanager
@@ -206,15 +213,16 @@ def _follow(run: Run, look: Callable[[], None]) -> dict[str, Any]:
         else:
             _lines(run, look, terminal.err)
     except BaseException:
-        run.cancel()
-        while not run.done():
-            time.sleep(_LOOK_S)
-        if run.status == "cancelled":
-            terminal.err.print(
-                f"interrupted; to go on, add --resume (output: {terminal.clean(run.output)})", soft_wrap=True
-            )
+        run.cancel()  # first, for workers of this machine drain before the run is left
         raise
     return run.summary()
+
+
+def _leave(run: Run) -> None:
+    """Whatever ended the command, the folder is free, and holds a run that can go on."""
+    run.end()
+    if run.status != "done":
+        terminal.err.print(f"to go on with it, add --resume (output: {terminal.clean(run.output)})", soft_wrap=True)
 
 
 def _bar(run: Run, look: Callable[[], None], console: Console) -> None:

@@ -18,8 +18,8 @@ __all__ = ["missing_stages", "workers_here"]
 
 _LOAD_S = 600.0
 _LOOK_S = 0.05
-_PROCESSORS_PER_HELPER = 4
-_MOST_HELPERS = 8
+_PROCESSORS_PER_READER = 4
+_MOST_READERS = 8
 
 
 def missing_stages(registry: Registry, pipeline: Pipeline) -> list[str]:
@@ -48,7 +48,7 @@ def workers_here(
         yield lambda: None
         return
     for name in missing:
-        count = _helpers() if name in (READ, WRITE) else pipeline.group_of(name).replicas
+        count = _readers() if name in (READ, WRITE) else pipeline.group_of(name).replicas
         for _ in range(count):
             fleet.add(pipeline, overrides, stage=name)
     set_up_logs(fleet.settings.log, fleet.output)
@@ -72,6 +72,6 @@ def _await(fleet: Fleet, look: Callable[[], None], tick: Callable[[], None]) -> 
         time.sleep(_LOOK_S)
 
 
-def _helpers() -> int:
+def _readers() -> int:
     """How many processes read, and how many write."""
-    return min(max((os.cpu_count() or 1) // _PROCESSORS_PER_HELPER, 1), _MOST_HELPERS)
+    return min(max((os.cpu_count() or 1) // _PROCESSORS_PER_READER, 1), _MOST_READERS)

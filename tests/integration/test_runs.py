@@ -247,6 +247,22 @@ def test_a_file_is_run_with_workers_of_this_machine(obey: Callable[..., Path], t
     assert pq.read_table(tmp_path / "out.parquet")["out"].to_pylist() == [f"{n}!" for n in range(30)]
 
 
+def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[..., Path], tmp_path: Path) -> None:
+    """No worker is started for it; a run that was only prepared can go on."""
+    path = obey()
+    dataset(tmp_path / "d.parquet", [""] * 3)
+    (tmp_path / ".torchrelay").mkdir(mode=0o700)
+    arguments = ["run", str(path), "-o", "out"]
+    done = run_cli(*arguments, "-i", "none/*.parquet", cwd=tmp_path)
+    assert (done.returncode, "ready on" in done.stderr) == (2, False)
+    done = run_cli(*arguments, "-i", "d.parquet", "--key", "id", cwd=tmp_path)
+    assert (done.returncode, "ready on" in done.stderr, "'id'" in done.stderr) == (2, False, True)
+    broken = tmp_path / "stages.py"
+    broken.write_text(broken.read_text() + "\nraise OSError('no weights')\n")
+    done = run_cli(*arguments, "-i", "d.parquet", cwd=tmp_path)
+    assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, True)
+
+
 def test_a_name_that_nobody_serves_needs_workers(
     server_url: str, namespace: str, relay: Relay, obey: Callable[..., Path], tmp_path: Path, data: Path
 ) -> None:

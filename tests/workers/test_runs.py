@@ -18,6 +18,7 @@ from torchrelay import AsyncRelay, Pipeline, Relay
 from torchrelay.config.run_graph import CHUNK, RESULT
 from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import Chunk, ReadOptions, WriteOptions
+from torchrelay.errors import InputError, RunConflict
 from torchrelay.producer.runs import driver
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.producer.runs.run import Run
@@ -361,3 +362,23 @@ def test_a_class_that_writes_is_imported_only_where_the_operator_named_it(
     assert run.status == "done"
     (part,) = (tmp_path / "b").glob("part-*.lines")
     assert part.read_text().split() == [f"{i}!" for i in range(6)]
+
+
+def test_a_run_that_was_prepared_holds_its_folder_until_it_ends(
+    relay: Relay, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nothing was submitted, and it can go on; two drivers never work on one folder."""
+    relay.register(obey())
+    data = dataset(tmp_path / "d.parquet", 4)
+    first = relay.prepare_run("obey", input=data, output=tmp_path / "out")
+    assert (first.status, first.done()) == ("prepared", False)
+    with pytest.raises(InputError, match=r"call start\(\)"):
+        first.wait()
+    with pytest.raises(RunConflict, match="drives a run there now"):
+        relay.run("obey", input=data, output=tmp_path / "out", resume=True)
+    first.end()
+    assert not any(relay.registry.loads().values())
+    second = relay.run("obey", input=data, output=tmp_path / "out", resume=True, wait=False)
+    assert second.id == first.id
+    second.cancel()
+    assert second.summary()["status"] == "cancelled"
