@@ -111,6 +111,12 @@ class RunRequest:
         return level_of(self.options.get("priority", Priority.LOW))
 
 
+def _retry(retries: int) -> Retry | None:
+    # RQ counts intervals from the last one, so that there is one for each retry.
+    after_s = [*_RETRY_AFTER_S, *[_RETRY_AFTER_S[-1]] * retries][:retries]
+    return Retry(max=retries, interval=after_s) if retries else None
+
+
 def _need_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= _LONGEST or "\0" in value:
         raise InputError(f"a run's {name} is a text of 1 to {_LONGEST} characters, not {value!r:.80}")
@@ -142,7 +148,7 @@ def enqueue(
         failure_ttl=_KEPT_S,
         description=f"run {request.pipeline} into {request.output}"[:200],
         meta=told if schedule is None else {**told, "schedule": schedule},
-        retry=Retry(max=retries, interval=list(_RETRY_AFTER_S)) if retries else None,
+        retry=_retry(retries),
         status=JobStatus.QUEUED if at is None else JobStatus.SCHEDULED,
     )
     try:

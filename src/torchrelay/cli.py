@@ -6,7 +6,6 @@ Exit status: 0 done, 1 failed jobs, 2 usage or configuration, 3 no server to be 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -303,8 +302,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns (and, as a program, exits with) the exit status."""
     warnings.showwarning = _show_warning
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app(args=arguments)
         code = 0

@@ -80,6 +80,9 @@ def test_a_run_is_asked_for_once(registry: Registry, namespace: str) -> None:
     assert job is not None
     assert json.loads(job.data) == ["torchrelay.run", None, [], REQUEST.arguments()]
     assert (job.retries_left, job.timeout, job.get_status()) == (2, -1, JobStatus.QUEUED)
+    assert job.get_retry_interval() == 5
+    job.retries_left = 1
+    assert job.get_retry_interval() == 30
     job.delete()
 
 
