@@ -256,6 +256,7 @@ class Relay:
         - `chunk_rows`, `chunk_bytes`: how much one job takes; default about a second's work, where that is known
         - `priority`: of its jobs, default "low": at every stage, jobs of higher priority overtake them
         - `in_flight`: chunks under way; default what keeps the workers busy
+        - `run_id`: what names a new run; a folder that holds the run of this id goes on without `resume`
         - `on_progress`: called about twice a second, in another thread, with a `Progress`
 
         Rows that fail are told of in `_run/errors.parquet` and are no error here; see `run.summary()`.

@@ -138,6 +138,28 @@ class ControlKeys:
         """HASH worker -> its last report (JSON)."""
         return self.tag + "workers"
 
+    @property
+    def runs(self) -> str:
+        """ZSET run id -> when it began, ms of its driver's clock."""
+        return self.tag + "runs"
+
+    def run(self, run: str) -> str:
+        """STRING: how the run stands, as its driver last wrote it (JSON)."""
+        return f"{self.tag}run:{run}"
+
+    def run_alive(self, run: str) -> str:
+        """STRING that stands while the run's driver lives."""
+        return f"{self.tag}run-alive:{run}"
+
+    def run_cancel(self, run: str) -> str:
+        """STRING that stands while the run's driver is asked to end it."""
+        return f"{self.tag}run-cancel:{run}"
+
+    @property
+    def schedules(self) -> str:
+        """HASH id -> a run that is repeated (JSON)."""
+        return self.tag + "schedules"
+
 
 def job_field(job_id: str) -> str:
     """The field of a job inside its bucket."""

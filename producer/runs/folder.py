@@ -48,10 +48,11 @@ class Retry(NamedTuple):
     rows: tuple[tuple[int, int], ...]
 
 
-def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path()) -> RunFolder:
+def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path(), run: str | None = None) -> RunFolder:
     """Takes hold of the output folder and starts a run in it, or goes on with the one that it holds.
 
-    With `resume`, a folder that holds none gets a new one. `base_dir` is where a writer's class is looked up.
+    With `resume`, a folder that holds none gets a new one. `base_dir` is where a writer's class is looked up. `run` is
+    the id of a new one; a folder that holds the run of this id goes on with it in any case.
 
     Raises:
         RunConflict: the folder holds a run and `resume` was not given; it holds another run, or files that no run
@@ -64,9 +65,9 @@ def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path()) ->
         known = read_manifest(output.store)
         if known is None:
             _refuse_strangers(output)
-            manifest = started(plan)
+            manifest = started(plan, run)
             write_manifest(output.store, manifest)
-        elif not resume:
+        elif not resume and known.run != run:
             raise RunConflict(
                 f"output {output.store.where} holds run {known.run} of {known.plan.pipeline} "
                 f"(begun {known.created}); go on with --resume, or choose another folder"

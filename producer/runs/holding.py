@@ -19,12 +19,16 @@ from torchrelay.queues.arena.locks import keep, let_go, try_lock
 from torchrelay.stages.writing.staging import NO_LOCKS
 from torchrelay.stages.writing.stores import HIDDEN, LocalStore, Store, disk_trouble
 
-__all__ = ["Hold", "take_hold"]
+__all__ = ["Held", "Hold", "take_hold"]
 
 LOCK: Final = f"{HIDDEN}/lock"
 DRIVER: Final = f"{HIDDEN}/driver.json"
 RENEW_S: Final = 15.0
 STALE_S: Final = 60.0
+
+
+class Held(RunConflict):
+    """Another driver works on the folder: later it may be free."""
 
 
 class Hold(Protocol):
@@ -37,7 +41,7 @@ class Hold(Protocol):
 
 
 def take_hold(store: Store) -> Hold:
-    """Raises RunConflict that names the driver that holds the folder."""
+    """Raises Held, which names the driver that holds the folder."""
     if isinstance(store, LocalStore) and os.name != "nt":
         try:
             return _Lock(store)
@@ -51,13 +55,13 @@ def _who() -> dict[str, str | int | float]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
 
 
-def _refusal(store: Store, text: bytes) -> RunConflict:
+def _refusal(store: Store, text: bytes) -> Held:
     try:
         found = json.loads(text)
         holder = f"process {int(found['pid'])} on {str(found['host'])[:80]}"
     except (ValueError, KeyError, TypeError):
         holder = "another process"
-    return RunConflict(f"output {store.where}: {holder} drives a run there now; wait for it, or stop it and --resume")
+    return Held(f"output {store.where}: {holder} drives a run there now; wait for it, or stop it and --resume")
 
 
 class _Lock:

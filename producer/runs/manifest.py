@@ -19,7 +19,16 @@ from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
-__all__ = ["Manifest", "RunPlan", "read_manifest", "remove_old_lists", "resumed", "started", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "RunPlan",
+    "new_run_id",
+    "read_manifest",
+    "remove_old_lists",
+    "resumed",
+    "started",
+    "write_manifest",
+]
 
 MANIFEST: Final = f"{HIDDEN}/manifest.json"
 _SCHEMA = 1
@@ -73,10 +82,15 @@ class Manifest:
         return f"{HIDDEN}/sources-{self.fingerprint}.jsonl"
 
 
-def started(plan: RunPlan) -> Manifest:
+def new_run_id(now: datetime | None = None) -> str:
+    """What names a run: the moment at which it began, and something that no other run has."""
+    return f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+def started(plan: RunPlan, run: str | None = None) -> Manifest:
     """The manifest of a new run."""
     now = datetime.now(UTC)
-    run = f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+    run = run or new_run_id(now)
     return Manifest(run, now.isoformat(timespec="seconds"), _numbered(plan, plan.sources), (len(plan.sources),))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -18,6 +19,7 @@ __all__ = ["RunKeywords", "RunOptions"]
 
 # What is a number, and the least that it may be.
 _NUMBERS = {"limit": 0, "max_errors": 0, "in_flight": 1, "chunk_rows": 1, "chunk_bytes": 1, "image_side": 1}
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def _folder(output: object) -> str:
@@ -46,6 +48,7 @@ class RunKeywords(TypedDict, total=False):
     priority: str | int
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
+    run_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class RunOptions:
     priority: int = Priority.LOW
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
+    run_id: str | None = None
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -81,6 +85,9 @@ class RunOptions:
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
         read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), given.get("image_side"))
         write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
+        run_id = given.get("run_id")
+        if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
+            raise InputError(f"run_id {run_id!r:.80} must be 1 to 64 letters, digits, _ and -")
         retry_errors = bool(given.get("retry_errors"))
         return cls(
             read,
@@ -95,4 +102,5 @@ class RunOptions:
             parse_priority(given.get("priority", Priority.LOW)),
             given.get("in_flight"),
             given.get("on_progress"),
+            run_id,
         )

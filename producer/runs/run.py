@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
-from torchrelay.producer.runs.finishing import RunSummary, finish
+from torchrelay.producer.runs.finishing import RunSummary, finish, totals_of
 from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
@@ -25,8 +27,10 @@ from torchrelay.producer.runs.options import RunOptions
 from torchrelay.producer.runs.pace import Progress, rows_per_chunk, slowest_rate
 from torchrelay.producer.runs.planning import check_columns, find_sources, measure, root_of
 from torchrelay.producer.runs.reading import rows_of
+from torchrelay.producer.runs.recording import Recorder
 from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.queues.registry import Registry
+from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
 from torchrelay.stages.writing.table import check_names
 
 __all__ = ["Run", "prepare_run"]
@@ -43,7 +47,13 @@ class Run:
     """
 
     def __init__(
-        self, driver: Driver, folder: RunFolder, options: RunOptions, chunks: Chunks | None, base_dir: Path
+        self,
+        driver: Driver,
+        folder: RunFolder,
+        options: RunOptions,
+        chunks: Chunks | None,
+        base_dir: Path,
+        records: RunRecords,
     ) -> None:
         self.id = folder.run
         self.output = folder.output.store.where
@@ -52,6 +62,10 @@ class Run:
         self._options = options
         self._chunks = chunks
         self._planned: int | None = None
+        self._total_rows: int | None = None
+        self._before = totals_of(folder).rows, len(folder.done())
+        self._began = 0.0
+        self._recorder = Recorder(records, self._standing, driver.cancel)
         self._base_dir = base_dir
         self._summary: dict[str, Any] | None = None
         self._error: BaseException | None = None
@@ -62,6 +76,8 @@ class Run:
 
     def start(self) -> Run:
         """Begins; who waits calls `wait`."""
+        self._began = time.time()
+        self._recorder.start()
         self._thread.start()
         return self
 
@@ -140,13 +156,41 @@ class Run:
                 self._folder.close()
             except (TorchrelayError, OSError) as error:
                 self._error = self._error or error
+            self._recorder.stop()
+
+    def _standing(self) -> RunRecord:
+        """How it stands now, for `runs list`."""
+        now, plan = self._driver.progress(), self._folder.manifest.plan
+        rows, chunks = self._before
+        ended = self._summary is not None or self._error is not None
+        state = "failed" if self._error is not None else self._driver.status if ended else RUNNING
+        return RunRecord(
+            self.id,
+            f"{plan.pipeline}@{plan.version}",
+            plan.input,
+            self.output,
+            socket.gethostname(),
+            os.getpid(),
+            self._began,
+            state,
+            round(time.time() - self._began, 3),
+            rows + now.rows,
+            self._total_rows,
+            chunks + now.chunks_done,
+            self._planned,
+            now.failed_rows + now.failed_chunks,
+            round(now.rows_per_s, 1),
+            now.eta_s,
+            "" if self._error is None else f"{type(self._error).__name__}: {self._error}"[:1000],
+        )
 
     def _count(self) -> None:
         """How many chunks there are, beside the work: it only tells how long the rest will take."""
         done = self._folder.done()
         try:
             if self._chunks is not None:
-                self._planned = measure(chunk for chunk, _ in self._chunks()).chunks
+                totals = measure(chunk for chunk, _ in self._chunks())
+                self._planned, self._total_rows = totals.chunks, totals.rows
                 again = sum(1 for _ in self._folder.retries()) if self._options.retry_errors else 0
                 self._driver.chunks = self._planned - len(done) + again
         except (TorchrelayError, OSError) as error:
@@ -194,7 +238,7 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
         registry.register(twin)
         size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)
     plan = RunPlan(pipeline.name, pipeline.version, text, sources, options.read, options.write, size, options.limit)
-    folder = open_run(plan, resume=options.resume, base_dir=base_dir)
+    folder = open_run(plan, resume=options.resume, base_dir=base_dir, run=options.run_id)
     try:
 
         def chunks() -> Iterator[Any]:
@@ -206,7 +250,8 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
             core.start()
             core.inbox.start()
         # Rows in memory may come but once: only what files hold is counted ahead.
-        return Run(driver, folder, options, None if in_memory else chunks, base_dir)
+        records = RunRecords(registry.client, registry.control)
+        return Run(driver, folder, options, None if in_memory else chunks, base_dir, records)
     except BaseException:
         folder.close()
         raise

@@ -6,7 +6,6 @@ Exit status: 0 done, 1 failed jobs, 2 usage or configuration, 3 no server to be 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from torchrelay.cli_options import (
     pipeline_name,
 )
 from torchrelay.cli_run import run_app
+from torchrelay.cli_runs import agent_app, runs_app
 from torchrelay.cli_server import server_app
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import (
@@ -62,7 +62,8 @@ app = typer.Typer(
 )
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
-app.registered_commands += operate_app.registered_commands + run_app.registered_commands
+app.add_typer(runs_app, name="runs")
+app.registered_commands += operate_app.registered_commands + run_app.registered_commands + agent_app.registered_commands
 
 
 @app.command()
@@ -301,8 +302,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns (and, as a program, exits with) the exit status."""
     warnings.showwarning = _show_warning
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app(args=arguments)
         code = 0

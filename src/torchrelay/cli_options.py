@@ -75,9 +75,14 @@ def open_relay(redis: str | None, namespace: str | None) -> Relay:
     return Relay(redis, namespace=namespace).start()
 
 
+def is_file(pipeline: str) -> bool:
+    """Whether PIPELINE is a FILE and no name."""
+    return pipeline.endswith((".yaml", ".yml")) or "/" in pipeline or split_module(pipeline) is not None
+
+
 def pipeline_name(relay: Relay, pipeline: str, overrides: dict[str, str]) -> str:
     """NAME[@VERSION], or a file, which is registered."""
-    if pipeline.endswith((".yaml", ".yml")) or "/" in pipeline or split_module(pipeline) is not None:
+    if is_file(pipeline):
         return relay.register(Pipeline.load(pipeline, overrides))
     return pipeline
 

@@ -24,10 +24,13 @@ from torchrelay.cli_options import (
     NamespaceOption,
     RedisOption,
     SetOption,
+    is_file,
     open_relay,
     overrides_of,
 )
-from torchrelay.config.pipeline import Pipeline, split_module
+from torchrelay.cli_runs import When
+from torchrelay.cli_runs import detach as ask_agents
+from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import InputError, NoWorkers
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs.pace import Progress as Standing
@@ -77,6 +80,14 @@ def run(
         int | None, typer.Option(metavar="N", help="Rows of one job; default about a second's work.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "low",
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Let an agent drive it; print its id.")] = False,
+    at: Annotated[str | None, typer.Option(metavar="TIME", help="With --detach: when, as 2026-01-31T08:00.")] = None,
+    every: Annotated[
+        str | None, typer.Option(metavar="SECONDS|CRON", help="With --detach: again and again, each into a new folder.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(metavar="N", help="With --detach: how often a run that failed is taken up again.")
+    ] = 3,
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -94,6 +105,8 @@ def run(
 
     Example: [bold]torchrelay run classify.yaml -i photos/ -o labels/ --resume --retry-errors[/bold]
 
+    Example: [bold]torchrelay run embed.yaml -i docs/ -o '/data/{started}' --detach --every '0 3 * * *'[/bold]
+
     Example: [bold]torchrelay run embed -i s3://bucket/docs/ -o s3://bucket/vectors/ --redis redis://host:6379/0[/bold]
     """
     options: dict[str, Any] = {
@@ -109,6 +122,12 @@ def run(
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
     options |= {k: v for k, v in (("chunk_rows", chunk_rows), ("image_side", image_side)) if v is not None}
+    if detach or at or every:
+        if set_ or allow_cpu:
+            raise InputError("--set and --allow-cpu go with the agent that drives a detached run; start it with them")
+        with open_relay(redis, namespace) as relay:
+            ask_agents(relay, pipeline, (input, output), options, When(at, every, retries), as_json=as_json)
+        return
     overrides = overrides_of(set_)
     with ExitStack() as stack:
         stack.enter_context(_ended_by_sigterm())
@@ -144,7 +163,7 @@ def _nothing() -> None: ...
 
 def _target(relay: Relay, text: str, overrides: dict[str, str]) -> str | Pipeline:
     """The pipeline of a file; of a name its version, once workers serve it."""
-    if text.endswith((".yaml", ".yml")) or "/" in text or split_module(text) is not None:
+    if is_file(text):
         pipeline = Pipeline.load(text, overrides)
         relay.registry.register(pipeline, current=False)
         return pipeline

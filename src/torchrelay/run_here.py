@@ -33,14 +33,19 @@ def missing_stages(registry: Registry, pipeline: Pipeline) -> list[str]:
 
 @contextmanager
 def workers_here(
-    fleet: Fleet, registry: Registry, pipeline: Pipeline, overrides: dict[str, str]
+    fleet: Fleet,
+    registry: Registry,
+    pipeline: Pipeline,
+    overrides: dict[str, str],
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], None]]:
     """Lets `fleet`, which is empty, start workers for the stages that nobody serves, and waits until they are ready;
     they drain afterwards.
 
     Gives a function to call now and then. It starts workers for stages that are served no more: of those that were
     killed a moment ago, the namespace learns only later. It raises StageLoadError once one of this machine gave up.
-    Raises that too, and ConfigError for a pipeline that workers cannot load.
+    Raises that too, and ConfigError for a pipeline that workers cannot load. `tick` is called while they load; what it
+    raises ends them.
     """
     set_up_logs(fleet.settings.log, fleet.output)
     due = Every(_MISSING_EVERY_S)
@@ -62,14 +67,15 @@ def workers_here(
 
     with fleet:
         start_missing()
-        _await(fleet, look)
+        _await(fleet, look, tick)
         yield look
 
 
-def _await(fleet: Fleet, look: Callable[[], None]) -> None:
+def _await(fleet: Fleet, look: Callable[[], None], tick: Callable[[], None]) -> None:
     deadline = time.monotonic() + _LOAD_S
     while not fleet.nodes <= {n for r in fleet.registry.workers() if r.state == "ready" for n in r.nodes}:
         look()
+        tick()
         if time.monotonic() > deadline:
             raise NoWorkers(f"the workers of this machine were not ready within {_LOAD_S:g} s")
         time.sleep(_LOOK_S)
