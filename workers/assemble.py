@@ -33,7 +33,7 @@ from torchrelay.queues.job import (
 )
 from torchrelay.queues.levels import Levels, RowFailure, failures_of
 from torchrelay.workers.edge import Edge
-from torchrelay.workers.gathering import gathered
+from torchrelay.workers.gathering import PARTS, gathered
 from torchrelay.workers.rows import is_column, spread_rows, truth
 from torchrelay.workers.work import Closed, Incoming, J, Opened, Output, Rejection, Work
 
@@ -186,6 +186,7 @@ class Assembler(Generic[J]):
             if incoming.rows and not any(c[0] == REJECTED for c in merged.columns):
                 raise
             missing = error
+            wanted = self._of_the_run(parts, merged)
         hidden: dict[str, Packed] = {}
         if not self._plain or incoming.keep:
             levels = {*node.before, *(n for _, stack in wanted.values() for n in stack)}
@@ -201,8 +202,7 @@ class Assembler(Generic[J]):
         wanted: dict[str, tuple[Packed, tuple[int, ...]]] = {}
         if node.inputs is None:
             wanted = {c: self._unique(parts, merged, c) for c in merged.columns if self._is_read(c, merged)}
-        elif node.gathers is not None:
-            wanted = {c: self._unique(parts, merged, c) for c in merged.columns if is_runs(c)}
+        wanted |= self._of_the_run(parts, merged)
         for local, source in self._inputs.items():
             wanted[local] = self._source(parts, merged, source)
         if node.when is not None:
@@ -211,6 +211,12 @@ class Assembler(Generic[J]):
             for column in node.outputs.keys() & merged.columns.keys():
                 wanted[_BEFORE + column] = self._unique(parts, merged, column)
         return wanted
+
+    def _of_the_run(self, parts: Sequence[Payload], merged: Payload) -> dict[str, tuple[Packed, tuple[int, ...]]]:
+        """The run's own columns, for who ends it: what it is to write, and of which rows."""
+        if self._node.gathers is None:
+            return {}
+        return {c: self._unique(parts, merged, c) for c in merged.columns if is_runs(c)}
 
     def _is_read(self, column: str, merged: Payload) -> bool:
         """Whether a stage that reads all columns reads this one; who ends a run, those that it is to write."""
@@ -274,6 +280,8 @@ class Assembler(Generic[J]):
         """A chunk for the node that ends a run: all its rows as one, each column as a whole."""
         columns = {name: (_value(packed, fetched), stack) for name, (packed, stack) in job.wanted.items()}
         table = gathered(levels, columns, failures, self._graph.entry, self._node.before)
+        if job.missing is not None and len(table[PARTS][0]):
+            raise job.missing
         return Work(job.incoming, table, 1, 1, job.all, _fields(job.all.meta), levels)
 
     def _select(self, work: Work[J], failures: Sequence[RowFailure]) -> None:

@@ -159,6 +159,16 @@ def test_rows_that_failed_are_tried_again(cli: Cli, tmp_path: Path) -> None:
     assert Counter(cli.numbers()) == Counter(range(60))
 
 
+def test_a_chunk_of_which_every_row_fails_costs_its_rows_and_no_more(cli: Cli, tmp_path: Path) -> None:
+    """Nobody knows then which columns there would have been."""
+    cli.data = dataset(tmp_path / "bad.parquet", ["raise"] * 40 + [""] * 20)
+    status, summary, said = cli.run()
+    assert (status, summary["rows"], summary["errors"], summary["failed_chunks"]) == (1, 20, 40, 0), said
+    errors = pq.read_table(cli.out / "_run" / "errors.parquet")
+    assert sorted(errors["_row"].to_pylist()) == list(range(40))
+    assert cli.numbers() == list(range(40, 60))
+
+
 def test_too_many_errors_stop_it(cli: Cli) -> None:
     dataset(cli.data, ["raise"] * 40 + ["sleep 0.004"] * 400)
     status, summary, _ = cli.run("--max-errors", "10")
