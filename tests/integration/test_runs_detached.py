@@ -118,6 +118,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_an_agent_drives_a_run_and_everybody_sees_it(agents: Agents, data: Path) -> None:
     """`runs` and RQ's own command show it; the job has its progress, and its summary in the end."""
+    dataset(data, ["sleep 0.015"] * ROWS)  # long enough to be looked at while it goes on
     asked = agents.detach(data)
     run = asked["id"]
     assert (asked["state"], asked["queue"]) == ("queued", f"{agents.namespace}:runs-low")
