@@ -43,22 +43,22 @@ def _clear_state(state_dir: Path) -> None:
         pass  # gone already
 
 
-def _await_users_gone(state_dir: Path, server: subprocess.Popen[bytes]) -> int:
-    """Blocks until no process uses the server and nothing keeps it; returns the lock, held alone."""
-    lock = os.open(state_dir / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _await_users_gone(state_dir: Path, users: int, server: subprocess.Popen[bytes]) -> None:
+    """Blocks until no process uses the server and nothing keeps it; the lock of its users is held alone then."""
     while server.poll() is None:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_EX)
         if not (state_dir / "keep").exists():
-            return lock
-        fcntl.flock(lock, fcntl.LOCK_UN)
+            return
+        fcntl.flock(users, fcntl.LOCK_UN)
         time.sleep(0.5)
-    return lock
 
 
 def main() -> int:
     """Watches one server from start to end; returns its exit status."""
     state_dir, socket_path, lock = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     socket_path.unlink(missing_ok=True)
+    # Before anybody can learn of the server: the folder may be deleted at any time from then on.
+    users = os.open(state_dir / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     server = subprocess.Popen(sys.argv[4:], stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=_die_with_parent)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     _write_state(
@@ -67,7 +67,7 @@ def main() -> int:
     )
 
     def end_with_users() -> None:
-        _await_users_gone(state_dir, server)
+        _await_users_gone(state_dir, users, server)
         if server.poll() is None:
             server.terminate()
 
