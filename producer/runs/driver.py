@@ -48,7 +48,7 @@ _FIGURES_S = 1.0
 _HINT_S = 5.0
 _PART, _PART_BYTES = 32, 8 << 20
 _MOST_BYTES = 128 << 20
-_TRIES = 3
+_TRIES, _MOST_JOINED = 3, 100
 # How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
 _NOT_ITS_FAULT = ("BytesLost",)
 _WAIT_FOR_ROOM_S = 1.0
@@ -228,13 +228,17 @@ class Driver:
                 error = ResultExpired("its part is gone", job_id=future.id)
             except ResultExpired as expired:
                 error = expired
-        if self._once_more(work, error):
+        if self._once_more(work, error, joined=future.joined):
             self._again.append(work._replace(attempts=work.attempts + 1))
             return
         self._failed(work, error)
 
-    def _once_more(self, work: Work, error: JobError) -> bool:
-        if work.attempts + 1 >= _TRIES or self._cancelled.is_set():
+    def _once_more(self, work: Work, error: JobError, *, joined: bool) -> bool:
+        if self._cancelled.is_set():
+            return False
+        if joined and work.attempts < _MOST_JOINED:
+            return True  # it failed when the run went this way before, and what was in the way may be gone
+        if work.attempts + 1 >= _TRIES:
             return False
         return not isinstance(error, JobFailed) or error.error_type in _NOT_ITS_FAULT
 

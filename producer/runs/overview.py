@@ -175,7 +175,7 @@ class Overview:
         if view.state == "repeating":
             remove(self._client, self._control, run)
             for queue in self._queues:
-                for job_id in ScheduledJobRegistry(queue=queue).get_job_ids():  # type: ignore[no-untyped-call]
+                for job_id in self._job_ids(queue):  # also those that wait for an agent
                     if (job := queue.find(job_id)) is not None and job.meta.get("schedule") == run:
                         self._cancel_job(job)
             return "cancelled"

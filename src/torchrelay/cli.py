@@ -46,6 +46,7 @@ from torchrelay.errors import (
     InputError,
     JobError,
     NoWorkers,
+    RunConflict,
     TorchrelayError,
     UsageError,
 )
@@ -317,7 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.err.print(f"[red]error[/red] the server went away: {terminal.clean(error)}", soft_wrap=True)
         code = EXIT_BROKER
     except (TorchrelayError, JobError) as error:
-        terminal.err.print(f"[red]error[/red] {terminal.clean(error)}", soft_wrap=True)
+        # What differs stands in lines; a line break that somebody else wrote is only shown.
+        lines = str(error).splitlines() if isinstance(error, RunConflict) else [error]
+        terminal.err.print("[red]error[/red] " + "\n".join(map(terminal.clean, lines)), soft_wrap=True)
         code = _exit_code(error)
     if arguments is None:
         sys.exit(code)

@@ -122,7 +122,9 @@ def run(
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
     options |= {k: v for k, v in (("chunk_rows", chunk_rows), ("image_side", image_side)) if v is not None}
-    if detach or at or every:
+    if (at or every) and not detach:
+        raise InputError(f"--{'at' if at else 'every'} is for a run that an agent drives; add --detach")
+    if detach:
         if set_ or allow_cpu:
             raise InputError("--set and --allow-cpu go with the agent that drives a detached run; start it with them")
         with open_relay(redis, namespace) as relay:

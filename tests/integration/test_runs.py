@@ -140,7 +140,7 @@ def test_a_folder_with_a_run_is_refused_but_to_go_on_with_the_same(cli: Cli, tmp
     status, _, said = cli.run("--limit", "40")
     assert (status, "--resume" in said) == (2, True)
     status, _, said = cli.run("--resume", "--limit", "60")
-    assert (status, "limit was 40, and is 60 now" in said) == (2, True)
+    assert (status, "\n  limit was 40, and is 60 now" in said) == (2, True)
     dataset(cli.data, [""] * 10)
     status, _, said = cli.run("--resume", "--limit", "40")
     assert (status, "has changed since" in said) == (2, True)

@@ -25,7 +25,9 @@ from rq.serializers import JSONSerializer
 from tests.conftest import Workers, private_server, run_cli, wait_until
 from tests.workers.support import CODE, YAML, ForwardLog
 from torchrelay.producer.runs.detached import queue_of, runs_queues
+from torchrelay.producer.runs.timetable import Timetable
 from torchrelay.queues.control import ControlQueue
+from torchrelay.queues.keys import ControlKeys
 
 ROWS = 400
 
@@ -378,6 +380,14 @@ def test_a_run_waits_for_its_time(agents: Agents, tmp_path: Path) -> None:
     assert (asked["state"], asked["due"]) == ("scheduled", 4070908800.0)
     assert agents.runs("cancel", asked["id"])["outcome"] == "cancelled"
     assert not [q for q in runs_queues(agents.client, agents.namespace) if q.count]
+    repeating = agents.detach(small, "--every", "3600")
+    keeper = Timetable(agents.client, ControlKeys(agents.namespace), "a test")
+    wait_until(lambda: (keeper.tick(), any(q.count for q in runs_queues(agents.client, agents.namespace)))[1])
+    keeper.release()
+    assert agents.runs("cancel", repeating["id"])["outcome"] == "cancelled"
+    assert not [q for q in runs_queues(agents.client, agents.namespace) if q.count]
+    done = run_cli("run", str(agents.path), "-i", str(small), "-o", "out", "--every", "3600", *agents.where)
+    assert (done.returncode, "add --detach" in done.stderr) == (2, True), done.stderr
     for wrong in (
         ["--at", "2001-01-01"],
         ["--at", "soon"],

@@ -115,6 +115,16 @@ def drive(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Driver, Client
     return make
 
 
+def test_a_chunk_that_failed_in_a_session_before_is_tried_anew(drive: Any) -> None:
+    """Its failed job is still known then; what was in its way may be gone."""
+    died = JobFailed("it died", job_id="old", error_type="WorkerDied")
+    made, client, folder = drive(lambda chunk, times: died if (chunk, times) == (2, 1) else 9, chunks=4)
+    client.joined = {2}
+    assert made.run() == "done"
+    assert (client.sent[2], len(folder.committed), made.failures) == (2, 4, [])
+    assert len(set(client.keys)) == 5
+
+
 def test_rows_in_memory_are_few_at_a_time(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are bounded by bytes, not only by chunks, both in this process and at the server."""
     made, client, _ = drive(lambda chunk, times: None if chunk < 3 else 9, in_flight=8)
