@@ -404,6 +404,7 @@ def test_runs_in_the_foreground_are_listed_and_cancelled(
     agents: Agents, data: Path, workers: Workers, tmp_path: Path
 ) -> None:
     """And a driver that was killed is told of as lost."""
+    dataset(data, ["sleep 0.04"] * ROWS)  # neither ends by itself before it was looked at
     for stage in (None, "@read", "@write"):
         workers.start(agents.path, stage=stage)
     drivers = []
