@@ -277,6 +277,7 @@ def test_what_else_lies_in_a_queue_is_refused_and_called_by_nobody(agents: Agent
     client.rpush(queue.intermediate_queue_key, b"\xff")
     client.set(f"rq:queue:{queue_of(agents.namespace, 'medium')}", "no list")
     agents.start()
+    wait_until(lambda: client.smembers("rq:workers"))
     client.publish(f"rq:pubsub:{next(iter(client.smembers('rq:workers'))).decode().partition('worker:')[2]}", b"junk")
     run = agents.detach(dataset(tmp_path / "small.parquet", [""] * 30))["id"]
     wait_until(lambda: agents.status(run) == JobStatus.FINISHED, 60.0)
