@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tests.dying import deaths, die
 from tests.producer.runs.support import opened, put, sources
-from tests.stages.writing.support import deaths, die, unfinished, visible
+from tests.stages.writing.support import unfinished, visible
 from torchrelay.config.runs import WriteOptions
 from torchrelay.errors import ConfigError, DecodeError, InputError
 from torchrelay.producer import runs

@@ -19,8 +19,9 @@ import pyarrow.dataset
 import pytest
 
 from tests.conftest import wait_until
+from tests.dying import deaths, die
 from tests.producer.runs.support import manifest_text, opened, plan_for, put, sources
-from tests.stages.writing.support import deaths, die, unfinished, visible
+from tests.stages.writing.support import unfinished, visible
 from torchrelay.config.runs import ChunkSize, ReadOptions
 from torchrelay.errors import ConfigError, DecodeError, RunConflict
 from torchrelay.producer import runs

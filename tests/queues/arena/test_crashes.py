@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 
+from tests.dying import deaths, in_a_child, lines_of
 from tests.queues.arena.conftest import MIB
 from torchrelay.queues import arena
 from torchrelay.queues.arena import keeper as keeper_module
@@ -27,7 +25,6 @@ from torchrelay.queues.job import Place
 LIMITS = ArenaLimits(MIB, MIB // 4, MIB // 2)
 ROOT = Path(__file__).parents[3]
 _FOLDER = str(Path(arena.__file__).parent)
-Event = tuple[str, int]
 
 
 class Wanted:
@@ -89,57 +86,9 @@ def write(home: ArenaHome, journal: Journal) -> None:
     writer.close()
 
 
-def events_of(act: Callable[[], object], die_at: int | None = None) -> list[Event]:
-    """The lines of the arena's code that an act runs through; the process ends at number `die_at`."""
-    events: list[Event] = []
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_FOLDER):
-            return None
-        if event == "line":
-            if len(events) == die_at:
-                os._exit(9)
-            events.append((frame.f_code.co_filename, frame.f_lineno))
-        return trace
-
-    sys.settrace(trace)
-    try:
-        act()
-    finally:
-        sys.settrace(None)
-    return events
-
-
-def deaths(act: Callable[[], object]) -> list[int]:
-    """Where to die: when each line runs for the first time."""
-    read_end, write_end = os.pipe()
-
-    def rehearse() -> None:
-        events = events_of(act)
-        first = {e: i for i, e in reversed(list(enumerate(events)))}
-        os.write(write_end, " ".join(map(str, first.values())).encode())
-
-    in_a_child(rehearse)
-    os.close(write_end)
-    with os.fdopen(read_end) as told:
-        return [int(word) for word in told.read().split()]
-
-
 def die(act: Callable[[], object], at: int) -> None:
-    """Runs the act in a child that ends at this line, without a word to anybody, as by kill -9."""
-    in_a_child(lambda: events_of(act, at))
-
-
-def in_a_child(act: Callable[[], object]) -> None:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    """Runs the act in a child that ends at this line of the arena's code, if it comes there."""
+    in_a_child(lambda: lines_of(act, [_FOLDER], at))
 
 
 def in_a_small_process(body: Callable[[ArenaHome, Path], None], home: ArenaHome, folder: Path) -> None:
@@ -173,7 +122,7 @@ def test_a_keeper_may_die_at_any_line(home: ArenaHome, tmp_path: Path) -> None:
 
 
 def writers_die(home: ArenaHome, tmp_path: Path) -> None:
-    points = deaths(lambda: write(home, Journal(tmp_path / "dry")))
+    points = deaths(lambda: write(home, Journal(tmp_path / "dry")), [_FOLDER])
     settle(home, Journal(tmp_path / "none"))
     assert len(points) > 150
     for at in points:
@@ -259,7 +208,7 @@ def readers_die(home: ArenaHome, tmp_path: Path) -> None:
         return writer
 
     writer = lives()
-    points = deaths(lambda: read(home, journal))
+    points = deaths(lambda: read(home, journal), [_FOLDER])
     writer.close()
     settle(home, Journal(tmp_path / "none"))
     assert len(points) > 100
@@ -305,7 +254,7 @@ def keepers_die(home: ArenaHome, tmp_path: Path) -> None:
         keeper.close()
 
     dead_writer()
-    points = deaths(keep)
+    points = deaths(keep, [_FOLDER])
     settle(home, Journal(tmp_path / "none"))
     assert len(points) > 150
     for at in points:

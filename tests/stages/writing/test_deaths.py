@@ -16,11 +16,10 @@ import pyarrow.dataset
 import pytest
 
 from tests.conftest import wait_until
+from tests.dying import deaths, die
 from tests.stages.writing.support import (
     FORMATS,
     RUN,
-    deaths,
-    die,
     output_at,
     part,
     read_back,
