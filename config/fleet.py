@@ -7,14 +7,16 @@ Bytes are bytes, shares of a GPU are 0 to 1, processors are cores and may be fra
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torchrelay.errors import DecodeError
 
 __all__ = ["CPU", "Assignment", "Desired", "Gpu", "HostReport", "Need", "SlotTrouble"]
 
 CPU = "cpu"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class SlotTrouble:
-    """A worker that did not start, or kept dying, on this slot. `since` is seconds since the epoch, by Redis's clock."""
+    """A worker that did not start, or kept dying, on this slot. `since` is Redis's clock, in seconds."""
 
     slot: str
     ref: str
@@ -103,8 +105,8 @@ class SlotTrouble:
 class HostReport:
     """What an agent tells of its host with each heartbeat.
 
-    `name` is unique in the namespace, `incarnation` tells one agent process of that name from the next. `host_id` is the
-    identity by which shared memory is told apart, '' for none. `refs` are the versions that the agent's files give.
+    `name` is unique in the namespace, `incarnation` tells one agent process of that name from the next. `host_id` is
+    the identity by which shared memory is told apart, '' for none. `refs` are the versions that its files give.
     `links` are groups of GPU indices that reach each other over NVLink. `applied` is the `number` of the desired state
     that the agent last made true.
     """
@@ -150,7 +152,7 @@ class HostReport:
         return cls(**{**found, **lists})
 
 
-def _decode(text: str | bytes, what: str, read: Any) -> Any:
+def _decode(text: str | bytes, what: str, read: Callable[[dict[str, Any]], T]) -> T:
     try:
         return read(json.loads(text))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
