@@ -13,6 +13,7 @@ from torchrelay.config.runs import CHUNK_BYTES, ReadOptions, WriteOptions
 from torchrelay.errors import InputError
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.queues.priority import Priority, parse_priority
+from torchrelay.queues.tenants import parse_tenant
 
 __all__ = ["RunKeywords", "RunOptions"]
 
@@ -49,6 +50,7 @@ class RunKeywords(TypedDict, total=False):
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
     run_id: str | None
+    tenant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class RunOptions:
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
     run_id: str | None = None
+    tenant: str = ""
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -103,4 +106,5 @@ class RunOptions:
             given.get("in_flight"),
             given.get("on_progress"),
             run_id,
+            parse_tenant(given.get("tenant")),
         )

@@ -80,6 +80,7 @@ def run(
         int | None, typer.Option(metavar="N", help="Rows of one job; default about a second's work.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "low",
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Who it is for.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Let an agent drive it; print its id.")] = False,
     at: Annotated[str | None, typer.Option(metavar="TIME", help="With --detach: when, as 2026-01-31T08:00.")] = None,
     every: Annotated[
@@ -121,7 +122,8 @@ def run(
         "merge": merge,
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
-    options |= {k: v for k, v in (("chunk_rows", chunk_rows), ("image_side", image_side)) if v is not None}
+    given = (("chunk_rows", chunk_rows), ("image_side", image_side), ("tenant", tenant))
+    options |= {k: v for k, v in given if v is not None}
     if (at or every) and not detach:
         raise InputError(f"--{'at' if at else 'every'} is for a run that an agent drives; add --detach")
     if detach:
