@@ -291,8 +291,10 @@ class Model:
         in Redis. A job that just died waits for one."""
         job_id = name.split(".")[0]
         dead, again = self.dead.get(job_id, (None, ""))
-        job = self.live.get(job_id) or (None if again else dead)
-        return job is not None and name in self.hosts and name in {n for n, _ in job.blobs}
+        live = self.live.get(job_id)
+        job = live or (None if again else dead)
+        listed = job is not None and name in {n for n, _ in job.blobs}
+        return listed and (name in self.hosts if live else self.hosts.get(name, "") != "")
 
     def blobs(self) -> set[str]:
         """Names of every blob that must be there for good."""
