@@ -164,9 +164,10 @@ end
 -- its turn begins: that of the tenant's last job and what that one cost, or now, if that is later. Rank = tag - boost. The
 -- cost is rows / weight in ms of about the time that a row takes, so that tags run with the clock and compare with the
 -- ranks of jobs without a tenant, who have none of this.
--- fair:<ref> HASH: v the largest tag that was claimed; behind 1 while jobs wait whose tags are past already (new tenants
--- then begin at v, not at the clock: they would wait for all of those); c ms per row; since, rows: what was claimed since
--- when, to measure c; b<class> boost of a class; F<priority>:<tenant> where the tenant's next tag begins.
+-- Where the next job to be claimed has a tenant and its tag is past already, others begin at that tag, not at the clock:
+-- they would wait for all that is behind the clock. This happens while c is too small, or nobody works.
+-- fair:<ref> HASH: v the largest tag that was claimed; c ms per row; since, rows: what was claimed since when, to measure
+-- c; b<class> boost of a class; F<priority>:<tenant> where the tenant's next tag begins.
 -- tenants HASH: tenant -> weight.
 local FIRST_COST, MOST_TENANTS, FAIR_TTL = 10, 1024, 86400000
 local function fair_key(g) return T .. 'fair:' .. g.ref end
@@ -186,19 +187,22 @@ end
 -- A tenant's turns at the entry of this pipeline: take(rows) is the tag of its next job, note() writes how far it came.
 local function fair_share(g, priority, tenant, boost)
   local key, own = fair_key(g), 'F' .. priority .. ':' .. tenant
-  local s = call('HMGET', key, 'v', 'behind', 'c', own, 'most')
-  local v, c, at, most = number_of(s[1]), number_of(s[3]), number_of(s[4]), number_of(s[5])
+  local s = call('HMGET', key, 'v', 'c', own, 'most')
+  local v, c, at, most = number_of(s[1]), number_of(s[2]), number_of(s[3]), number_of(s[4])
   local weight = number_of(call('HGET', T .. 'tenants', tenant))
-  local waits_any = false
+  local head = {}
   for _, n in ipairs(g.nodes) do
-    waits_any = waits_any or n.needs == 0 and call('ZCARD', T .. 'ready:' .. n.key) > 0
+    if n.needs == 0 and #head == 0 then head = call('ZRANGE', T .. 'ready:' .. n.key, 0, 0, 'WITHSCORES') end
   end
-  if not waits_any then
+  local first = #head > 0 and get_fields({head[1]}, '')[1]
+  local class = first and parse(first).class or 0
+  local tag = class > 0 and tonumber(head[2]) + number_of(call('HGET', key, 'b' .. class)) or NOW
+  if #head == 0 then
     -- Nobody waits: who came before has no more claim, and no more debt.
     v, at = 0, 0
     call('DEL', key)
   end
-  if not (waits_any and s[2] == '1') then v = math.max(v, NOW) end
+  v = tag < NOW and tag or math.max(v, NOW)
   if c <= 0 then c = FIRST_COST end
   if weight <= 0 then weight = 1 end
   local share = {}
@@ -208,7 +212,7 @@ local function fair_share(g, priority, tenant, boost)
     return tag
   end
   function share.note()
-    call('HSET', key, own, string.format('%.3f', at), 'c', string.format('%.6f', c), 'v', string.format('%.3f', v),
+    call('HSET', key, own, string.format('%.3f', at), 'c', string.format('%.6f', c),
       'b' .. (tonumber(priority) + 1), string.format('%.3f', boost))
     call('PEXPIRE', key, FAIR_TTL)
     if call('HLEN', key) > math.max(most, MOST_TENANTS) then forget_tenants(key, v, MOST_TENANTS) end
@@ -236,8 +240,7 @@ local function fair_served(g, leads, rows, left)
     since = 0
   end
   if left == 0 then since = 0 elseif since == 0 then since, rows = NOW, 0 end
-  call('HSET', key, 'v', string.format('%.3f', v), 'c', string.format('%.6f', c), 'since', since, 'rows', rows,
-    'behind', left > 0 and v < NOW and 1 or 0)
+  call('HSET', key, 'v', string.format('%.3f', v), 'c', string.format('%.6f', c), 'since', since, 'rows', rows)
   call('PEXPIRE', key, FAIR_TTL)
 end
 

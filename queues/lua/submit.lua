@@ -87,7 +87,11 @@ local fair = tenant and #fresh > 0 and fair_share(g, priority, tenant, fresh[1].
 local new_ids, values, due, deadlines, keyed, delayed = {}, {}, {}, {}, {}, {}
 for i, j in ipairs(fresh) do
   local at = NOW + math.max(j.delay, 0)
-  local tag = fair and math.max(at, fair.take(j.rows)) or at
+  local tag = at
+  if fair then
+    tag = fair.take(j.rows)
+    if j.delay > 0 then tag = math.max(tag, at) end
+  end
   local h = {rank = tag - j.boost, class = tenant and tonumber(priority) + 1 or 0, deadline = 0, rows = j.rows, bytes = j.bytes, mask = 0, keep_s = j.keep_s, pid = pid,
     attempts = 0, strikes = 0, releases = 0, gen = 0, flags = j.flags, suspect = 0, refs = j.refs, payload = j.payload}
   if j.deadline > 0 then
