@@ -165,11 +165,12 @@ end
 -- cost is rows / weight in ms of about the time that a row takes, so that tags run with the clock and compare with the
 -- ranks of jobs without a tenant, who have none of this.
 -- Where the next job to be claimed has a tenant and its tag is past already, others begin at that tag, not at the clock:
--- they would wait for all that is behind the clock. This happens while c is too small, or nobody works.
+-- they would wait for all that is behind the clock. This happens while c is too small, or nobody works; by ten minutes
+-- at most, so that tenants that are new each time do not keep everyone else waiting for ever.
 -- fair:<ref> HASH: v the largest tag that was claimed; c ms per row; since, rows: what was claimed since when, to measure
 -- c; b<class> boost of a class; F<priority>:<tenant> where the tenant's next tag begins.
 -- tenants HASH: tenant -> weight.
-local FIRST_COST, MOST_TENANTS, FAIR_TTL = 10, 1024, 86400000
+local FIRST_COST, MOST_TENANTS, MOST_BEHIND, FAIR_TTL = 10, 1024, 600000, 86400000
 local function fair_key(g) return T .. 'fair:' .. g.ref end
 local function number_of(x) return tonumber(x or 0) or 0 end
 
@@ -202,7 +203,7 @@ local function fair_share(g, priority, tenant, boost)
     v, at = 0, 0
     call('DEL', key)
   end
-  v = tag < NOW and tag or math.max(v, NOW)
+  v = tag < NOW and math.max(tag, NOW - MOST_BEHIND) or math.max(v, NOW)
   if c <= 0 then c = FIRST_COST end
   if weight <= 0 then weight = 1 end
   local share = {}
@@ -215,7 +216,7 @@ local function fair_share(g, priority, tenant, boost)
     call('HSET', key, own, string.format('%.3f', at), 'c', string.format('%.6f', c),
       'b' .. (tonumber(priority) + 1), string.format('%.3f', boost))
     call('PEXPIRE', key, FAIR_TTL)
-    if call('HLEN', key) > math.max(most, MOST_TENANTS) then forget_tenants(key, v, MOST_TENANTS) end
+    if call('HLEN', key) > math.max(most, MOST_TENANTS) then forget_tenants(key, math.max(v, NOW), MOST_TENANTS) end
   end
   return share
 end
