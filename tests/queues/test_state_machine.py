@@ -22,6 +22,7 @@ from tests.queues.model import Job, Model
 from torchrelay.queues.job import FLAG_KEYED, HEAD, Entry, split_refs
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.scripts import WorkerRetired
+from torchrelay.queues.tenants import share_of
 from torchrelay.queues.transitions import Copied, Grant, Output
 
 PICK = st.integers(0, 10**6)
@@ -48,6 +49,7 @@ class LaneMachine(RuleBasedStateMachine):
         self.lane.define(self.lane.DIAMOND)
         self.lane.define(self.lane.SIDES)
         self.lane.define(self.lane.LONG, volatile={"s2"})
+        self.lane.redis.hset(self.lane.keys.tenants, "a", 1000)
         self.model = Model(self.lane.graphs)
         self.workers = [self.lane.worker(1, host) for host in HOSTS]
         for host in HOSTS[1:]:
@@ -100,21 +102,29 @@ class LaneMachine(RuleBasedStateMachine):
         content=st.sampled_from("xy"),
         delayed=st.sampled_from([False, False, True]),
         again=st.booleans(),
+        tenant=st.sampled_from(["", "", "a"]),
     )
     def submit(self, **options: Any) -> None:
         self.submitted(**options)
 
     def submitted(
-        self, number: int, kinds: list[tuple[float, str, bool]], content: str, delayed: bool, again: bool
+        self,
+        number: int,
+        kinds: list[tuple[float, str, bool]],
+        content: str,
+        delayed: bool,
+        again: bool,
+        tenant: str = "",
     ) -> None:
-        # A second apart by rank, so that the order does not hang on how fast the test runs.
+        # A second apart by rank, so that the order does not hang on how fast the test runs. What has a tenant goes first,
+        # one turn of it after the other, and turns are short.
         self.submits += 1
         jobs, expected, named = [], "", []
         keys = dict(self.model.keys)
         for boost, key, deadline in kinds:
             digests = hashlib.md5(key.encode()).digest() + hashlib.md5(content.encode()).digest() if key else b""
             job = self.lane.job(
-                boost_ms=boost - 1000.0 * self.submits,
+                boost_ms=500_000.0 if tenant else boost - 1000.0 * self.submits,
                 delay_ms=3_600_000.0 if delayed else 0.0,
                 deadline_ms=36_000_000.0 if deadline else 0.0,
                 flags=FLAG_KEYED if key else 0,
@@ -131,7 +141,8 @@ class LaneMachine(RuleBasedStateMachine):
                 expected += "n"
                 if key:
                     keys[key] = (content, job.id)
-        answer = self.run(self.lane.session, self.lane.submitting(number, jobs), again)
+        share = share_of(tenant, 50)
+        answer = self.run(self.lane.session, self.lane.submitting(number, jobs, share=share), again)
         assert (answer.statuses, answer.named) == (expected, named)
         for job, status, (_, key, _) in zip(jobs, expected, kinds, strict=True):
             if status == "n":
