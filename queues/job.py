@@ -102,8 +102,8 @@ class Ref:
         return self if self.chunks else Ref(self.name, _chunks_of(self.nbytes), self.nbytes)
 
     def text(self, consumers: int) -> str:
-        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result. What lies in the
-        memory of one host alone says of which.
+        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result. What lies in
+        the memory of one host alone says of which.
 
         Raises InputError for a name that the list cannot hold.
         """

@@ -69,7 +69,7 @@ class LaneKeys:
         return f"{self.tag}ready:{node_key}"
 
     def wake(self, node_key: str) -> str:
-        """LIST of at most one token; `node@host` for the workers of that host alone, `@host` for who copies its memory."""
+        """LIST of at most one token; `node@host` for workers of that host alone, `@host` for who copies its memory."""
         return f"{self.tag}wake:{node_key}"
 
     def session(self, client: str) -> str:

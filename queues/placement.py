@@ -1,10 +1,10 @@
 """Where a large column goes: into shared memory where its readers are on this host, else to Redis, or to both.
 
 What must survive this host (submitted input, results) is in Redis always; shared memory is a cache beside it. What
-goes between stages lies in shared memory when the workers of all its readers are here, and in Redis when none of some
-reader's are, when nobody reads it as a stage does, or when there is no room. Where a part of them is here, so is that
-part of the jobs: what lies here is claimed here first, and copied to Redis (`spiller`) where somebody elsewhere waits for
-it. Each decision is counted, in bytes.
+goes between stages lies in shared memory when the workers of all its readers are here, and in Redis when those of one
+reader are all elsewhere, when nobody reads it as a stage does, or when there is no room. Where a part of the workers is
+here, so is that part of the jobs: what lies here is claimed here first, and copied to Redis (`spiller`) where somebody
+elsewhere waits for it. Each decision is counted, in bytes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Copies to Redis what lies in this host's shared memory and somebody else waits for: a worker of another host that has
-nothing to do, a job that is delayed, a dead letter; and what has lain there for long.
+"""Copies to Redis what lies in this host's shared memory and others wait for: a worker of another host that has nothing
+to do, a job that is delayed, a dead letter; and what has lain there for long.
 
-Each supervisor has one, and one of a host's is at work, under a lock that its death frees. Whoever asks, and for what, is
-in Redis (`spilling.lua`), and stays there until the copy is recorded (`spill.lua`), so it may die anywhere. A copy has a
-name of its own until it is recorded, and goes by itself if it never is.
+Each supervisor has one, and one of a host's is at work, under a lock that its death frees. What is asked for stands in
+Redis (`spilling.lua`) until the copy is recorded (`spill.lua`), so it may die anywhere. A copy has a name of its own
+until it is recorded, and goes by itself if it never is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
@@ -33,6 +34,8 @@ log = logging.getLogger("torchrelay.arena")
 ANSWERS_MS = 6_000
 AGED_MS = 60_000
 _WAIT_S = 1.0
+_OVERDUE_MS = 2_500
+_SOON_S, _LOOK_S = 0.2, 0.004
 _AT_ONCE = 64
 _GROUP_BYTES = 8 << 20
 _ASK_AGED_S = 10.0
@@ -79,23 +82,33 @@ class Spiller:
             except OSError as error:
                 log.warning("what other hosts wait for is not copied: %s", error)
                 mine = False
-            if not mine:
+            if not mine and not self._overdue():
                 self._stopping.wait(_WAIT_S)
                 continue
             reader = ArenaReader(self._home)
             try:
-                self._serve(reader)
+                self._serve(reader, instead=not mine)
             finally:
                 reader.close()
                 lock.give(remove=True)
 
-    def _serve(self, reader: ArenaReader) -> None:
+    def _overdue(self) -> bool:
+        """Whether who has the lock said nothing for some time: it may be stopped. Two at work do no harm."""
+        try:
+            left: Any = self._registry.client.pttl(self._registry.lanes[0].keys.present(self._host))
+        except (redis.RedisError, OSError):
+            return False
+        return int(left) < ANSWERS_MS - _OVERDUE_MS
+
+    def _serve(self, reader: ArenaReader, *, instead: bool = False) -> None:
+        """Until it is to stop; `instead` of another that has the lock, for one round."""
         while True:
             last = self._stopping.is_set()
             try:
                 due_s = min([self._copy_asked(lane, reader) for lane in self._registry.lanes])
-                if last:
+                if last and not instead:
                     self._leave()
+                if last or instead:
                     return
                 self._ask_for_aged()
                 reader.tend()
@@ -107,8 +120,11 @@ class Spiller:
                 self._stopping.wait(_WAIT_S)
 
     def _await_more(self, due_s: float) -> None:
-        if due_s > 0:
-            self._registry.client.blpop(self._wakes, timeout=max(due_s, 0.001))
+        if due_s < _SOON_S:
+            # A server that has little to do ends short waits up to 100 ms late.
+            time.sleep(min(due_s, _LOOK_S))
+        else:
+            self._registry.client.blpop(self._wakes, timeout=due_s)
 
     def _leave(self) -> None:
         for lane in self._registry.lanes:

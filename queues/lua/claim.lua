@@ -127,7 +127,8 @@ local function elsewhere(refs, bits)
   return found
 end
 
--- Asks for what was passed over, as many jobs and rows as the claim had room for. `behind` is the rank of the worst job
+-- Asks for what was passed over, for twice the jobs and rows that the claim had room for, since their own host's workers
+-- take the first of them next. `behind` is the rank of the worst job
 -- that a full claim got: what is a second better is asked for all the same, or it might never have its turn.
 -- Returns whether there was more than that.
 local function ask_for(e, skipped, jobs, rows, behind)
@@ -222,7 +223,7 @@ local function take(e)
   local left, more = call('ZCARD', READY), false
   if #skipped > 0 then
     left = math.max(0, left - #skipped)
-    more = ask_for(e, skipped, math.max(1, max_jobs - #ids), math.max(1, max_rows - rows), full and worst)
+    more = ask_for(e, skipped, 2 * math.max(1, max_jobs - #ids), 2 * math.max(1, max_rows - rows), full and worst)
   end
   if missing > 0 and left == 0 and #skipped == 0 then
     -- Somebody deleted records: what they counted is unknown, but what is left is nothing.

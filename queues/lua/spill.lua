@@ -41,7 +41,7 @@ local function find(id, index)
   local h = rec and parse(rec)
   local g = h and graph(h.pid)
   local node = g and g.nodes[index]
-  if not node or not waits(node, id) then return nil end
+  if not node or not waits(node, id) then return nil, nil, node end
   return h, function(changed) put_fields({id}, {build(changed)}) end, node
 end
 

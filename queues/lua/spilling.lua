@@ -31,7 +31,8 @@ local function waiting(id, index, bits)
   local h = rec and parse(rec)
   local g = h and graph(h.pid)
   local node = g and g.nodes[index]
-  if not node or not waits(node, id) then return nil end
+  if not node then return nil end
+  if not waits(node, id) then return nil, node end
   local job = {'', needed(h.refs, bits), h.payload}
   for _, p in ipairs(node.preds) do
     local s = p > 0 and not g.linear and fork_state(id, g.nodes[p])
@@ -59,13 +60,15 @@ for i = 1, #due, 2 do
     break
   end
   local id, index, bits = string.match(due[i], '^([%w~]+)|(%d+)|(%d+)$')
-  local job = nil
-  if id then job = index == '0' and dead(id) or index ~= '0' and waiting(id, tonumber(index), tonumber(bits)) or nil end
+  local job, node = nil, nil
+  if index == '0' then job = dead(id) elseif id then job, node = waiting(id, tonumber(index), tonumber(bits)) end
   if job and #job[2] > 0 then
     job[1] = due[i]
     out[#out + 1] = job
   else
     call('ZREM', ASKED, due[i])
+    -- A worker of this host took it: who asked may ask for another.
+    if node then wake(node.key) end
   end
 end
 out[1] = wait

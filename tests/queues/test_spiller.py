@@ -21,7 +21,7 @@ from torchrelay.queues.job import Place, Ref, encode_payload, host_text
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import wanted_by
 from torchrelay.queues.registry import Registry
-from torchrelay.queues.spiller import Spiller
+from torchrelay.queues.spiller import ANSWERS_MS, Spiller
 from torchrelay.queues.transitions import Output
 
 QUEUES = Path(torchrelay.queues.__file__).parent
@@ -180,3 +180,20 @@ def test_what_lay_there_for_long_is_copied_unasked(lane: Lane, chain: int, host:
     spiller._ask_for_aged()
     host.one_round()
     assert host.copies() == [None, DATA]
+
+
+def test_one_that_has_the_lock_and_is_stopped_is_stood_in_for(lane: Lane, chain: int, host: Host) -> None:
+    """Its host goes on answering before others take it for dead."""
+    lock = OwnerLock(host.home.folder, "spiller")
+    assert lock.take()
+    lane.run(lane.t.spilling(host.name, 64, ANSWERS_MS))
+    spiller = Spiller(host.registry, host.home)
+    spiller.start()
+    try:
+        lane.submit(chain)
+        host.makes(chain)
+        asked_for_from_elsewhere(lane, chain)
+        wait_until(lambda: host.copies() == [DATA], 5.5)
+    finally:
+        spiller.stop()
+        lock.give(remove=True)

@@ -117,15 +117,15 @@ def test_wakes_go_to_those_who_may_claim(lane, chain, answer):
     assert lane.redis.llen(lane.keys.wake(key)) == 1
 
 
-def test_each_idle_worker_asks_for_as_much_as_it_takes(lane, chain, answer):
-    """Ten wait there: one worker asks for four, and wakes the next, which asks for the four after them."""
+def test_each_idle_worker_asks_for_twice_what_it_takes(lane, chain, answer):
+    """Ten wait there: one worker asks for twice the two that it takes, and wakes the next, which asks for the next four."""
     answer()
     jobs = lane.submit(chain, 10)
     made_here(lane, lane.worker(chain, HERE), 1, 2)
     key = lane.keys.wake(lane.node_key(chain, 2))
     for asked in (4, 8, 10):
         lane.redis.delete(key)
-        assert claimed(lane.worker(chain, THERE), 2, 4) == []
+        assert claimed(lane.worker(chain, THERE), 2, 2) == []
         assert [a.member.split("|")[0] for a in answer()] == jobs[:asked]
         assert lane.redis.llen(key) == (asked < 10)
 
