@@ -83,8 +83,8 @@ class Relay:
         - `meta`: a small mapping that travels with the job to `batch.meta`
         - `durable`: False lets columns over 4 KiB lie in this host's shared memory alone, where every worker that reads
           them is on this host; such a job fails with BytesLost if it has to start anew and the memory is gone
-        - `tenant`: who it is for. Within a priority, tenants whose jobs wait share a pipeline's entry by weight, however
-          many each has submitted; jobs without one go by their time alone
+        - `tenant`: who it is for. Within a priority, tenants whose jobs wait share a pipeline's entry by weight,
+          however many each has submitted; jobs without one go by their time alone
 
         Raises InputError for a row that does not fit, QueueFull when the entry queue stays full for `wait_s` seconds,
         RunConflict for a key that was used with another row, PipelineNotFound.

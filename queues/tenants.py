@@ -1,13 +1,14 @@
-"""Tenants: who jobs are for. Within a priority, waiting jobs of several tenants share the entry of a pipeline by weight.
+"""Tenants: who jobs are for. Within a priority, those whose jobs wait share the entry of a pipeline by weight.
 
-A tenant needs no registration; one without a weight of its own has 1. Weights belong to the namespace, and hold for what is
-submitted from then on. How ranks follow from them stands in `lua/lib.lua`.
+A tenant needs no registration; one without a weight of its own has 1. Weights belong to the namespace, and hold for
+what is submitted from then on. How ranks follow from them stands in `lua/lib.lua`.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from torchrelay.errors import InputError
 from torchrelay.queues.registry import Registry
@@ -46,6 +47,6 @@ def set_weight(registry: Registry, tenant: str, weight: float) -> None:
 
 def weights(registry: Registry) -> dict[str, float]:
     """Every weight other than 1."""
-    found = registry.client.hgetall(registry.lanes[0].keys.tenants)
+    found: Any = registry.client.hgetall(registry.lanes[0].keys.tenants)
     values = {name.decode(): float(value) for name, value in found.items()}
     return {name: value for name, value in sorted(values.items()) if math.isfinite(value)}

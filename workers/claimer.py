@@ -105,8 +105,8 @@ class Claimer:
         return time.monotonic() * 1000.0 + self._clock_offset_ms
 
     def ask_ahead(self, *, idle: bool = False) -> None:
-        """Sends a claim unless one is under way or the window holds what is taken next. `idle`: there is nothing else to
-        do."""
+        """Sends a claim unless one is under way or the window holds what is taken next. `idle`: there is nothing else
+        to do."""
         if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
         self._ask(self._next_lane(), idle=idle)

@@ -157,8 +157,8 @@ class Supervisor:
         return 0
 
     def _open_arena(self) -> None:
-        """Each supervisor also keeps what dead processes of this host left in shared memory. One of them copies what other
-        hosts wait for."""
+        """Each supervisor also keeps what dead processes of this host left in shared memory. One of them copies what
+        other hosts wait for."""
         try:
             self._home = open_home(self._registry, self._settings)
         except (redis.RedisError, OSError) as error:

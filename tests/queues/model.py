@@ -287,8 +287,8 @@ class Model:
             del self.keys[key]
 
     def wanted(self, name: str) -> bool:
-        """Whether a block of shared memory of this name is: the job that it is named after lists it, and there is no copy
-        in Redis. A job that just died waits for one."""
+        """Whether a block of shared memory of this name is: the job that it is named after lists it, and Redis has no
+        copy. A job that just died waits for one."""
         job_id = name.split(".")[0]
         dead, again = self.dead.get(job_id, (None, ""))
         live = self.live.get(job_id)

@@ -118,7 +118,7 @@ def test_a_block_that_is_gone_lets_its_job_restart(lane: Lane, chain: int, host:
 
 
 def test_who_copies_may_die_at_any_line(lane: Lane, chain: int, host: Host) -> None:
-    """The next one goes on: each job is there once, in its first generation, its bytes are whole, nothing is left over."""
+    """The next one goes on: each job is there once, in its first generation, its bytes are whole, nothing is left."""
     lane.submit(chain, 1)
     host.answers()
     host.makes(chain)
@@ -143,7 +143,7 @@ def test_who_copies_may_die_at_any_line(lane: Lane, chain: int, host: Host) -> N
         assert (entry.job_id, entry.restarted) == (job, False)
         worker.die()
         lane.drain(chain)
-    lane.redis.delete(*[k for k in lane.redis.scan_iter(match=f"{lane.keys.tag}blob:spill.*")] or ["x"])
+    lane.redis.delete(*lane.redis.scan_iter(match=f"{lane.keys.tag}blob:spill.*"), "x")
 
 
 def test_one_of_a_host_is_at_work_and_the_next_takes_over(lane: Lane, chain: int, host: Host) -> None:

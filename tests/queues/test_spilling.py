@@ -1,4 +1,4 @@
-"""Jobs whose bytes lie in one host's memory: who may claim them, how they are asked for, and how copies are recorded."""
+"""Jobs whose bytes lie in one host's memory: who may claim them, how they are asked for, how copies are recorded."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_wakes_go_to_those_who_may_claim(lane, chain, answer):
 
 
 def test_each_idle_worker_asks_for_twice_what_it_takes(lane, chain, answer):
-    """Ten wait there: one worker asks for twice the two that it takes, and wakes the next, which asks for the next four."""
+    """Ten wait there: one worker asks for twice the two that it takes, and wakes the next, which does as well."""
     answer()
     jobs = lane.submit(chain, 10)
     made_here(lane, lane.worker(chain, HERE), 1, 2)

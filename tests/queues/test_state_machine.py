@@ -116,8 +116,8 @@ class LaneMachine(RuleBasedStateMachine):
         again: bool,
         tenant: str = "",
     ) -> None:
-        # A second apart by rank, so that the order does not hang on how fast the test runs. What has a tenant goes first,
-        # one turn of it after the other, and turns are short.
+        # A second apart by rank, so that the order does not hang on how fast the test runs. What has a tenant goes
+        # first, one turn of it after the other, and turns are short.
         self.submits += 1
         jobs, expected, named = [], "", []
         keys = dict(self.model.keys)

@@ -83,8 +83,8 @@ def restarts(relay: Relay, ids: list[str]) -> list[int]:
 def test_columns_go_where_all_their_readers_are(
     make_pipeline: MakePipeline, relay_on: Callable[[Path], Relay], spawn: Spawn, hosts: list[Path], apart: bool
 ) -> None:
-    """While every reader is on the writer's host they lie in its memory; where one of two is elsewhere, half of them, and
-    none is lost to the other."""
+    """While every reader is on the writer's host they lie in its memory; where one of two is elsewhere, half of them,
+    and none is lost to the other."""
     path = make_pipeline(YAML, CODE)
     here, there = hosts
     relay = relay_on(here)
