@@ -29,10 +29,10 @@ from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import MOVED, host_text, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
+from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
-from torchrelay.workers.upkeep import Upkeep
 
 log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
