@@ -1,6 +1,6 @@
 """Keeps the lanes: expired leases, due jobs, deadlines and old results, each second, by whoever is there.
 
-The leading coordinator does it twice a second, and every supervisor looks: it does it where nobody did for a while. Each
+The leading coordinator does it twice a second. Every supervisor looks, and does it where nobody did for a while. Each
 transition is safe to run twice and at once (rule 14 of the transport).
 """
 
