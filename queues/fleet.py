@@ -15,23 +15,29 @@ from typing import Any, Final, NamedTuple, Self
 import redis
 
 from torchrelay.config.fleet import Desired, HostReport
-from torchrelay.errors import ConfigError, DecodeError, InputError
-from torchrelay.queues.keys import ControlKeys
+from torchrelay.errors import DecodeError, InputError
+from torchrelay.queues.control import ControlQueue
+from torchrelay.queues.keys import ControlKeys, new_token
 from torchrelay.queues.registry import run
 from torchrelay.queues.scripts import Arg, Call, script
 
 __all__ = [
     "HOST_TTL_S",
     "LEASE_S",
+    "RECONCILE",
     "Aside",
     "FleetRecords",
     "FleetView",
     "Heard",
     "Leadership",
-    "NameTaken",
     "Wishes",
+    "check_host_name",
+    "enqueue_reconcile",
     "reconcile_queue",
 ]
+
+RECONCILE: Final = "torchrelay.reconcile"
+"""The one thing that a job of an agent's own queue calls. No module has this name: only agents know what it means."""
 
 HOST_TTL_S: Final = 6.0
 """How long a host is taken to live after its agent was heard of."""
@@ -39,10 +45,9 @@ LEASE_S: Final = 3.0
 """How long a leader leads without renewing it; another one takes over within this and one look (half a second)."""
 _HOST = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _MOST_REPLICAS: Final = 10_000
-
-
-class NameTaken(ConfigError):
-    """Another agent of this name is alive in the namespace."""
+# An agent that was away for so long has looked by itself.
+_ASKED_S: Final = 60
+_SHOWN_S: Final = 600
 
 
 class Heard(NamedTuple):
@@ -129,6 +134,22 @@ def check_host_name(name: str) -> str:
     if not _HOST.fullmatch(name):
         raise InputError(f"{name!r:.120} is no name of a host: write 1 to 100 of A-Za-z0-9_.-")
     return name
+
+
+def enqueue_reconcile(client: redis.Redis, namespace: str, state: Desired) -> str:
+    """Asks the host's agent to look at what it is to run, which it also does by itself; returns the job's id."""
+    queue = ControlQueue(reconcile_queue(namespace, state.host), client)
+    job = queue.create_job(
+        RECONCILE,
+        kwargs={"epoch": state.epoch, "number": state.number},
+        job_id=f"reconcile-{new_token(12)}",
+        ttl=_ASKED_S,
+        result_ttl=_SHOWN_S,
+        failure_ttl=_SHOWN_S,
+        description=f"{state.host} runs {len(state.workers)} workers",
+    )
+    queue.enqueue_job(job)
+    return job.id
 
 
 class FleetRecords:

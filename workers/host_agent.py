@@ -22,7 +22,7 @@ from torchrelay.config.fleet import CPU, Assignment, Desired, HostReport, SlotTr
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
-from torchrelay.queues.fleet import HOST_TTL_S, FleetRecords, NameTaken
+from torchrelay.queues.fleet import FleetRecords
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import host_text, open_home
 from torchrelay.queues.registry import Registry
@@ -33,6 +33,7 @@ __all__ = ["EVERY_S", "Host", "HostAgent", "Servable"]
 
 log = logging.getLogger("torchrelay.agent")
 EVERY_S = 2.0
+_STANDBY_S = 0.5
 _LOOK_S = 0.25
 _NEVER = float("-inf")
 _FORGOTTEN_S = 3600.0
@@ -55,6 +56,7 @@ class Host:
     slots: SlotReader
     labels: tuple[str, ...] = ()
     allow_cpu: bool = False
+    shares: bool = False
 
 
 @dataclass
@@ -82,7 +84,9 @@ class _Failures:
 
 
 class HostAgent:
-    """Runs what its host is to run. `start()` reports for the first time; `stop()` drains, and `join()` waits for that.
+    """Runs what its host is to run. `start()` begins; `stop()` drains, and `join()` waits for that.
+
+    While another agent of this name is alive it runs nothing and stands by: it takes the name once that one is silent.
 
     Args:
         registry: open.
@@ -121,6 +125,7 @@ class HostAgent:
         self._applied = 0
         self._heard_at = _NEVER
         self._offer = Offer(0.0, 0, 0)
+        self._standby = False
         self.on_report: Callable[[], object] = int  # for a coordinator in the same process: what it may now decide
 
     @property
@@ -140,7 +145,7 @@ class HostAgent:
         )
 
     def start(self) -> None:
-        """Raises NameTaken while another agent of this name lives, after it waited for one that may just have died."""
+        """Raises ConfigError for slots that are not there."""
         os.environ.update(ORDER)  # of the workers that it will start
         self._host.slots.check()
         for one in self._servable.values():
@@ -150,13 +155,7 @@ class HostAgent:
             self._host_id = "" if home is None else host_text(home.host)
         except (redis.RedisError, OSError) as error:
             log.warning("large columns go through Redis: %s", error)
-        deadline = time.monotonic() + HOST_TTL_S + 1.0
-        while owner := self._hear():
-            if time.monotonic() > deadline:
-                raise NameTaken(
-                    f"an agent named {self.name!r} is alive in this namespace ({owner}); give this one another --name"
-                )
-            time.sleep(_LOOK_S)
+        self._hear()
         self._thread = threading.Thread(target=self._loop, name="torchrelay-host-agent")
         self._thread.start()
 
@@ -195,11 +194,8 @@ class HostAgent:
         self._tell(leave=True)
 
     def _pass(self) -> None:
-        if time.monotonic() >= self._heard_at + EVERY_S:
-            owner = self._hear()
-            if owner:
-                log.error("another agent took the name %r (%s); the workers here drain", self.name, owner)
-                self._desired = None
+        if time.monotonic() >= self._heard_at + (_STANDBY_S if self._standby else EVERY_S):
+            self._hear()
         self._gather()
         wanted = {} if self._stopping else self._wanted()
         for worker_id, worker in self._workers.items():
@@ -208,19 +204,21 @@ class HostAgent:
                 worker.leaving = True
                 worker.supervisor.stop()
         started = [self._start(one) for one in wanted.values() if one.id not in self._workers]
-        if self._desired is not None and all(started) and not any(w.leaving for w in self._workers.values()):
+        done = self._desired is not None and all(started) and not any(w.leaving for w in self._workers.values())
+        if self._desired is not None and done and self._applied != self._desired.number:
             self._applied = self._desired.number
+            self._heard_at = _NEVER  # others may wait for it
 
     def _wanted(self) -> dict[str, Assignment]:
         return {} if self._desired is None else {one.id: one for one in self._desired.workers}
 
-    def _hear(self) -> str:
-        """Reports and hears the desired state; the owner of the name where that is somebody else."""
+    def _hear(self) -> None:
+        """Reports, and hears the desired state."""
         self._offer = self._host.slots.read()
         self._heard_at = time.monotonic()
-        return self._tell()
+        self._tell()
 
-    def _tell(self, *, leave: bool = False) -> str:
+    def _tell(self, *, leave: bool = False) -> None:
         offer = self._offer
         report = HostReport(
             name=self.name,
@@ -238,16 +236,22 @@ class HostAgent:
             applied=self._applied,
             trouble=self.trouble(),
             allow_cpu=self._host.allow_cpu,
+            shares=self._host.shares,
         )
         try:
             heard = self._records.beat(report, leave=leave)
         except (BrokerError, redis.RedisError, OSError) as error:
             log.warning("the host cannot report; its workers run on as they are: %s", error)
-            return ""
-        if not heard.owner and not leave:
-            self._desired = heard.desired
+            return
+        if bool(heard.owner) != self._standby:
+            self._standby = bool(heard.owner)
+            if self._standby:
+                log.warning("another agent has the name %r (%s); this one stands by", self.name, heard.owner)
+            else:
+                log.info("the name %r is free; this agent has it now", self.name)
+        self._desired = None if self._standby else heard.desired
+        if not leave:
             self.on_report()
-        return heard.owner
 
     def _gather(self) -> None:
         """Takes note of workers that ended, and of stages that run again."""

@@ -1,4 +1,5 @@
 """`torchrelay agent`: drives the detached runs of a namespace on this host, with the pipeline files that it was given.
+Beside that its host serves stages as the leader decides (`host_service.py`).
 
 One run at a time, by the same driver as `torchrelay run`, with workers of this host for what nobody serves. A run
 belongs to its job of RQ's: who takes the job up again, here or elsewhere, goes on with the folder.

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -86,10 +86,12 @@ class AgentWorker(BaseWorker):
         self.log = _rq_log
         self._entries = entries
         self._tidied_at = 0.0
+        self.on_stop: Callable[[], object] = int
 
     def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Ends it soon: what is executed is asked to end, and goes back to its queue."""
         self._stop_requested = True
+        self.on_stop()
 
     def ending(self, job: ControlJob) -> Literal["", "stopped", "given back"]:
         """For entries to look at now and then: why this job should end now, and which exception says that it did."""
@@ -97,10 +99,11 @@ class AgentWorker(BaseWorker):
             return "stopped"
         return "given back" if self._stop_requested else ""
 
-    def serve(self) -> None:
-        """Registers, executes what comes, and says farewell."""
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
+    def serve(self, *, signals: bool = True) -> None:
+        """Registers, executes what comes, and says farewell. Only the main thread may take signals."""
+        if signals:
+            signal.signal(signal.SIGINT, self.stop)
+            signal.signal(signal.SIGTERM, self.stop)
         self.register_birth()  # type: ignore[no-untyped-call]
         self.subscribe()  # type: ignore[no-untyped-call]
         try:

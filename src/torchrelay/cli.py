@@ -17,6 +17,7 @@ from redis import exceptions as redis_errors
 
 from torchrelay import terminal
 from torchrelay.cli_dead import dead_app
+from torchrelay.cli_fleet import fleet_app
 from torchrelay.cli_operate import operate_app
 from torchrelay.cli_options import (
     EXIT_BROKER,
@@ -64,7 +65,8 @@ app = typer.Typer(
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
 app.add_typer(runs_app, name="runs")
-app.registered_commands += operate_app.registered_commands + run_app.registered_commands + agent_app.registered_commands
+for part in (fleet_app, operate_app, run_app, agent_app):
+    app.registered_commands += part.registered_commands
 
 
 @app.command()
@@ -271,19 +273,6 @@ def cancel(
             terminal.out.print(f"{job_id} {state}")
     if not all(won):
         raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-def status(redis: RedisOption = None, namespace: NamespaceOption = None, as_json: JsonOption = False) -> None:
-    """Show every stage: what waits, what runs, who serves it; and versions that drain or that nobody serves.
-
-    Example: [bold]torchrelay status --json[/bold]
-    """
-    with open_relay(redis, namespace) as relay:
-        if as_json:
-            terminal.print_json({"url": relay.url, **terminal.status_of(relay.registry)})
-        else:
-            terminal.print_status(relay.registry)
 
 
 def _exit_code(error: BaseException) -> int:

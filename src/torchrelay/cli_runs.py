@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -18,6 +19,8 @@ from torchrelay.cli_options import (
     NamespaceOption,
     RedisOption,
     SetOption,
+    SlotsOption,
+    host_name,
     is_file,
     open_relay,
     overrides_by_file,
@@ -25,13 +28,19 @@ from torchrelay.cli_options import (
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import InputError
+from torchrelay.host_service import HostService
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs import timetable
 from torchrelay.producer.runs.detached import LEVELS, RunRequest, enqueue, runs_queues
 from torchrelay.producer.runs.manifest import new_run_id
 from torchrelay.producer.runs.overview import Overview, RunView
+from torchrelay.queues.connection import open_broker
+from torchrelay.queues.fleet import check_host_name
+from torchrelay.queues.registry import Registry
 from torchrelay.up import Fleet
+from torchrelay.workers.host_agent import Host, HostAgent, Servable
 from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.slots import SlotReader, open_nvml
 
 __all__ = ["When", "agent_app", "detach", "runs_app"]
 
@@ -50,13 +59,17 @@ def agent(
     namespace: NamespaceOption = None,
     set_: SetOption = None,
     allow_cpu: CpuOption = False,
+    slots: SlotsOption = "auto",
+    name: Annotated[str, typer.Option(help="The host's name in the fleet; default its own.")] = "",
+    label: Annotated[list[str] | None, typer.Option(help="What `hosts:` of a stage may ask for. Repeatable.")] = None,
 ) -> None:
-    """Drive detached runs on this host, one at a time, until SIGTERM or Ctrl-C, which give back what it drives.
+    """Serve stages on this host as a coordinator decides, and drive detached runs, until SIGTERM or Ctrl-C: they drain.
 
-    It drives runs of the pipelines in these FILES, and of these versions alone. Stages that nobody serves get a worker
-    on this host while a run lasts, as with `torchrelay run`.
+    It serves the pipelines in these FILES, and these versions alone. Start it on each host, and a coordinator anywhere
+    (`torchrelay coordinator`). It drives one run at a time, and gives it back when it ends. Stages that nobody serves
+    get a worker on this host while a run lasts, as with `torchrelay run`.
 
-    Example: [bold]torchrelay agent embed.yaml ocr.yaml --redis redis://host:6379/0[/bold]
+    Example: [bold]torchrelay agent embed.yaml ocr.yaml --redis redis://host:6379/0 --slots cpu=4,cuda:0[/bold]
     """
     levels = list(dict.fromkeys(name for name in runs.split(",") if name))
     if not levels or not set(levels) <= set(LEVELS):
@@ -67,15 +80,29 @@ def agent(
     ]
     for one in loaded:
         one.pipeline.for_runs()  # says why a pipeline cannot be run
-    set_up_logs(Settings.load().log)
-    with open_relay(redis, namespace) as relay:
+    settings = Settings.load(url=redis, namespace=namespace)
+    set_up_logs(settings.log)
+    reader = SlotReader(slots, open_nvml())
+    me = Host(check_host_name(name or host_name()), reader, tuple(label or ()), allow_cpu)
+    with open_relay(redis, namespace) as relay, closing(open_broker(settings.url)) as broker:
+        registry = Registry(broker.client, settings.namespace, settings.lanes)
+        servable = {one.pipeline.ref: Servable(one.pipeline, one.overrides) for one in loaded}
+        host = HostService(HostAgent(registry, broker.address, settings, me, servable), registry)
         made = RunsAgent(
             relay, loaded, levels, lambda: Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
         )
         where = f"{relay.url}, namespace {relay.registry.control.namespace}"
         refs = ", ".join(one.pipeline.ref for one in loaded)
-        terminal.err.print(f"agent {made.worker.name} on {where}: {', '.join(levels)} runs of {refs}", soft_wrap=True)
-        made.serve()
+        terminal.err.print(
+            f"agent {made.worker.name} of host {me.name} on {where}: {', '.join(levels)} runs of {refs}", soft_wrap=True
+        )
+        made.worker.on_stop = host.stop
+        host.start()
+        try:
+            made.serve()
+        finally:
+            host.stop()
+            host.join()
 
 
 class When(NamedTuple):
