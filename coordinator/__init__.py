@@ -1,1 +1,1 @@
-"""Decides which slot of which host serves which stage: loads in, desired states out. Pure decisions and one loop."""
+"""What runs where: loads, allocation and scaling as pure decisions, and the service that writes them. No torch."""

@@ -90,13 +90,24 @@ class Coordinator:
         aside = set_aside(seen.view)
         hosts = [placeable(host, seen.view, aside) for host in seen.view.hosts]
         units = [unit for ref in served if ref in seen.pipelines for unit in units_of(seen.pipelines[ref], wanted[ref])]
-        allocation = allocate(hosts, fitting(units, hosts), standing(seen.view, hosts, aside))
+        number = self._number(seen.view)
+        allocation = allocate(
+            hosts,
+            fitting(units, hosts),
+            standing(seen.view, hosts, aside),
+            stamp=f"{self.leader.epoch}.{number}",
+            now=seen.view.now,
+        )
         reasons = {
             "versions": {ref: why for ref, (why, _) in served.items()},
             "stages": notes,
             "refused": [_refusal(one) for one in allocation.refused],
         }
-        self._write(seen.view, allocation, aside, reasons)
+        self._write(seen.view, number, allocation, aside, reasons)
+
+    def _number(self, view: FleetView) -> int:
+        """Of what is written next: larger than all that any host has, or has made true."""
+        return 1 + max([0, *(state.number for state in view.desired.values()), *(host.applied for host in view.hosts)])
 
     def _served(self, seen: Snapshot) -> dict[str, Served]:
         now = time.monotonic()
@@ -128,12 +139,16 @@ class Coordinator:
         return wanted, notes
 
     def _write(
-        self, view: FleetView, allocation: Allocation, aside: Sequence[Aside], reasons: Mapping[str, Any]
+        self,
+        view: FleetView,
+        number: int,
+        allocation: Allocation,
+        aside: Sequence[Aside],
+        reasons: Mapping[str, Any],
     ) -> None:
         by_host: dict[str, list[Assignment]] = {host.name: [] for host in view.hosts}
         for one in allocation.assignments:
             by_host[one.host].append(one)
-        number = 1 + max([0, *(s.number for s in view.desired.values()), *(host.applied for host in view.hosts)])
         changed: dict[str, Desired | None] = {host: None for host in view.desired if host not in by_host}
         for host, workers in by_host.items():
             before = view.desired.get(host)

@@ -56,7 +56,6 @@ class Host:
     slots: SlotReader
     labels: tuple[str, ...] = ()
     allow_cpu: bool = False
-    shares: bool = False
 
 
 @dataclass
@@ -236,7 +235,6 @@ class HostAgent:
             applied=self._applied,
             trouble=self.trouble(),
             allow_cpu=self._host.allow_cpu,
-            shares=self._host.shares,
         )
         try:
             heard = self._records.beat(report, leave=leave)
