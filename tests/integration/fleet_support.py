@@ -47,6 +47,13 @@ class Processes:
     def agent(self, name: str, *files: Path, slots: str = "cpu=4", more: tuple[str, ...] = (), **options: Any) -> None:
         self.start(name, "agent", *map(str, files), "--name", name, "--slots", slots, *more, **options)
 
+    def two_hosts(self, path: Path) -> None:
+        """Hosts `a` and `b`, there before anybody decides what runs on them; then coordinator `c1`."""
+        self.agent("a", path)
+        self.agent("b", path)
+        wait_until(lambda: len(self.view.hosts) == 2, READY_S)
+        self.coordinator("c1")
+
     def log_path(self, name: str) -> Path:
         return self.folder / f"process-{name}.log"
 
