@@ -163,6 +163,23 @@ class RetrySpec(_Model):
     ]
 
 
+Delay = Annotated[float, Field(gt=0, le=86_400_000)]
+
+
+class DelaySpec(_Model):
+    """Milliseconds that a job of each priority should at most wait at the stage; None says nothing of it."""
+
+    high: Delay | None = None
+    medium: Delay | None = None
+    low: Delay | None = None
+
+
+class ScaleSpec(_Model):
+    """What the number of workers, within `replicas`, is chosen for."""
+
+    delay_ms: DelaySpec = DelaySpec()
+
+
 class QueueSpec(_Model):
     """High-water marks of what is ready at a stage: above them its predecessors and producers wait."""
 
@@ -226,6 +243,7 @@ class StageConfig(_Model):
     retry: RetrySpec = RetrySpec()
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
+    scale: ScaleSpec = ScaleSpec()
     wire: WireSpec = WireSpec()
     handoff: Literal["host", "device"] = "host"
 

@@ -39,6 +39,7 @@ class StageSpec:
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.
         queue: max_rows and max_bytes.
+        scale: delay_ms, how long jobs of each priority should wait at most.
         wire: dtype and compress, of what it sends to the next stages.
         handoff: "device" leaves what it made in its GPU's memory, for other GPUs of its host; default "host".
 
@@ -66,6 +67,7 @@ class StageSpec:
         retry: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         queue: Mapping[str, Any] | None = None,
+        scale: Mapping[str, Any] | None = None,
         wire: Mapping[str, Any] | None = None,
         handoff: Literal["host", "device"] | None = None,
     ) -> None:
@@ -84,6 +86,7 @@ class StageSpec:
             "retry": retry,
             "timeout_s": timeout_s,
             "queue": queue,
+            "scale": scale,
             "wire": wire,
             "handoff": handoff,
         }
