@@ -8,7 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["FILL_BUCKETS", "SERVICE_BUCKETS", "fill_bucket", "mean_fill", "service_bucket", "service_quantile"]
+__all__ = [
+    "FILL_BUCKETS",
+    "SERVICE_BUCKETS",
+    "fill_bucket",
+    "mean_fill",
+    "service_bucket",
+    "service_middle_s",
+    "service_quantile",
+]
 
 SERVICE_BUCKETS = 48
 FILL_BUCKETS = 10
@@ -28,7 +36,12 @@ def _edge_s(bucket: int) -> float:
     return _FIRST_S * 2.0 ** (bucket / 2.0)
 
 
-def service_quantile(counts: Sequence[int], q: float) -> float | None:
+def service_middle_s(bucket: int) -> float:
+    """Seconds in the middle of a bucket."""
+    return _edge_s(bucket) / 2.0**0.25 if bucket else _FIRST_S / 2.0
+
+
+def service_quantile(counts: Sequence[float], q: float) -> float | None:
     """Seconds that a share `q` of the counted forwards took at most, to within a fifth; None where none was counted."""
     total = sum(counts)
     if total <= 0:
@@ -47,7 +60,7 @@ def fill_bucket(rows: int, max_rows: int) -> int:
     return min(max(-(-rows * FILL_BUCKETS // max(max_rows, 1)) - 1, 0), FILL_BUCKETS - 1)
 
 
-def mean_fill(counts: Sequence[int]) -> float | None:
+def mean_fill(counts: Sequence[float]) -> float | None:
     """How full the counted batches were, 0 to 1, to within a twentieth; None where none was counted."""
     total = sum(counts)
     return None if total <= 0 else sum((i + 0.5) * n for i, n in enumerate(counts)) / FILL_BUCKETS / total

@@ -1,0 +1,202 @@
+"""Steady figures out of noisy ones: a rate that follows jumps and not noise, and what a row costs a worker. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torchrelay.queues.histogram import SERVICE_BUCKETS, service_middle_s
+
+__all__ = ["Level", "Service", "sane"]
+
+_FAST_S, _SLOW_S, _SPREAD_S = 4.0, 40.0, 60.0
+_MOST = 1e12
+# Half of what is known of the service times is this old, while work goes on.
+_MEMORY_S = 45.0
+_ENOUGH_BATCHES = 30.0
+# A worker that was at work before anybody watched counts as so many batches.
+_SEED_BATCHES = 200.0
+# The cost of a row at batches up to so many times as full as those seen is taken from their trend.
+_FURTHER = 2.0
+
+
+def sane(value: float, most: float = _MOST) -> float:
+    """A number from 0 to `most`, whatever came: NaN is 0."""
+    return 0.0 if not value > 0 else min(value, most)
+
+
+@dataclass(slots=True)
+class Level:
+    """A smoothed rate. It changes little while what comes scatters as it did, and jumps where that has moved.
+
+    `grain` is what one event adds: so coarse the rate is by chance alone.
+    """
+
+    value: float = 0.0
+    _fast: float = 0.0
+    _spread: float = 0.0
+    _beyond: int = 0
+    _samples: int = 0
+
+    def add(self, rate: float, seconds: float, grain: float = 1.0) -> float:
+        """Takes in the mean rate of the last so many seconds; returns the level."""
+        rate, seconds = sane(rate), sane(seconds, 3600.0)
+        if seconds <= 0:
+            return self.value
+        self._samples += 1
+        if self._samples == 1:
+            self.value = self._fast = rate
+            return rate
+        # As a plain mean while there is little to go by.
+        slow = max(1.0 - math.exp(-seconds / _SLOW_S), 1.0 / self._samples)
+        fast = max(1.0 - math.exp(-seconds / _FAST_S), 1.0 / self._samples)
+        self._fast += fast * (rate - self._fast)
+        off = abs(self._fast - self.value)
+        chance = math.sqrt(max(self.value, self._fast) * max(grain, 1e-9) / (2.0 * max(_FAST_S, seconds)))
+        if off > max(4.0 * self._spread, 3.0 * chance, 0.12 * self.value):
+            self._beyond += 1
+        else:
+            self._beyond = 0
+            self._spread += (1.0 - math.exp(-seconds / _SPREAD_S)) * (off - self._spread)
+        if self._beyond >= 2:
+            self.value = self._fast
+            self._spread = max(self._spread, 0.25 * off)
+        else:
+            self.value += slow * (rate - self.value)
+        return self.value
+
+
+@dataclass(slots=True)
+class Service:
+    """What a stage's forwards cost, from what its workers counted: seconds of a batch, as a fixed part and one by row.
+
+    Sums over batches, of which the older ones count less. When the newer ones clearly cost something else, the older
+    are forgotten.
+    """
+
+    batches: float = 0.0
+    _rows: float = 0.0
+    _seconds: float = 0.0
+    _rows2: float = 0.0
+    _rows_seconds: float = 0.0
+    _histogram: list[float] = field(default_factory=lambda: [0.0] * SERVICE_BUCKETS)
+    _recent: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    _moved: int = 0
+    _news: bool = False
+
+    def seed(self, batches: float, rows: float, seconds: float, histogram: Sequence[float]) -> None:
+        """What a worker counted before it was watched."""
+        if batches <= 0 or rows <= 0:
+            return
+        part = min(1.0, _SEED_BATCHES / batches)
+        self.add(batches * part, rows * part, seconds * part, [n * part for n in histogram])
+
+    def add(self, batches: float, rows: float, seconds: float, histogram: Sequence[float] = ()) -> None:
+        """So many batches more, of so many rows and seconds together."""
+        batches, rows, seconds = sane(batches), sane(rows), sane(seconds)
+        if not batches or not rows:
+            return
+        self._news = True
+        self.batches += batches
+        self._rows += rows
+        self._seconds += seconds
+        self._rows2 += rows * rows / batches
+        self._rows_seconds += rows * seconds / batches
+        self._recent = (self._recent[0] + batches, self._recent[1] + rows, self._recent[2] + seconds)
+        for bucket, count in enumerate(histogram[:SERVICE_BUCKETS]):
+            self._histogram[bucket] += sane(count)
+
+    def pass_time(self, seconds: float) -> None:
+        """Called at every look: forgets, and finds out whether the cost has moved. Idle time forgets nothing."""
+        if not self._news:
+            return
+        self._news = False
+        batches, rows, spent = self._recent
+        if batches >= _ENOUGH_BATCHES:
+            before = (self.batches - batches, self._rows - rows, self._seconds - spent)
+            self._moved = self._moved + 1 if self._differs(before) else 0
+            if self._moved >= 2:
+                self._forget_older()
+            self._recent = (0.0, 0.0, 0.0)
+        if not self._moved:
+            kept = 0.5 ** (sane(seconds, 600.0) / _MEMORY_S)
+            self._scale(kept)
+
+    def _differs(self, before: tuple[float, float, float]) -> bool:
+        """Whether the newest batches cost more or less than chance and their fill explain."""
+        batches, rows, spent = self._recent
+        if before[0] < _ENOUGH_BATCHES or before[1] <= 0 or before[2] <= 0:
+            return False
+        expected = before[2] / before[0] * self._stretch(rows / batches, before[1] / before[0])
+        bound = max(0.4, 4.0 * math.sqrt((self.cv2 + 0.1) / batches))
+        return abs(math.log(max(spent / batches, 1e-9) / max(expected, 1e-9))) > math.log1p(bound)
+
+    def _stretch(self, rows: float, before: float) -> float:
+        """How much longer a batch of `rows` takes than one of `before`."""
+        fixed, per_row = self._line()
+        return (fixed + per_row * rows) / max(fixed + per_row * before, 1e-12)
+
+    def _forget_older(self) -> None:
+        batches, rows, spent = self._recent
+        part = batches / max(self.batches, 1e-9)
+        self._histogram = [n * part for n in self._histogram]
+        self.batches, self._rows, self._seconds = batches, rows, spent
+        self._rows2, self._rows_seconds = rows * rows / batches, rows * spent / batches
+        self._moved = 0
+
+    def _scale(self, kept: float) -> None:
+        self.batches *= kept
+        self._rows *= kept
+        self._seconds *= kept
+        self._rows2 *= kept
+        self._rows_seconds *= kept
+        self._recent = (self._recent[0] * kept, self._recent[1] * kept, self._recent[2] * kept)
+        self._histogram = [n * kept for n in self._histogram]
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds of a batch: the fixed part, and that of each row; all by row where batches were much alike."""
+        if self.batches <= 0 or self._rows <= 0:
+            return 0.0, 0.0
+        rows, seconds = self._rows / self.batches, self._seconds / self.batches
+        spread = self._rows2 / self.batches - rows * rows
+        if spread <= (0.1 * rows) ** 2:
+            return 0.0, seconds / rows
+        slope = (self._rows_seconds / self.batches - rows * seconds) / spread
+        slope = min(max(slope, 0.0), seconds / rows)
+        return seconds - slope * rows, slope
+
+    @property
+    def known(self) -> bool:
+        return self.batches > 0 and self._rows > 0 and self._seconds > 0
+
+    def seconds_per_row(self, max_rows: float) -> float:
+        """Of one worker that has enough to do; 0 while nothing is known."""
+        if not self.known:
+            return 0.0
+        fixed, per_row = self._line()
+        rows = self._rows / self.batches
+        full = max(rows, min(max(max_rows, 1.0), _FURTHER * rows))
+        return fixed / full + per_row
+
+    @property
+    def seconds_per_batch(self) -> float:
+        return self._seconds / self.batches if self.batches > 0 else 0.0
+
+    @property
+    def rows_per_batch(self) -> float:
+        return self._rows / self.batches if self.batches > 0 else 0.0
+
+    @property
+    def cv2(self) -> float:
+        """Variance of a forward's time over its squared mean."""
+        total = sum(self._histogram)
+        if total <= 0:
+            return 1.0
+        mean = sum(n * service_middle_s(i) for i, n in enumerate(self._histogram)) / total
+        square = sum(n * service_middle_s(i) ** 2 for i, n in enumerate(self._histogram)) / total
+        return max(square / (mean * mean) - 1.0, 0.0)
+
+    @property
+    def histogram(self) -> list[float]:
+        return self._histogram
