@@ -154,7 +154,7 @@ class StageWorld:
             self.counts[ready, 3] = self.took_s[ready]
         over = (self.state == _DRAINING) & (self.free_at <= at_s)
         if over.any():
-            self._close_batches(over)
+            self._close_batches(np.flatnonzero(over))
             self.state[over] = _ABSENT
         while len(self.queues["high"]) or len(self.queues["medium"]):
             idle = np.flatnonzero((self.state == _READY) & (self.free_at < end_s))
@@ -191,7 +191,7 @@ class StageWorld:
             factor = (self.rng.pareto(shape.tail, n) + 1.0) * (shape.tail - 1.0) / shape.tail
         slower = shape.slower if at_s >= shape.slower_at_s else 1.0
         took = (shape.fixed_s + shape.row_s * rows) * factor * slower
-        self._close_batches(np.isin(np.arange(len(self.state)), who))
+        self._close_batches(who)
         self.free_at[who] = start + took
         self.open[who, 0], self.open[who, 1] = rows, took
         self.open[who, 2] = np.clip(np.ceil(2.0 * np.log2(np.maximum(took, 1e-4) / 1e-4)), 0, SERVICE_BUCKETS - 1)
@@ -201,7 +201,7 @@ class StageWorld:
         self.leaving = np.concatenate((self.leaving, np.column_stack((start + took, highs, rows - highs))))
 
     def _close_batches(self, which: np.ndarray[Any, Any]) -> None:
-        ended = np.flatnonzero(which & (self.open[:, 0] > 0))
+        ended = which[self.open[which, 0] > 0]
         self.counts[ended, 0] += self.open[ended, 0]
         self.counts[ended, 1] += 1
         self.counts[ended, 2] += self.open[ended, 1]
@@ -210,7 +210,7 @@ class StageWorld:
 
     def _tell(self, beats: np.ndarray[Any, Any], at_s: float) -> None:
         if beats.any():
-            self._close_batches(beats & (self.free_at <= at_s))
+            self._close_batches(np.flatnonzero(beats & (self.free_at <= at_s)))
             self.told[beats], self.told_service[beats] = self.counts[beats], self.service[beats]
             self.told_at[beats], self.told_state[beats] = at_s, self.state[beats]
 

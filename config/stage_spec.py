@@ -36,6 +36,8 @@ class StageSpec:
         torch: dtype, channels_last, compile and cuda_graphs, for a TorchStage.
         batch: max_rows, max_wait_ms, max_cost, pad, buckets, row_buckets, ahead and in_flight_rows.
         replicas: how many workers, or min and max.
+        resources: compute, memory, cpus and host_memory that one worker takes.
+        hosts: labels that its hosts have, or labels and apart.
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.
         queue: max_rows and max_bytes.
@@ -64,6 +66,8 @@ class StageSpec:
         torch: Mapping[str, Any] | None = None,
         batch: Mapping[str, Any] | None = None,
         replicas: int | Mapping[str, int] | None = None,
+        resources: Mapping[str, Any] | None = None,
+        hosts: str | Sequence[str] | Mapping[str, Any] | None = None,
         retry: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         queue: Mapping[str, Any] | None = None,
@@ -83,6 +87,8 @@ class StageSpec:
             "torch": torch,
             "batch": batch,
             "replicas": replicas,
+            "resources": resources,
+            "hosts": hosts,
             "retry": retry,
             "timeout_s": timeout_s,
             "queue": queue,

@@ -54,14 +54,14 @@ class Level:
         self._fast += fast * (rate - self._fast)
         off = abs(self._fast - self.value)
         chance = math.sqrt(max(self.value, self._fast) * max(grain, 1e-9) / (2.0 * max(_FAST_S, seconds)))
-        if off > max(4.0 * self._spread, 3.0 * chance, 0.12 * self.value):
-            self._beyond += 1
-        else:
-            self._beyond = 0
-            self._spread += (1.0 - math.exp(-seconds / _SPREAD_S)) * (off - self._spread)
+        usual = max(4.0 * self._spread, 3.0 * chance, 0.15 * self.value)
+        self._beyond = self._beyond + 1 if off > usual else 0
+        # Not by all of a jump, or the next one would pass for noise.
+        self._spread += max(1.0 - math.exp(-seconds / _SPREAD_S), 1.0 / self._samples) * (
+            min(off, usual) - self._spread
+        )
         if self._beyond >= 2:
             self.value = self._fast
-            self._spread = max(self._spread, 0.25 * off)
         else:
             self.value += slow * (rate - self.value)
         return self.value
