@@ -37,7 +37,7 @@ from torchrelay.coordinator.scale import Limits, State, decide
 from torchrelay.coordinator.sharing import slots as slots_of
 
 TRACES = ("steady", "step", "burst", "diurnal", "mix")
-QUEUE_RULES = [(n, keep) for keep in (60.0, 300.0) for n in (0.5, 1.0, 2.0, 4.0)]
+QUEUE_RULES = [(n, keep) for keep in (60.0, 300.0) for n in (0.5, 1.0, 2.0)]
 _BUSY = 0.8
 
 

@@ -23,14 +23,16 @@ LOAD_S = 10.0
 # From an arrival to the decision that it causes: heartbeats come every 2 s, and so do decisions.
 _LOOK_S = 3.0
 # Shares of their time that workers should compute at most: with a target of delay, that adds what it takes.
-_BUSY_AT_MOST, _BUSY_WITH_TARGET = 0.85, 0.93
+_BUSY_AT_MOST, _BUSY_WITH_TARGET = 0.82, 0.88
 # Of the allowed delay, the part that the queue may take on average.
 _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
+# What a rise may add until a new worker is ready.
+_MOST_RISE = 0.5
 _DELAY_S = 1.0
 # A change of the need by so much is noise.
-_MORE, _LESS = 0.93, 1.1
-_MOST_CV2 = 25.0
+_MORE, _LESS = 0.95, 1.08
+_MOST_SPREAD = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Limits:
     min: int = 1
     max: int = 1
     device: str = "cpu"
-    need: Need = Need()
+    need: Need = field(default_factory=Need)
     delay_ms: Mapping[str, float] = field(default_factory=dict)
     pinned: int | None = None
 
@@ -74,8 +76,8 @@ class Demand:
     """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below.
 
     `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that leave if it
-    gets them, None while unknown. `behind` says that jobs of a class wait longer than they should, though there are
-    workers enough on average. `known` is False before anything was measured.
+    gets them, None while unknown. `behind` is the class of priority whose jobs wait longer than they should, and
+    `behind_rows` what stands before a new one. `known` is False before anything was measured.
     """
 
     more: int
@@ -84,14 +86,16 @@ class Demand:
     late: float = 0.0
     flow: float | None = None
     behind: str = ""
+    behind_rows: float = 0.0
     known: bool = True
     why: str = ""
 
 
-def staff(need: float, cv2: float, batch_s: float, delay_s: float | None) -> int:
+def staff(need: float, spread: float, batch_s: float, delay_s: float | None) -> int:
     """The fewest workers that are busy at most as long as they may, and let batches wait at most half the delay.
 
-    The wait is that of a queue with many servers: Sakasegawa's approximation for M/M/m, times (1 + cv2) / 2.
+    The wait is that of a queue with many servers: Sakasegawa's approximation for M/M/m, times the `spread`, which is
+    half the sum of the arrivals' dispersion and the service's (Allen and Cunneen).
     """
     need = sane(need)
     if need <= 0:
@@ -99,8 +103,8 @@ def staff(need: float, cv2: float, batch_s: float, delay_s: float | None) -> int
     workers = max(math.ceil(need / (_BUSY_AT_MOST if delay_s is None else _BUSY_WITH_TARGET) - 1e-9), 1)
     if delay_s is None or batch_s <= 0 or workers > 100_000:
         return workers
-    spread, most = (1.0 + min(sane(cv2), _MOST_CV2)) / 2.0, 4 * workers + 4
-    while workers < most and _wait_s(need, workers, spread * batch_s) > _MEAN_OF_TARGET * delay_s:
+    seconds, most = max(sane(spread, _MOST_SPREAD), 0.5) * batch_s, 2 * workers + 4
+    while workers < most and _wait_s(need, workers, seconds) > _MEAN_OF_TARGET * delay_s:
         workers += 1
     return workers
 
@@ -135,21 +139,25 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: f
     # What is only coming piles up at the groups before, until they have their workers.
     left = max(backlog + now * horizon_s - done - now * (_DELAY_S if delay_s is None else delay_s), 0.0)
     catch_up_s = max(_CATCH_UP_S, horizon_s, 2.0 * (delay_s or 0.0))
-    steady, late = arrivals * row_s, left * row_s / catch_up_s
+    rise = min(sane(first.trend) * horizon_s, _MOST_RISE * now)
+    steady, late = max(now + rise, arrivals) * row_s, left * row_s / catch_up_s
     need = steady + late
     ready = min(first.ready, current)
-    more, less = (
-        max(staff(sure * need, sane(first.cv2), sane(first.seconds_per_batch), delay_s), 1) for sure in (_MORE, _LESS)
+    behind, behind_rows = _behind(limits, loads, ready, row_s)
+    spread = (max(sane(first.dispersion), 1.0) + sane(first.cv2)) / 2.0
+    more, enough, less = (
+        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1) for sure in (_MORE, 1.0, _LESS)
     )
     if more > current:
-        more = max(staff(need, sane(first.cv2), sane(first.seconds_per_batch), delay_s), more)
+        more = enough
     return Demand(
         more=more,
         less=less,
         need=need,
         late=late,
-        flow=min(arrivals, limits.most / row_s),
-        behind=_behind(limits, loads, ready, row_s),
+        flow=min(max(now + rise, arrivals), limits.most / row_s),
+        behind=behind,
+        behind_rows=behind_rows,
         why=_why(arrivals, row_s, backlog, ready, current, coming > sane(first.arrivals_per_s)),
     )
 
@@ -169,16 +177,16 @@ def _done_s(load: NodeLoad, current: int, horizon_s: float, load_s: float) -> fl
     return ready * horizon_s + loading + unseen * (horizon_s - load_s)
 
 
-def _behind(limits: Limits, loads: Sequence[NodeLoad], ready: int, row_s: float) -> str:
-    """The class whose jobs wait too long, by what stands before a new one of it."""
+def _behind(limits: Limits, loads: Sequence[NodeLoad], ready: int, row_s: float) -> tuple[str, float]:
+    """The class whose jobs wait too long, and what stands before a new one of it."""
     before = 0.0
     for name in CLASSES:
         before += sum(sane(n.waiting[name].rows) for n in loads if name in n.waiting)
         delay_s = sane(limits.delay_ms.get(name, 0.0)) / 1000.0
         # What a single batch makes wait is no queue.
         if delay_s and before * row_s / max(ready, 1) > max(delay_s, sane(loads[0].seconds_per_batch)):
-            return name
-    return ""
+            return name, before
+    return "", 0.0
 
 
 def _why(arrivals: float, row_s: float, backlog: float, ready: int, current: int, coming: bool) -> str:

@@ -71,7 +71,9 @@ class NodeLoad:
     """One stage of one version.
 
     `seconds_per_row` is what a row costs a worker that has enough to do, 0 while that is unknown; `seconds_per_batch`
-    and `cv2` are the mean of a forward's time and its squared coefficient of variation. `arrivals_per_s` and
+    and `cv2` are the mean of a forward's time and its squared coefficient of variation. `dispersion` is the variance of
+    the arrivals of a few seconds over their mean, in batches: 1 is chance; `trend` is by how many rows per second they
+    rise every second. `arrivals_per_s` and
     `rows_per_s` are rows that came and rows that were done; `ready`, `loading` and `draining` count workers.
     `load_s` is how long a worker takes until it is ready, 0 while that is unknown. `loading_s` is for how long each
     loading one has been at it.
@@ -89,6 +91,8 @@ class NodeLoad:
     seconds_per_row: float = 0.0
     seconds_per_batch: float = 0.0
     cv2: float = 1.0
+    dispersion: float = 1.0
+    trend: float = 0.0
     service: Quantiles | None = None
     fill: float | None = None
     busy: float = 0.0
@@ -285,12 +289,14 @@ class LoadTracker:
                 name: Waiting(share * ready_rows, share * nbytes, classes[name].oldest_ms if name in classes else 0.0)
                 for name, share in shares.items()
             },
-            arrivals_per_s=stage.arrivals.value,
-            rows_per_s=stage.done.value,
+            arrivals_per_s=stage.arrivals.now,
+            rows_per_s=stage.done.now,
             failures_per_s=stage.failures.value,
+            trend=stage.arrivals.trend,
             seconds_per_row=service.seconds_per_row(max((r.max_rows for r in reports), default=1)),
             seconds_per_batch=service.seconds_per_batch,
             cv2=service.cv2,
+            dispersion=stage.arrivals.dispersion(max(seconds, 1.0)) / max(service.rows_per_batch, 1.0),
             service=_quantiles(service.histogram),
             fill=sum(r.rows for r in reports) / sum(r.batches * max(r.max_rows, 1) for r in reports)
             if batches

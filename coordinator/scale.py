@@ -19,7 +19,7 @@ from torchrelay.queues.waiting import CLASSES
 
 __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
-_KEEP_S = 20.0
+_KEEP_S, _LOWER_EVERY_S = 20.0, 10.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
@@ -41,7 +41,8 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Group:
     """What is remembered of one group, watched since `since_s`. `enough` are, newest last, the numbers that would have
-    been enough, of which none is below a later one. `floor` holds until `floor_until_s`, while the need is not far below `floor_need`."""
+    been enough, of which none is below a later one. `floor` holds until `floor_until_s`, while the need is not far
+    below `floor_need`."""
 
     replicas: int
     since_s: float
@@ -53,6 +54,7 @@ class Group:
     floor_until_s: float = -1e18
     hold_s: float = 0.0
     behind_since_s: float | None = None
+    behind_rows: float = 0.0
     gain: float = 0.0
 
 
@@ -168,15 +170,15 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     current = one.clamp(group.replicas)
     load_s = sane(load.load_s, 3600.0) or LOAD_S
     keep_s = _KEEP_S + load_s
-    behind_since = (group.behind_since_s if group.behind_since_s is not None else now_s) if demand.behind else None
-    group = replace(group, behind_since_s=behind_since)
+    group = _watch_behind(group, demand, load.ready < current, now_s)
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)
     enough = max(one.clamp(demand.less), min(group.floor, one.most))
     kept = [(at, n) for at, n in group.enough if now_s - keep_s <= at < now_s and n > enough]
     group = replace(group, enough=(*kept, (now_s, enough)))
     more = one.clamp(demand.more)
-    if behind_since is not None and more <= current and now_s - behind_since >= _BEHIND_S + load_s:
+    since_s = group.behind_since_s
+    if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
         # Averages do not show it: bursts, or a few very slow batches.
         more = one.clamp(current + max(int(_BEHIND_STEP * current), 1))
         group = _held(replace(group, behind_since_s=None), more, demand, now_s)
@@ -187,7 +189,18 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         return wanted, group
     most = max(n for _, n in group.enough)
     # Of a group that was not watched for long enough, it is not known what it needed.
-    return (min(current, most) if now_s - group.since_s >= keep_s else current), group
+    if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
+        return current, group
+    return min(current, most), group
+
+
+def _watch_behind(group: Group, demand: Demand, loading: bool, now_s: float) -> Group:
+    """Since when jobs of a class wait too long, and do not get fewer though all workers are there."""
+    if not demand.behind or loading:
+        return replace(group, behind_since_s=None, behind_rows=0.0)
+    if group.behind_since_s is None or demand.behind_rows < 0.9 * group.behind_rows:
+        return replace(group, behind_since_s=now_s, behind_rows=demand.behind_rows)
+    return replace(group, behind_rows=max(group.behind_rows, demand.behind_rows))
 
 
 def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:

@@ -10,7 +10,11 @@ from torchrelay.queues.histogram import SERVICE_BUCKETS, service_middle_s
 
 __all__ = ["Level", "Service", "sane"]
 
-_FAST_S, _SLOW_S, _SPREAD_S = 4.0, 40.0, 60.0
+_SLOW_S, _SPREAD_S, _TREND_S = 40.0, 60.0, 80.0
+# A slope counts by what it is steeper than so many of its standard errors.
+_SURE = 2.0
+# In standard deviations: when a sum is no chance any more, and what one sample adds at most.
+_JUMP, _MOST_OFF = 6.5, 4.0
 _MOST = 1e12
 # Half of what is known of the service times is this old, while work goes on.
 _MEMORY_S = 45.0
@@ -30,41 +34,82 @@ def sane(value: float, most: float = _MOST) -> float:
 class Level:
     """A smoothed rate. It changes little while what comes scatters as it did, and jumps where that has moved.
 
-    `grain` is what one event adds: so coarse the rate is by chance alone.
+    A jump is found by CUSUM (Page 1954), on either side: what goes beyond half a standard deviation is summed up until
+    it cannot be chance. The level is then the mean of the last of them. How much the rates scatter is told by how much
+    each differs from the one before, which a jump does not change.
     """
 
     value: float = 0.0
-    _fast: float = 0.0
-    _spread: float = 0.0
-    _beyond: int = 0
+    noise: float = 0.0
+    """Standard deviation of one sample."""
+    trend: float = 0.0
+    """By how much the rate rises each second, as far as that is no chance; negative where it falls."""
+    _last: float = 0.0
     _samples: int = 0
+    # Discounted sums over the samples since the last jump: 1, t, t * t, x, t * x, with t seconds before now.
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    # Of the sum above and the one below: how much, over how many seconds, and how many events.
+    _runs: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
     def add(self, rate: float, seconds: float, grain: float = 1.0) -> float:
-        """Takes in the mean rate of the last so many seconds; returns the level."""
+        """Takes in the mean rate of the last so many seconds; returns the level. `grain` is what one event adds."""
         rate, seconds = sane(rate), sane(seconds, 3600.0)
         if seconds <= 0:
             return self.value
         self._samples += 1
         if self._samples == 1:
-            self.value = self._fast = rate
+            self.value = self._last = rate
             return rate
         # As a plain mean while there is little to go by.
-        slow = max(1.0 - math.exp(-seconds / _SLOW_S), 1.0 / self._samples)
-        fast = max(1.0 - math.exp(-seconds / _FAST_S), 1.0 / self._samples)
-        self._fast += fast * (rate - self._fast)
-        off = abs(self._fast - self.value)
-        chance = math.sqrt(max(self.value, self._fast) * max(grain, 1e-9) / (2.0 * max(_FAST_S, seconds)))
-        usual = max(4.0 * self._spread, 3.0 * chance, 0.15 * self.value)
-        self._beyond = self._beyond + 1 if off > usual else 0
-        # Not by all of a jump, or the next one would pass for noise.
-        self._spread += max(1.0 - math.exp(-seconds / _SPREAD_S), 1.0 / self._samples) * (
-            min(off, usual) - self._spread
-        )
-        if self._beyond >= 2:
-            self.value = self._fast
-        else:
-            self.value += slow * (rate - self.value)
+        step = max(1.0 - math.exp(-seconds / _SPREAD_S), 1.0 / self._samples)
+        change = abs(rate - self._last) / 1.128  # the mean of |x - y| is 1.128 standard deviations
+        self.noise += step * (min(change, 4.0 * self._scatter(seconds, grain)) - self.noise)
+        self._last = rate
+        off = (rate - self.value) / self._scatter(seconds, grain)
+        for run, side in zip(self._runs, (off, -off), strict=True):
+            run[0] = max(run[0] + min(side, _MOST_OFF) - 0.5, 0.0)
+            # The newer ones count more: what began the sum may have been chance.
+            run[1:] = [run[1] / 2.0 + seconds, run[2] / 2.0 + rate * seconds] if run[0] else [0.0, 0.0]
+            if run[0] > _JUMP:
+                self.value = run[2] / run[1]
+                self._runs = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+                if not self.trend:
+                    self._sums = [0.0] * 5  # a step; else it is the ramp that went too far from the level
+                return self.value
+        self._follow(rate, seconds, grain)
+        self.value += max(1.0 - math.exp(-seconds / _SLOW_S), 1.0 / self._samples) * (rate - self.value)
         return self.value
+
+    def _follow(self, rate: float, seconds: float, grain: float) -> None:
+        """The slope of a discounted least-squares line, shrunk towards none."""
+        n, t, tt, x, tx = self._sums
+        kept = math.exp(-seconds / _TREND_S)
+        # All samples are older now by `seconds`.
+        tt, tx = tt - 2.0 * seconds * t + seconds * seconds * n, tx - seconds * x
+        t -= seconds * n
+        self._sums = [kept * n + 1.0, kept * t, kept * tt, kept * x + rate, kept * tx]
+        n, t, tt, x, tx = self._sums
+        spread = tt - t * t / n
+        if n < 8 or spread <= 0:
+            self.trend = 0.0
+            return
+        slope = (tx - t * x / n) / spread
+        sure = _SURE * self._scatter(seconds, grain) / math.sqrt(spread)
+        self.trend = math.copysign(max(abs(slope) - sure, 0.0), slope)
+
+    @property
+    def now(self) -> float:
+        """The level, without the time by which it lags behind a trend."""
+        return max(self.value + self.trend * _SLOW_S, 0.0)
+
+    def _scatter(self, seconds: float, grain: float) -> float:
+        """Standard deviation of a sample; no less than that of chance alone."""
+        chance = math.sqrt(max(self.value, grain / seconds) * max(grain, 1e-9) / seconds)
+        return max(self.noise, chance, 0.05 * self.value, 1e-9)
+
+    def dispersion(self, seconds: float) -> float:
+        """Variance of the events in such a time over their mean: 1 where they come by chance alone, one by one."""
+        return self.noise**2 * seconds / self.value if self.value > 0 else 1.0
 
 
 @dataclass(slots=True)
@@ -95,7 +140,7 @@ class Service:
     def add(self, batches: float, rows: float, seconds: float, histogram: Sequence[float] = ()) -> None:
         """So many batches more, of so many rows and seconds together."""
         batches, rows, seconds = sane(batches), sane(rows), sane(seconds)
-        if not batches or not rows:
+        if batches < 1 or rows < 1:
             return
         self._news = True
         self.batches += batches
