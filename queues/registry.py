@@ -51,8 +51,10 @@ class WorkerReport:
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
     `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
     serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs. `gpus` are the
-    devices of its host from which it copies columns. `assignment` is the id under which the leader placed it, '' for a
-    worker that somebody started by hand.
+    devices of its host from which it copies columns. `service` counts its forwards by their time and `fills` its
+    batches by how full they were (`queues.histogram`, zeros at the end left out); `memory` is what it holds of its
+    GPU's memory, what all processes use, and what there is; `load_s` how long its stage took to start, 0 before that.
+    `assignment` is the decision of a coordinator by which it runs, '' for none. `sent_at` is when this was said.
     """
 
     worker: str
@@ -73,7 +75,12 @@ class WorkerReport:
     device_idle_s: float = 0.0
     fused: list[str] = field(default_factory=list)
     gpus: list[str] = field(default_factory=list)
+    service: list[int] = field(default_factory=list)
+    fills: list[int] = field(default_factory=list)
+    memory: list[int] = field(default_factory=lambda: [0, 0, 0])
+    load_s: float = 0.0
     assignment: str = ""
+    sent_at: float = 0.0
 
     @property
     def nodes(self) -> list[str]:

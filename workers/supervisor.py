@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
@@ -32,7 +33,7 @@ from torchrelay.queues.registry import Registry, WorkerReport, run
 from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
-from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
+from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage, Tallies
 
 log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
@@ -50,7 +51,7 @@ _WINDOWS_IN_HAND = 16
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
     """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well.
-    `assignment` is the id under which the leader placed it, '' for none."""
+    `assignment` is the coordinator's decision by which it runs, '' for none."""
 
     pipeline: Pipeline
     stage: str
@@ -95,7 +96,8 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._page: ProgressPage | None = None
         self._incarnation = ""
-        self._started_at = 0.0
+        self._started_at = self._load_s = 0.0
+        self._tallies = Tallies()
         self._next_beat = 0.0
         self._next_renewal = 0.0
         self._keep_at = 0.0
@@ -186,7 +188,7 @@ class Supervisor:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
         self._page = page = ProgressPage.create(self._jobs_in_hand)
-        self._started_at = time.time()
+        self._started_at, self._load_s = time.time(), 0.0
         self._next_renewal = 0.0
         child = self._start_child(page)
         try:
@@ -258,7 +260,7 @@ class Supervisor:
         self._changed.set()
 
     def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
-        kill_at, told = float("inf"), ""
+        kill_at, told, began = float("inf"), "", time.monotonic()
         while child.poll() is None:
             if self._stopping and kill_at == float("inf"):
                 child.send_signal(signal.SIGTERM)
@@ -273,6 +275,9 @@ class Supervisor:
                 self._dump_stack(child)
                 return
             self._renew(progress)
+            if not self._load_s and progress.state != LOADING:
+                self._load_s = time.monotonic() - began
+            self._tallies = page.tallies()
             state = "draining" if self._stopping else STATES[progress.state]
             if state != told or time.monotonic() >= self._next_beat:
                 self._beat(progress, state)
@@ -332,7 +337,12 @@ class Supervisor:
             device_idle_s=round(progress.idle_s, 3),
             moved=dict(zip(MOVED, progress.moved, strict=True)),
             gpus=[host_text(gpu) for gpu in progress.gpus],
+            service=_without_zeros(self._tallies.service),
+            fills=_without_zeros(self._tallies.fills),
+            memory=list(self._tallies.memory),
+            load_s=round(self._load_s, 3),
             assignment=self._plan.assignment,
+            sent_at=time.time(),
         )
         try:
             self._registry.beat(report, leave=state == "gone")
@@ -357,3 +367,9 @@ class Supervisor:
                     log.warning("could not retire the worker; its leases run out by themselves: %s", error)
                     return
                 time.sleep(0.2)
+
+
+def _without_zeros(counts: Sequence[int]) -> list[int]:
+    """Those at the end left out."""
+    last = max((i for i, n in enumerate(counts) if n), default=-1)
+    return list(counts[: last + 1])
