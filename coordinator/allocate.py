@@ -84,7 +84,7 @@ def allocate(
     refused = [task for task in waiting if not place(board, task)]
     if refused:
         refused = improve(board, refused)
-    _settle(board)
+    _settle(board, dropped)
     return Allocation(
         tuple(sorted(_named(board, current, stamp, dropped), key=lambda a: (a.host, a.ref, a.stage, a.id))),
         tuple(_refusals(board, refused)),
@@ -100,7 +100,7 @@ def place(board: Board, task: Task) -> bool:
     return option is not None
 
 
-def _settle(board: Board) -> None:
+def _settle(board: Board, dropped: dict[str, tuple[Assignment, str]]) -> None:
     """Moves what makes do with less to where it gets all that is presumed."""
     lacking = [p for p in board.placed if p.wants[0] != p.task.kind.want_on(p.slots[0]) and len(p.slots) == 1]
     for placed in lacking:
@@ -110,7 +110,10 @@ def _settle(board: Board) -> None:
         if option is None or option.slots == placed.slots:
             board.book(placed)
             continue
-        board.book(Placed(placed.task, option.slots, option.wants, (), chosen(board, kind, option)))
+        why = "moved to where it gets all that is presumed"
+        dropped.update((one.id, (one, why)) for one in placed.kept)
+        text = chosen(board, kind, option)
+        board.book(Placed(placed.task, option.slots, option.wants, (), f"{why}; {text}" if placed.kept else text))
 
 
 def _named(
