@@ -62,17 +62,28 @@ class Kind:
             return Want(0, 0, want.cpus or _ONE_CPU, want.host_memory + want.memory)
         return want
 
-    def gives(self, slot: SlotRoom) -> bool:
-        """Whether it makes do there with less of what counts most than is presumed."""
+    def loose(self, slot: SlotRoom) -> tuple[str, ...]:
+        """What it may get less of there than it asks for; see `Unit.presumed`."""
+        if len(self.units) > 1:
+            return ()
         unit = self.units[0]
         if self.gpu and slot.on_cpu:
-            return unit.replica == 0 and not unit.need.cpus and len(self.units) == 1
-        return unit.presumed and len(self.units) == 1
+            return ("cpus",) if unit.replica == 0 and not unit.need.cpus else ()
+        return () if not unit.presumed else ("cpus",) if slot.on_cpu else ("compute",)
 
-    def squeezed(self, slot: SlotRoom) -> Want:
-        """What it takes at least where it `gives`."""
+    def least(self, slot: SlotRoom) -> Want:
+        """What it takes there at least."""
+        loose = self.loose(slot)
+        return self.want_on(slot)._replace(**dict.fromkeys(loose, 0)) if loose else self.want_on(slot)
+
+    def most(self, slot: SlotRoom, had: Want | None = None) -> Want:
+        """What it gets there, of what it asks for and, with `had`, of what it had."""
         want = self.want_on(slot)
-        return want._replace(cpus=0) if slot.on_cpu else want._replace(compute=0)
+        left = {"compute": slot.compute, "cpus": slot.host.cpus}
+        for name in self.loose(slot):
+            bound = left[name] if had is None else min(left[name], getattr(had, name))
+            want = want._replace(**{name: max(0, min(getattr(want, name), bound))})
+        return want
 
 
 class Task(NamedTuple):
@@ -200,15 +211,10 @@ class Board:
     def _squeezed(self, kind: Kind, host: HostRoom) -> Option | None:
         found: Option | None = None
         for slot in kind.slots_of(host):
-            least, full = kind.squeezed(slot), kind.want_on(slot)
-            if not kind.gives(slot) or not slot.fits(least):
+            if not kind.loose(slot) or not slot.fits(kind.least(slot)):
                 continue
-            if slot.on_cpu:
-                want = least._replace(cpus=min(full.cpus, host.cpus))
-                lacks = full.cpus - want.cpus
-            else:
-                want = least._replace(compute=min(full.compute, slot.compute))
-                lacks = full.compute - want.compute
+            full, want = kind.want_on(slot), kind.most(slot)
+            lacks = full.compute - want.compute + full.cpus - want.cpus
             score = (float(kind.gpu and slot.on_cpu), lacks, slot.workers, *self._where(kind, host), host.order)
             if found is None or score < found.score:
                 found = Option(score, (slot,), (want,))

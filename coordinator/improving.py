@@ -75,7 +75,7 @@ def _from_presumed(board: Board, task: Task) -> bool:
         lack = _lack(want, slot)
         if lack.memory or lack.host_memory or (slot.on_cpu and lack.compute):
             continue
-        givers = [p for p in board.placed if p.slots[0].host is slot.host and p.task.kind.gives(p.slots[0])]
+        givers = [p for p in board.placed if p.slots[0].host is slot.host and p.task.kind.loose(p.slots[0])]
         compute = [p for p in givers if p.slots[0] is slot and not slot.on_cpu]
         cpus = [p for p in givers if p.slots[0].on_cpu]
         if sum(p.wants[0].compute for p in compute) < lack.compute or sum(p.wants[0].cpus for p in cpus) < lack.cpus:
@@ -118,15 +118,9 @@ def _search(board: Board, refused: Sequence[Task]) -> bool:
 
 
 def _full(kind: Kind, option: Option) -> Option:
-    slot = option.slots[0]
-    if len(option.slots) > 1 or not kind.gives(slot):
+    if len(option.slots) > 1:
         return option
-    want, host = kind.want_on(slot), slot.host
-    if slot.on_cpu:
-        want = want._replace(cpus=min(want.cpus, host.cpus))
-    else:
-        want = want._replace(compute=min(want.compute, slot.compute))
-    return Option(option.score, option.slots, (want,))
+    return Option(option.score, option.slots, (kind.most(option.slots[0]),))
 
 
 class _Search:
@@ -168,7 +162,7 @@ class _Search:
         seen: set[object] = set()
         options = []
         for slot in _slots(board, kind):
-            want = kind.squeezed(slot) if kind.gives(slot) else kind.want_on(slot)
+            want = kind.least(slot)
             state = (_state(slot), *_host_state(slot.host))
             if slot.fits(want) and state not in seen:
                 seen.add(state)
@@ -198,7 +192,7 @@ def _by_moving(board: Board, task: Task, trials: list[int]) -> bool:
         return False
     slots = sorted(_slots(board, kind), key=lambda s: (_weight(kind, s), s.host.order, s.order))
     for slot in slots[:_SLOTS_TRIED]:
-        want = kind.squeezed(slot) if kind.gives(slot) else kind.want_on(slot)
+        want = kind.least(slot)
         lack = _lack(want, slot)
         beside = [
             p for p in board.placed if p.slots[0].host is slot.host and len(p.slots) == 1 and _helps(p, slot, lack)

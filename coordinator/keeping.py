@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchrelay.config.fleet import Assignment
+from torchrelay.config.fleet import CPU, Assignment
 from torchrelay.coordinator.board import Board, Kind, Placed, Task
 from torchrelay.coordinator.room import HostRoom, Key, SlotRoom, Want
 from torchrelay.coordinator.words import gone
@@ -97,7 +97,7 @@ def _thin_out(staying: list[_Running], count: int, dropped: dict[str, tuple[Assi
 def _lacking(kind: Kind, run: _Running) -> bool:
     """Whether this worker makes do with less than is presumed."""
     need, want = Want.of(run[0].need), kind.wants[0]
-    return (kind.units[0].device == "cpu" and need.cpus < want.cpus) or (kind.gpu and need.compute < want.compute)
+    return need.cpus < want.cpus or (run[0].slot != CPU and need.compute < want.compute)
 
 
 def _stay(board: Board, task: Task, run: _Running, rooms: dict[str, HostRoom]) -> str:
@@ -122,16 +122,9 @@ def _stay(board: Board, task: Task, run: _Running, rooms: dict[str, HostRoom]) -
 def _taken(kind: Kind, run: _Running, slots: Sequence[SlotRoom]) -> tuple[Want, ...] | None:
     """What they take where they are; None where that does not fit."""
     if len(slots) == 1:
-        want, slot = kind.want_on(slots[0]), slots[0]
-        if kind.gives(slot):
-            least, had = kind.squeezed(slot), Want.of(run[0].need)
-            # What it made do with, as long as it can: a need that changes is one more thing that changes.
-            cpus, compute = (had.cpus, 0) if slot.on_cpu else (least.cpus, had.compute)
-            if slot.on_cpu:
-                want = want._replace(cpus=max(0, min(want.cpus, cpus, slot.host.cpus)))
-            else:
-                want = want._replace(compute=min(want.compute, compute, slot.compute))
-        return (want,) if slot.fits(want, stays=True) else None
+        # What it made do with, as long as it can: a need that changes is one more thing that changes.
+        want = kind.most(slots[0], Want.of(run[0].need))
+        return (want,) if slots[0].fits(want, stays=True) else None
     booked: list[Want] = []
     fits = True
     for i, slot in enumerate(slots):

@@ -52,9 +52,10 @@ def short(board: Board, kind: Kind) -> Shortage:
         if not left:
             return Shortage(what, 0, f"{who} {words(kind, hosts)}")
         hosts = left
-    slots = [slot for host in hosts for slot in kind.slots_of(host)]
-    if not slots:
+    offering = [host for host in hosts if kind.slots_of(host)]
+    if not offering:
         return _no_slot(who, kind, hosts)
+    hosts = offering
     free = [host for host in hosts if board.barred(kind, host) is None]
     if not free:
         other = board.barred(kind, hosts[0])
@@ -137,16 +138,14 @@ def _has(slot: SlotRoom) -> Want:
 
 
 def _most_room(who: str, kind: Kind, slots: Sequence[SlotRoom]) -> Shortage:
-    def least(slot: SlotRoom) -> Want:
-        return kind.squeezed(slot) if kind.gives(slot) else kind.want_on(slot)
-
     def measure(slot: SlotRoom) -> tuple[float, float, int, int]:
-        want = least(slot)
+        want = kind.least(slot)
         parts = [lack / need for lack, need in zip(_lacks(want, slot), want, strict=True) if lack]
         return max(parts, default=0.0), sum(parts), slot.host.order, slot.order
 
     slot = min(slots, key=measure)
-    want, has, lacks = least(slot), _has(slot), _lacks(least(slot), slot)
+    want, has = kind.least(slot), _has(slot)
+    lacks = _lacks(want, slot)
     fields = [name for name in Want._fields if getattr(lacks, name)]
     needs = " and ".join(amount(name, getattr(want, name)) for name in fields)
     found = " and ".join(amount(name, getattr(has, name), bare=True) for name in fields)
@@ -188,10 +187,9 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
         mine = host.counts.get(key, 0)
         parts.append(f"spread: {mine or 'no'} other here")
     want, full = option.wants[0], kind.want_on(slot)
-    if want != full:
-        name = "cpus" if slot.on_cpu else "compute"
-        had = amount(name, getattr(want, name), bare=True) if getattr(want, name) else "what is left"
-        parts.append(f"makes do with {had} instead of {amount(name, getattr(full, name))}, which is presumed")
+    for name in (name for name in Want._fields if getattr(want, name) < getattr(full, name)):
+        had = amount(name, getattr(want, name), bare=True)
+        parts.append(f"makes do with {had} of the {amount(name, getattr(full, name))} that it would take")
     if kind.gpu and slot.on_cpu:
         parts.append(f"{host.name} has no GPU and allows processors instead")
     if slot.on_cpu:

@@ -1,4 +1,4 @@
-"""Small fleets and what may be wanted of them, drawn by hypothesis; and ledgers of their own to judge allocations by."""
+"""Small fleets and what may be wanted of them, drawn by hypothesis; and a ledger of its own to judge allocations by."""
 
 from __future__ import annotations
 
@@ -103,6 +103,18 @@ def numbered(kinds: Iterable[Unit], counts: Iterable[int]) -> list[Unit]:
     ]
 
 
+def busy(fleet: Iterable[HostReport], before: Sequence[Assignment]) -> list[HostReport]:
+    """The hosts as they report once these workers have taken what they need."""
+    found = []
+    for report in fleet:
+        mine = [a for a in before if a.host == report.name]
+        taken = {g.slot: sum(a.need.memory for a in mine if a.slot == g.slot) for g in report.gpus}
+        gpus = tuple(replace(g, free=g.free - taken[g.slot]) for g in report.gpus)
+        free = report.free_memory - sum(a.need.host_memory for a in mine)
+        found.append(replace(report, gpus=gpus, free_memory=free))
+    return found
+
+
 class Ledger:
     """What assignments leave of hosts, counted anew and by other means than the allocation's own."""
 
@@ -164,7 +176,7 @@ class Ledger:
         cpus = 0.0 if unit.presumed and unit.device == "cpu" else need.cpus
         memory, host_memory = need.memory, need.host_memory
         if slot == CPU and unit.device == "gpu":
-            cpus = (0.0 if unit.replica == 0 and unit.shards == 1 else 1.0) if not cpus else cpus
+            cpus = cpus or (0.0 if unit.replica == 0 and unit.shards == 1 else 1.0)
             compute, memory, host_memory = 0.0, 0, host_memory + memory
         if whole.cpus + cpus > report.cpus + 1e-7:
             return False
