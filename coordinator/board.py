@@ -117,7 +117,7 @@ class Placed:
 
 
 class Board:
-    """All hosts, and what was placed. `totals` are the workers wanted of each stage."""
+    """All hosts, and what was placed. `totals` are the workers wanted of each stage; `version` differs after a change."""
 
     def __init__(self, hosts: Sequence[HostRoom], totals: dict[Key, int]) -> None:
         self.hosts = list(hosts)
@@ -128,6 +128,7 @@ class Board:
     def book(self, one: Placed) -> Placed:
         for slot, want in zip(one.slots, one.wants, strict=True):
             slot.take(want, one.task.kind.key)
+            slot.host.placed[one] = None
         self.placed[one] = None
         self.version += 1
         return one
@@ -135,6 +136,7 @@ class Board:
     def unbook(self, one: Placed) -> None:
         for slot, want in zip(one.slots, one.wants, strict=True):
             slot.take(want, one.task.kind.key, -1)
+            slot.host.placed.pop(one, None)
         del self.placed[one]
         self.version += 1
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 from torchrelay.coordinator.board import Board, Kind, Option, Placed, Task
@@ -26,17 +26,20 @@ _SLOTS_TRIED, _VICTIMS_TRIED = 24, 6
 
 def improve(board: Board, refused: Sequence[Task]) -> list[Task]:
     """Places what it can of what was refused; the rest, in order."""
-    left = [task for task in refused if not _from_presumed(board, task)]
+    left = _each(board, refused, lambda task: _from_presumed(board, task))
     if left and _search(board, left):
         return []
     trials = [MOVE_TRIALS]
+    return _each(board, left, lambda task: _again(board, task) or _by_moving(board, task, trials))
+
+
+def _each(board: Board, tasks: Sequence[Task], attempt: Callable[[Task], bool]) -> list[Task]:
+    """Those for which the attempt failed; it is not repeated for the same kind while nothing changed."""
     hopeless: dict[int, int] = {}
     found = []
-    for task in left:
-        name = id(task.kind)
-        # Nothing changed since one of its kind was tried.
-        if hopeless.get(name) == board.version or not (_again(board, task) or _by_moving(board, task, trials)):
-            hopeless[name] = board.version
+    for task in tasks:
+        if hopeless.get(id(task.kind)) == board.version or not attempt(task):
+            hopeless[id(task.kind)] = board.version
             found.append(task)
     return found
 
@@ -75,7 +78,7 @@ def _from_presumed(board: Board, task: Task) -> bool:
         lack = _lack(want, slot)
         if lack.memory or lack.host_memory or (slot.on_cpu and lack.compute):
             continue
-        givers = [p for p in board.placed if p.slots[0].host is slot.host and p.task.kind.loose(p.slots[0])]
+        givers = [p for p in slot.host.placed if len(p.slots) == 1 and p.task.kind.loose(p.slots[0])]
         compute = [p for p in givers if p.slots[0] is slot and not slot.on_cpu]
         cpus = [p for p in givers if p.slots[0].on_cpu]
         if sum(p.wants[0].compute for p in compute) < lack.compute or sum(p.wants[0].cpus for p in cpus) < lack.cpus:
@@ -103,6 +106,7 @@ def _search(board: Board, refused: Sequence[Task]) -> bool:
     tasks = [p.task for p in before] + list(refused)
     if len(tasks) > SEARCH_TASKS or sum(len(host.slots) for host in board.hosts) > SEARCH_SLOTS:
         return False
+    version = board.version
     for placed in before:
         board.unbook(placed)
     tasks.sort(key=lambda t: (t.kind.units[0].presumed, -len(t.units), *(-n for n in t.kind.wants[0]), t.kind.key))
@@ -110,6 +114,7 @@ def _search(board: Board, refused: Sequence[Task]) -> bool:
     if found is None:
         for placed in before:
             board.book(placed)
+        board.version = version
         return False
     # What makes do takes what the others leave.
     for task, option in sorted(zip(tasks, found, strict=True), key=lambda pair: pair[0].kind.units[0].presumed):
@@ -194,9 +199,7 @@ def _by_moving(board: Board, task: Task, trials: list[int]) -> bool:
     for slot in slots[:_SLOTS_TRIED]:
         want = kind.least(slot)
         lack = _lack(want, slot)
-        beside = [
-            p for p in board.placed if p.slots[0].host is slot.host and len(p.slots) == 1 and _helps(p, slot, lack)
-        ]
+        beside = [p for p in slot.host.placed if len(p.slots) == 1 and _helps(p, slot, lack)]
         beside.sort(key=lambda p: (not p.new, sum(p.wants[0]), p.task.kind.key, p.task.units[0].replica))
         several = beside[:_VICTIMS_TRIED]
         for victims in [(p,) for p in several] + list(combinations(several, 2)):
@@ -221,6 +224,7 @@ def _helps(placed: Placed, slot: SlotRoom, lack: Want) -> bool:
 
 
 def _move(board: Board, task: Task, slot: SlotRoom, want: Want, victims: Sequence[Placed]) -> bool:
+    version = board.version
     for victim in victims:
         board.unbook(victim)
     done: list[Placed] = []
@@ -238,4 +242,5 @@ def _move(board: Board, task: Task, slot: SlotRoom, want: Want, victims: Sequenc
         board.unbook(placed)
     for victim in victims:
         board.book(victim)
+    board.version = version
     return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrelay.config.fleet import CPU, Assignment, HostReport, Need, SlotTrouble, set_aside_s
 
@@ -100,7 +100,8 @@ class SlotRoom:
 
 @dataclass(eq=False, slots=True)
 class HostRoom:
-    """What is left of one host, beside its GPUs. `order` is its place among all, by name."""
+    """What is left of one host, beside its GPUs. `order` is its place among all, by name; `placed` is what the board
+    put here."""
 
     report: HostReport
     machine: Machine
@@ -113,6 +114,7 @@ class HostRoom:
     counts: dict[Key, int] = field(default_factory=dict)
     links: list[list[SlotRoom]] = field(default_factory=list)
     slots: dict[str, SlotRoom] = field(default_factory=dict)
+    placed: dict[Any, None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
