@@ -13,6 +13,7 @@ from torchrelay.errors import ConfigError
 from torchrelay.queues import operate
 from torchrelay.queues.fleet import FleetRecords, FleetView
 from torchrelay.queues.registry import Registry, WorkerReport
+from torchrelay.queues.waiting import Standings, standings
 
 __all__ = ["Observer", "Snapshot"]
 
@@ -30,15 +31,16 @@ class Snapshot:
     current: Mapping[str, str] = field(default_factory=dict)
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     workers: tuple[WorkerReport, ...] = ()
-    loads: Mapping[str, int] = field(default_factory=dict)
+    standings: Standings = field(default_factory=lambda: Standings(0.0, {}))
     jobs: Mapping[str, int] = field(default_factory=dict)
 
 
 class Observer:
     """Reads snapshots; keeps what it decoded while the bytes stay the same."""
 
-    def __init__(self, registry: Registry, records: FleetRecords) -> None:
+    def __init__(self, registry: Registry, records: FleetRecords, boost_ms_per_point: float) -> None:
         self._registry = registry
+        self._boost = boost_ms_per_point
         self._records = records
         self._decoded: dict[str, tuple[bytes, Pipeline | None]] = {}
         self._jobs: dict[str, int] = {}
@@ -53,7 +55,8 @@ class Observer:
         refs |= {one.ref for state in view.desired.values() for one in state.workers}
         pipelines = self._pipelines(refs)
         self._count_jobs(set(pipelines) - set(current.values()))
-        return Snapshot(view, current, pipelines, tuple(registry.workers()), registry.loads(), dict(self._jobs))
+        workers = tuple(registry.workers())
+        return Snapshot(view, current, pipelines, workers, standings(registry, self._boost), dict(self._jobs))
 
     def _pipelines(self, refs: Iterable[str]) -> dict[str, Pipeline]:
         """As they were registered last: their tuning may have changed since."""

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,17 @@ from typing import Any
 import redis
 
 from torchrelay.config.fleet import Assignment, Desired, HostReport, SlotTrouble, set_aside_s
-from torchrelay.coordinator.allocate import Allocation, Unit, allocate, units_of
+from torchrelay.config.pipeline import Pipeline
+from torchrelay.coordinator.allocate import Allocation, allocate, units_of
 from torchrelay.coordinator.leader import LOOK_S, Leader
+from torchrelay.coordinator.loads import LoadTracker
 from torchrelay.coordinator.observe import Observer, Snapshot
+from torchrelay.coordinator.scale import Limits, Plan, State, decide, limits_of
+from torchrelay.coordinator.sharing import Fits, slots
+from torchrelay.coordinator.units import need_of
 from torchrelay.coordinator.versions import Drains, Served, served_versions
 from torchrelay.errors import BrokerError
-from torchrelay.queues.fleet import Aside, FleetRecords, FleetView, enqueue_reconcile
+from torchrelay.queues.fleet import Aside, FleetRecords, FleetView, Wishes, enqueue_reconcile
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.upkeep import Upkeep
@@ -37,16 +43,17 @@ DECIDE_S = 1.0
 class Coordinator:
     """One candidate. `run()` blocks until the event is set; `poke()` makes it look now, from any thread."""
 
-    def __init__(self, registry: Registry, name: str = "") -> None:
+    def __init__(self, registry: Registry, name: str = "", boost_ms_per_point: float = 600.0) -> None:
         self._registry = registry
         self._records = FleetRecords(registry.client, registry.control)
         self.leader = Leader(self._records, name or f"{socket.gethostname()}-{os.getpid()}-{new_token(4)}")
-        self._observer = Observer(registry, self._records)
+        self._observer = Observer(registry, self._records, boost_ms_per_point)
         self._upkeep = Upkeep(registry, LOOK_S, leading=True)
         self._wake = threading.Event()
         self._decide_at = 0.0
         self._drains: Drains | None = None
-        self._reasons: dict[str, Any] = {}
+        self._scaling: State | None = None
+        self._tracker = LoadTracker()
 
     @property
     def name(self) -> str:
@@ -76,7 +83,7 @@ class Coordinator:
     def step(self) -> bool:
         """One turn of the loop; whether it leads."""
         if not self.leader.renew():
-            self._drains = None
+            self._drains = self._scaling = None
             return False
         self._upkeep.tick()
         if time.monotonic() >= self._decide_at:
@@ -86,21 +93,24 @@ class Coordinator:
 
     def _decide(self, seen: Snapshot) -> None:
         served = self._served(seen)
-        wanted, notes = self._replicas(seen, served)
         aside = set_aside(seen.view)
         hosts = [placeable(host, seen.view, aside) for host in seen.view.hosts]
-        units = [unit for ref in served if ref in seen.pipelines for unit in units_of(seen.pipelines[ref], wanted[ref])]
+        plan = self._replicas(seen, served, hosts)
+        wanted: dict[str, dict[str, int]] = {}
+        for (ref, stage), count in plan.replicas.items():
+            wanted.setdefault(ref, {})[stage] = count
+        units = [unit for ref in sorted(wanted) for unit in units_of(seen.pipelines[ref], wanted[ref])]
         number = self._number(seen.view)
         allocation = allocate(
             hosts,
-            fitting(units, hosts),
+            units,
             standing(seen.view, hosts, aside),
             stamp=f"{self.leader.epoch}.{number}",
             now=seen.view.now,
         )
         reasons = {
             "versions": {ref: why for ref, (why, _) in served.items()},
-            "stages": notes,
+            "stages": {f"{ref}/{stage}": why for (ref, stage), why in plan.reasons.items()},
             "refused": [_refusal(one) for one in allocation.refused],
         }
         self._write(seen.view, number, allocation, aside, reasons)
@@ -120,23 +130,22 @@ class Coordinator:
         )
         return served
 
-    def _replicas(
-        self, seen: Snapshot, served: Mapping[str, Served]
-    ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-        """Workers of each stage (of fused ones, of the first), by ref; and why, by node."""
-        wanted: dict[str, dict[str, int]] = {}
-        notes: dict[str, str] = {}
-        for ref in served:
-            if ref not in seen.pipelines:
-                continue
-            wanted[ref] = {}
-            for group in seen.pipelines[ref].groups:
-                asked = [seen.view.wishes.replicas(ref, name) for name in group.names]
-                wishes = [number for number in asked if number is not None]
-                count, why = (max(wishes), "as it was asked for") if wishes else (group.replicas, "its replicas.min")
-                wanted[ref][group.first.name] = count
-                notes[f"{ref}/{group.first.name}"] = f"{count} wanted: {why}"
-        return wanted, notes
+    def _replicas(self, seen: Snapshot, served: Mapping[str, Served], hosts: Sequence[HostReport]) -> Plan:
+        """Workers of each stage (of fused ones, of the first), and why."""
+        at_s = seen.standings.at_s
+        loads = self._tracker.update(at_s, seen.workers, seen.standings.counters, seen.standings.ready)
+        if self._scaling is None:
+            # What an earlier leader wanted is where it goes on from.
+            before = Counter((one.ref, one.stage) for state in seen.view.desired.values() for one in state.workers)
+            self._scaling = State.of(before, at_s)
+        limits = [
+            limit
+            for ref, (_, current) in served.items()
+            if ref in seen.pipelines
+            for limit in stage_limits(seen.pipelines[ref], seen.view.wishes, current=current)
+        ]
+        plan, self._scaling = decide(loads, limits, room_for(limits, seen.pipelines, hosts), self._scaling, at_s)
+        return plan
 
     def _write(
         self,
@@ -193,17 +202,29 @@ def placeable(host: HostReport, view: FleetView, aside: Sequence[Aside]) -> Host
     return replace(host, trouble=trouble, draining=host.draining or host.name in view.wishes.drain)
 
 
-def fitting(units: Sequence[Unit], hosts: Sequence[HostReport]) -> list[Unit]:
-    """Stages that want a GPU go to processors where there is no GPU at all and a host allows that."""
+def stage_limits(pipeline: Pipeline, wishes: Wishes, *, current: bool) -> list[Limits]:
+    """Between which numbers each stage may have workers. One that takes no new jobs, yet or any more, has at least one
+    everywhere: its jobs are not to wait for a stage to be noticed."""
+    pinned = {name: n for name in pipeline.stage_names if (n := wishes.replicas(pipeline.ref, name)) is not None}
+    found = limits_of(pipeline, pinned)
+    return [one if current else replace(one, min=max(one.min, 1), max=max(one.max, 1)) for one in found]
+
+
+def room_for(limits: Sequence[Limits], pipelines: Mapping[str, Pipeline], hosts: Sequence[HostReport]) -> Fits:
+    """Whether the hosts could have so many workers, roughly: `allocate` has the last word. What the stages have at
+    least counts as room, as workers that presume may make do with less."""
     living = [host for host in hosts if not host.draining]
-    if any(host.gpus for host in living) or not any(host.allow_cpu for host in living):
-        return list(units)
-    return [_on_cpu(unit) if unit.device == "gpu" else unit for unit in units]
-
-
-def _on_cpu(unit: Unit) -> Unit:
-    need = replace(unit.need, compute=0.0, memory=0, cpus=unit.need.cpus or 1.0)
-    return replace(unit, device="cpu", need=need)
+    gpus = sum(len(host.gpus) for host in living)
+    sizes = {"gpu": float(gpus), "cpu": sum(host.cpus for host in living)}
+    takes: dict[tuple[str, str], tuple[str, float]] = {}
+    least = {"gpu": 0.0, "cpu": 0.0}
+    for one in limits:
+        need, _ = need_of(pipelines[one.ref].group_of(one.stage))
+        on_gpu = one.device == "gpu" and gpus > 0
+        kind, amount = ("gpu", need.compute) if on_gpu else ("cpu", need.cpus or 1.0)
+        takes[one.key] = kind, amount
+        least[kind] += amount * one.least
+    return slots({kind: max(size, least[kind]) for kind, size in sizes.items()}, takes)
 
 
 def standing(view: FleetView, hosts: Sequence[HostReport], aside: Sequence[Aside]) -> list[Assignment]:

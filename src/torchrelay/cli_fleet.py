@@ -43,7 +43,7 @@ def coordinator(
     with closing(open_broker(settings.url)) as broker:
         registry = Registry(broker.client, settings.namespace, settings.lanes)
         registry.open()
-        made = Coordinator(registry, name)
+        made = Coordinator(registry, name, settings.priority_boost_ms_per_point)
 
         def end(*_: object) -> None:
             stop.set()

@@ -195,7 +195,12 @@ def test_hosts_are_drained_and_stages_scaled_as_operators_ask(
     wait_until(lambda: fleet.placed() == {}, 10)
     fleet.cli("scale", "obey/work", "auto")
     fleet.await_serves("work", 2)
-    for wrong in (("drain", "z"), ("scale", "obey", "2"), ("scale", "obey/nothing", "2"), ("scale", "obey/work", "2.5")):
+    for wrong in (
+        ("drain", "z"),
+        ("scale", "obey", "2"),
+        ("scale", "obey/nothing", "2"),
+        ("scale", "obey/work", "2.5"),
+    ):
         assert "error" in fleet.cli(*wrong, status=2), wrong
 
 
