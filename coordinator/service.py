@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class Coordinator:
         self._wake = threading.Event()
         self._decide_at = 0.0
         self._drains: Drains | None = None
+        self.on_written: Callable[[], object] = int  # for an agent in the same process
         self._scaling: State | None = None
         self._tracker = LoadTracker()
 
@@ -172,6 +173,8 @@ class Coordinator:
             return
         if not self.leader.decree(changed, slots, told):
             return
+        if changed:
+            self.on_written()
         for host, state in changed.items():
             if state is not None:
                 log.info("%s is to run %s", host, ", ".join(sorted(_text(one) for one in state.workers)) or "nothing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -35,7 +36,7 @@ log = logging.getLogger("torchrelay.agent")
 EVERY_S = 2.0
 _STANDBY_S = 0.5
 _LOOK_S = 0.25
-_NEVER = float("-inf")
+_NEVER = -math.inf
 _FORGOTTEN_S = 3600.0
 _MOST_REASON = 500
 
@@ -67,6 +68,7 @@ class _Worker:
     thread: threading.Thread
     status: int | None = None
     leaving: bool = False
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -75,11 +77,11 @@ class _Failures:
 
     count: int = 0
     since: float = 0.0
-    at: float = 0.0
+    at: float = -math.inf
     reason: str = ""
 
     def may_start(self) -> bool:
-        return time.monotonic() >= self.at + set_aside_s(self.count)
+        return not self.count or time.monotonic() >= self.at + set_aside_s(self.count)
 
 
 class HostAgent:
@@ -261,15 +263,16 @@ class HostAgent:
             worker.thread.join()
             del self._workers[worker_id]
             if worker.status and not worker.leaving:
-                self._fail(worker.assignment, str(worker.supervisor.error or "its supervisor failed; see the log"))
+                reason = str(worker.supervisor.error or "its supervisor failed; see the log")
+                self._fail(worker.assignment, reason, worker.began)
         now = time.monotonic()
         for key, failed in list(self._failures.items()):
             if now > failed.at + _FORGOTTEN_S:
                 del self._failures[key]
 
-    def _fail(self, one: Assignment, reason: str) -> None:
+    def _fail(self, one: Assignment, reason: str, began: float = math.inf) -> None:
         failed = self._failures.setdefault(_key(one), _Failures())
-        failed.count += 1
+        failed.count += began > failed.at  # of several that were started together, the first one counts
         failed.at = time.monotonic()
         failed.reason = reason[:_MOST_REASON]
         failed.since = time.time()

@@ -32,6 +32,7 @@ from torchrelay.cli_options import (
     NamespaceOption,
     RedisOption,
     SetOption,
+    host_name,
     open_relay,
     overrides_by_file,
     overrides_of,
@@ -52,6 +53,7 @@ from torchrelay.errors import (
     UsageError,
 )
 from torchrelay.stages import check_stages
+from torchrelay.system import System
 from torchrelay.up import Fleet, run_fleet
 
 app = typer.Typer(
@@ -107,13 +109,13 @@ def up(
     set_: SetOption = None,
     allow_cpu: CpuOption = False,
 ) -> None:
-    """Run everything on this machine: the server if there is none, the workers of every stage, a live view.
+    """Run everything on this machine: the server if there is none, a coordinator, an agent, their workers, a live view.
 
     Ctrl-C drains: batches under way are finished, the rest goes back to the queues.
 
     Example: [bold]torchrelay up pipeline.yaml --allow-cpu[/bold]
     """
-    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu)
+    fleet = System(host_name(), redis, namespace, allow_cpu=allow_cpu)
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         fleet.add(Pipeline.load(file, overrides), overrides)
     raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal))
