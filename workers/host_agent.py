@@ -23,6 +23,7 @@ from torchrelay.config.fleet import CPU, Assignment, Desired, HostReport, SlotTr
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
+from torchrelay.queues.connection import connect
 from torchrelay.queues.fleet import FleetRecords
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import host_text, open_home
@@ -35,6 +36,7 @@ __all__ = ["EVERY_S", "Host", "HostAgent", "Servable"]
 log = logging.getLogger("torchrelay.agent")
 EVERY_S = 2.0
 _STANDBY_S = 0.5
+_PATIENCE_S = 3.0
 _LOOK_S = 0.25
 _NEVER = -math.inf
 _FORGOTTEN_S = 3600.0
@@ -107,7 +109,9 @@ class HostAgent:
         output: TextIO | None = None,
     ) -> None:
         self._registry = registry
-        self._records = FleetRecords(registry.client, registry.control)
+        # A link that was cut is back for the agent as soon as it is back.
+        self._client = connect(url, timeout_s=_PATIENCE_S)
+        self._records = FleetRecords(self._client, registry.control)
         self._url = url
         self._settings = settings
         self._host = host
@@ -193,6 +197,7 @@ class HostAgent:
             self._wake.wait(_LOOK_S)
             self._wake.clear()
         self._tell(leave=True)
+        self._client.close()
 
     def _pass(self) -> None:
         if time.monotonic() >= self._heard_at + (_STANDBY_S if self._standby else EVERY_S):

@@ -17,12 +17,14 @@ from torchrelay.coordinator.service import Coordinator
 from torchrelay.errors import ConfigError, InputError
 from torchrelay.fleet_view import fleet_of, fleet_parts, why_parts
 from torchrelay.queues import operate
-from torchrelay.queues.connection import open_broker
+from torchrelay.queues.connection import connect, open_broker
 from torchrelay.queues.fleet import FleetRecords
 from torchrelay.queues.registry import Registry
 from torchrelay.workers.logs import set_up_logs
 
 fleet_app = typer.Typer()
+# A coordinator whose link was cut is to wait for a lead soon after it is back.
+_PATIENCE_S = 5.0
 
 
 @fleet_app.command()
@@ -40,8 +42,8 @@ def coordinator(
     settings = Settings.load(url=redis, namespace=namespace)
     set_up_logs(settings.log)
     stop = threading.Event()
-    with closing(open_broker(settings.url)) as broker:
-        registry = Registry(broker.client, settings.namespace, settings.lanes)
+    with closing(open_broker(settings.url)) as broker, connect(broker.address, timeout_s=_PATIENCE_S) as client:
+        registry = Registry(client, settings.namespace, settings.lanes)
         registry.open()
         made = Coordinator(registry, name, settings.priority_boost_ms_per_point)
 
