@@ -51,7 +51,8 @@ class WorkerReport:
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
     `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
     serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs. `gpus` are the
-    devices of its host from which it copies columns.
+    devices of its host from which it copies columns. `assignment` is the id under which the leader placed it, '' for a
+    worker that somebody started by hand.
     """
 
     worker: str
@@ -72,6 +73,7 @@ class WorkerReport:
     device_idle_s: float = 0.0
     fused: list[str] = field(default_factory=list)
     gpus: list[str] = field(default_factory=list)
+    assignment: str = ""
 
     @property
     def nodes(self) -> list[str]:

@@ -29,10 +29,10 @@ from torchrelay.queues.job import Failure
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import MOVED, host_text, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
+from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
-from torchrelay.workers.upkeep import Upkeep
 
 log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
@@ -49,12 +49,14 @@ _WINDOWS_IN_HAND = 16
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well."""
+    """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well.
+    `assignment` is the id under which the leader placed it, '' for none."""
 
     pipeline: Pipeline
     stage: str
     device: str = "auto"
     overrides: dict[str, str] = field(default_factory=dict)
+    assignment: str = ""
 
     @property
     def group(self) -> Group:
@@ -110,6 +112,7 @@ class Supervisor:
         self._jobs_in_hand = max(stage.batch.window_rows for stage in group.stages) * windows
         self._deaths = DeviceDeaths()
         self.error: WorkerError | None = None
+        self.state = "loading"
 
     @property
     def child_pid(self) -> int:
@@ -309,6 +312,7 @@ class Supervisor:
 
     def _beat(self, progress: Progress, state: str) -> None:
         self._next_beat = time.monotonic() + HEARTBEAT_S
+        self.state = state
         report = WorkerReport(
             worker=self.name,
             host=socket.gethostname(),
@@ -328,6 +332,7 @@ class Supervisor:
             device_idle_s=round(progress.idle_s, 3),
             moved=dict(zip(MOVED, progress.moved, strict=True)),
             gpus=[host_text(gpu) for gpu in progress.gpus],
+            assignment=self._plan.assignment,
         )
         try:
             self._registry.beat(report, leave=state == "gone")
