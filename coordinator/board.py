@@ -117,7 +117,7 @@ class Placed:
 
 
 class Board:
-    """All hosts, and what was placed. `totals` are the workers wanted of each stage; `version` differs after a change."""
+    """All hosts, and what was placed. `totals` are the workers wanted of each stage; `version` tells of changes."""
 
     def __init__(self, hosts: Sequence[HostRoom], totals: dict[Key, int]) -> None:
         self.hosts = list(hosts)
@@ -188,7 +188,7 @@ class Board:
         return next((key for key in kind.apart if host.counts.get(key)), None) if kind.apart else None
 
     def _single(self, kind: Kind, host: HostRoom) -> Option | None:
-        found: tuple[tuple[float, ...], SlotRoom, Want] | None = None
+        found: tuple[tuple[int, int, int], SlotRoom, Want] | None = None
         for slot in kind.slots_of(host):
             want = kind.want_on(slot)
             if slot.fits(want):
@@ -197,8 +197,8 @@ class Board:
                     found = tight, slot, want
         if found is None:
             return None
-        tight, slot, want = found
-        score = (float(kind.gpu and slot.on_cpu), 0.0, *self._where(kind, host), *self._left(slot, tight), host.order)
+        left, slot, want = found
+        score = (float(kind.gpu and slot.on_cpu), 0.0, *self._where(kind, host), *self._left(slot, left), host.order)
         return Option(score, (slot,), (want,))
 
     def _where(self, kind: Kind, host: HostRoom) -> tuple[float, float]:

@@ -1,11 +1,13 @@
 """A bounded second chance for what found no place, in this order:
 
-1. Workers that only presumed what they take (`Unit.presumed`) give up as much as is lacking on one slot.
+1. Workers that only presumed what they take (`Unit.presumed`) give up as much as is lacking on one slot; those that
+   run only to the first of a stage.
 2. In a small fleet, with few workers to place, all ways to place them are tried beside what runs: up to `SEARCH_TASKS`
    tasks on `SEARCH_SLOTS` slots, in `SEARCH_STEPS` steps. Where the search ends within them, a refusal means that no
    way places all, as far as single workers go; a group is tried at each host's best slots alone.
-3. One worker, or two, move elsewhere, so that a third fits where they were: those that do not run yet before those that
-   do. `MOVE_TRIALS` trials in all; chains of moves, and moves that make room for groups, are not tried.
+3. One worker, or two, move elsewhere, so that a third fits where they were. One that runs only moves for the first of a
+   stage: without that its pipeline would stand still, while a further one is not worth a restart. `MOVE_TRIALS` trials
+   in all; chains of moves, and moves that make room for groups, are not tried.
 """
 
 from __future__ import annotations
@@ -73,12 +75,13 @@ def _from_presumed(board: Board, task: Task) -> bool:
     kind = task.kind
     if len(kind.wants) > 1:
         return False
+    first = task.units[0].replica == 0
     for slot in sorted(_slots(board, kind), key=lambda s: (sum(_lack(kind.want_on(s), s)), s.host.order, s.order)):
         want = kind.want_on(slot)
         lack = _lack(want, slot)
         if lack.memory or lack.host_memory or (slot.on_cpu and lack.compute):
             continue
-        givers = [p for p in slot.host.placed if len(p.slots) == 1 and p.task.kind.loose(p.slots[0])]
+        givers = [p for p in slot.host.placed if (p.new or first) and p.task.kind.loose(p.slots[0])]
         compute = [p for p in givers if p.slots[0] is slot and not slot.on_cpu]
         cpus = [p for p in givers if p.slots[0].on_cpu]
         if sum(p.wants[0].compute for p in compute) < lack.compute or sum(p.wants[0].cpus for p in cpus) < lack.cpus:
@@ -195,11 +198,12 @@ def _by_moving(board: Board, task: Task, trials: list[int]) -> bool:
     kind = task.kind
     if len(kind.wants) > 1:
         return False
+    first = task.units[0].replica == 0
     slots = sorted(_slots(board, kind), key=lambda s: (_weight(kind, s), s.host.order, s.order))
     for slot in slots[:_SLOTS_TRIED]:
         want = kind.least(slot)
         lack = _lack(want, slot)
-        beside = [p for p in slot.host.placed if len(p.slots) == 1 and _helps(p, slot, lack)]
+        beside = [p for p in slot.host.placed if len(p.slots) == 1 and (p.new or first) and _helps(p, slot, lack)]
         beside.sort(key=lambda p: (not p.new, sum(p.wants[0]), p.task.kind.key, p.task.units[0].replica))
         several = beside[:_VICTIMS_TRIED]
         for victims in [(p,) for p in several] + list(combinations(several, 2)):

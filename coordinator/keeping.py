@@ -91,7 +91,7 @@ def _thin_out(staying: list[_Running], count: int, dropped: dict[str, tuple[Assi
             key=lambda run: (-sum(one.need.compute + one.need.cpus for one in run), hosts[run[0].host], run[0].id),
         )
         staying.remove(leaving)
-        dropped.update((one.id, (one, f"{count} are wanted; {leaving[0].host} had the most")) for one in leaving)
+        dropped.update((one.id, (one, f"only {count} are wanted")) for one in leaving)
 
 
 def _lacking(kind: Kind, run: _Running) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from torchrelay.config.fleet import CPU, Assignment, SlotTrouble
+from torchrelay.config.fleet import CPU, Assignment, Need, SlotTrouble
 from torchrelay.coordinator.board import Board, Kind, Option
 from torchrelay.coordinator.room import HostRoom, SlotRoom, Want
 
-__all__ = ["Shortage", "amount", "chosen", "gone", "short"]
+__all__ = ["Shortage", "amounts", "chosen", "gone", "short"]
 
 _FEW = 4
 _MILLION = 1_000_000
@@ -185,7 +185,7 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
         parts.append(f"shares memory with {', '.join(beside)}")
     elif board.totals.get(key, 1) > len(option.slots):
         mine = host.counts.get(key, 0)
-        parts.append(f"spread: {mine or 'no'} other here")
+        parts.append(f"spread: {mine} more of it here, as few as anywhere" if mine else "spread: no other of it here")
     want, full = option.wants[0], kind.want_on(slot)
     for name in (name for name in Want._fields if getattr(want, name) < getattr(full, name)):
         had = amount(name, getattr(want, name), bare=True)
@@ -193,10 +193,13 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     if kind.gpu and slot.on_cpu:
         parts.append(f"{host.name} has no GPU and allows processors instead")
     if slot.on_cpu:
-        parts.append(f"{_number(max(0, host.cpus - sum(w.cpus for w in option.wants)))} processors left")
+        parts.append(f"{amount('cpus', max(0, host.cpus - sum(w.cpus for w in option.wants)))} left")
     elif len(option.slots) == 1:
         left = slot.compute - want.compute
-        parts.append(f"tightest fit: leaves {_number(left)} and {_bytes(slot.memory - want.memory)} of {slot.name}")
+        free = f"{_number(left)} of the compute and {_bytes(slot.memory - want.memory)}"
+        parts.append(
+            f"tightest fit: {free} of {slot.name} stay free" if left else f"all of {slot.name}'s compute is used"
+        )
     return "; ".join(parts)
 
 
@@ -228,7 +231,15 @@ _OF = {"compute": "of a GPU's compute", "memory": "of a GPU", "cpus": "processor
 def amount(name: str, value: int, *, bare: bool = False) -> str:
     """`40 GiB of a GPU`, of one field of Want; `bare` leaves out what of."""
     text = _number(value) if name in ("compute", "cpus") else _bytes(value)
-    return text if bare else f"{text} {_OF[name]}"
+    what = "processor" if name == "cpus" and text == "1" else _OF[name]
+    return text if bare else f"{text} {what}"
+
+
+def amounts(need: Need) -> str:
+    """All that a worker takes, as people read it."""
+    want = Want.of(need)
+    parts = [amount(name, n) for name, n in zip(Want._fields, want, strict=True) if n]
+    return ", ".join(parts) or "nothing that is counted"
 
 
 def _number(millionths: int) -> str:

@@ -55,6 +55,7 @@ from torchrelay.errors import (
 from torchrelay.stages import check_stages
 from torchrelay.system import System
 from torchrelay.up import Fleet, run_fleet
+from torchrelay.would_run import described, this_host, told, views, would_run
 
 app = typer.Typer(
     name="torchrelay",
@@ -72,12 +73,28 @@ for part in (fleet_app, operate_app, run_app, agent_app):
 
 
 @app.command()
-def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Validate pipeline files, import their stages, and show what they would run.
+def check(
+    files: FilesArgument,
+    set_: SetOption = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", metavar="HOSTS", help="Hosts to place workers on, such as 2*8xH100:80GiB. Repeatable."),
+    ] = None,
+    allow_cpu: CpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate pipeline files, import their stages, and show what they would run, and where.
+
+    Workers are placed on this machine, or on the hosts that --on describes: then exit status 4 says that some have no
+    place.
 
     Example: [bold]torchrelay check pipeline.yaml[/bold]
+
+    Example: [bold]torchrelay check ocr.yaml --on '2*8xH100:80GiB,cpu=64,memory=512GiB,label=fast' --on cpu=16[/bold]
     """
+    hosts = described(on, allow_cpu=allow_cpu) if on else [this_host(allow_cpu=allow_cpu)]
     found: list[dict[str, Any]] = []
+    good: list[Pipeline] = []
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         problems: tuple[str, ...] = ()
         try:
@@ -88,6 +105,7 @@ def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = Fa
         found.append({"file": file, "ok": not problems, "problems": list(problems)})
         if not problems:
             found[-1]["pipeline"] = pipeline.ref
+            good += [pipeline] if pipeline not in good else []
         if as_json:
             continue
         if problems:
@@ -95,10 +113,16 @@ def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = Fa
                 terminal.err.print(f"[red]error[/red] {terminal.clean(problem)}", soft_wrap=True)
         else:
             terminal.out.print(terminal.graph_view(pipeline))
+    allocation = would_run(good, hosts)
     if as_json:
-        terminal.print_json(found)
+        terminal.print_json([f | (told(allocation, f["pipeline"]) if f["ok"] else {}) for f in found])
+    else:
+        for part in views(allocation):
+            terminal.out.print(part)
     if not all(f["ok"] for f in found):
         raise typer.Exit(EXIT_USAGE)
+    if on and allocation.refused:
+        raise typer.Exit(EXIT_NO_WORKER)
 
 
 @app.command()

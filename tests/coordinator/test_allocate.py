@@ -196,7 +196,7 @@ def test_a_group_with_a_shard_missing_is_an_error() -> None:
 
 
 def test_one_worker_moves_so_that_another_has_a_place() -> None:
-    """A small one that runs on the only large GPU goes to the other; its text says why."""
+    """A small one that runs on the only large GPU goes to the other, and says why; for a second worker it does not."""
     gpus = (Gpu(0, "u", "L4", 24 * GIB, 24 * GIB), Gpu(1, "v", "H100", 80 * GIB, 80 * GIB))
     fleet = [replace(host("h1"), gpus=gpus)]
     small = Unit(REF, "small", need=Need(1.0, 10 * GIB), device="gpu")
@@ -205,6 +205,9 @@ def test_one_worker_moves_so_that_another_has_a_place() -> None:
     found = allocate(busy(fleet, [running]), [small, large], [running])
     assert {a.stage: a.slot for a in found.assignments} == {"small": "cuda:0", "large": "cuda:1"}
     assert "moved to make room for large" in next(a.why for a in found.assignments if a.stage == "small")
+    second = allocate(busy(fleet, [running]), [small, replace(large, replica=1)], [running])
+    assert second.assignments == (running,)
+    assert [r.unit.stage for r in second.refused] == ["large"]
 
 
 @pytest.mark.parametrize(
