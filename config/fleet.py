@@ -116,7 +116,6 @@ class HostReport:
     the identity by which shared memory is told apart, '' for none. `refs` are the versions that its files give.
     `links` are groups of GPU indices that reach each other over NVLink. `applied` is the `number` of the desired state
     that the agent last made true. With `allow_cpu` its processors may serve stages that want a GPU it has not.
-    With `shares`, what the stages take of its devices may come to more than there is: each then gets less.
     """
 
     name: str
@@ -134,7 +133,6 @@ class HostReport:
     applied: int = 0
     trouble: tuple[SlotTrouble, ...] = ()
     allow_cpu: bool = False
-    shares: bool = False
     seen_at: float = field(default=0.0, compare=False)
 
     @property

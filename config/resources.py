@@ -16,8 +16,8 @@ def check_resources(spec: PipelineSpec, report: Report) -> None:
     for i, stage in enumerate(spec.stages):
         for key in ("compute", "memory") if stage.device == "cpu" else ():
             if getattr(stage.resources, key) is not None:
-                text = f"stage {stage.name!r}: resources.{key} is a GPU's, and the stage runs on device: cpu; {_ADVICE[key]}"
-                report(("stages", i, "resources", key), text)
+                text = f"resources.{key} is a GPU's, and the stage runs on device: cpu; {_ADVICE[key]}"
+                report(("stages", i, "resources", key), f"stage {stage.name!r}: {text}")
         if isinstance(stage.hosts.apart, list):
             for j, name in enumerate(stage.hosts.apart):
                 problem = _wrong(spec, stage, name, fused.get(stage.name, [stage.name]))

@@ -14,6 +14,7 @@ from torchrelay.errors import ConfigError
 
 __all__ = ["Unit", "need_of", "units_of"]
 
+_NOTHING = Need()
 _READS = Need(cpus=1.0)
 
 
@@ -38,7 +39,7 @@ class Unit:
     replica: int = 0
     shard: int = 0
     shards: int = 1
-    need: Need = Need()
+    need: Need = _NOTHING
     device: Literal["cpu", "gpu"] = "cpu"
     presumed: bool = False
     labels: tuple[str, ...] = ()
