@@ -144,8 +144,8 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: f
     catch_up_s = max(_CATCH_UP_S, horizon_s, 2.0 * (delay_s or 0.0))
     rise = min(sane(first.trend) * horizon_s, _MOST_RISE * now)
     steady = max(now + rise, arrivals) * row_s
-    more = max(_MOST_CATCHING_UP * _CATCH_UP_S / horizon_s, _LEAST_CATCHING_UP)
-    late = min(left * row_s / catch_up_s, max(more * steady, 1.0))
+    part = max(_MOST_CATCHING_UP * _CATCH_UP_S / horizon_s, _LEAST_CATCHING_UP)
+    late = min(left * row_s / catch_up_s, max(part * steady, 1.0))
     need = steady + late
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)
