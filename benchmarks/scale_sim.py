@@ -40,7 +40,7 @@ from torchrelay.coordinator.scale import Limits, State, decide
 from torchrelay.coordinator.sharing import slots as slots_of
 
 TRACES = ("steady", "step", "burst", "diurnal", "mix")
-QUEUE_RULES = [(n, keep) for keep in (60.0, 300.0) for n in (0.5, 1.0, 2.0)]
+QUEUE_RULES = [(1.0, 60.0), (4.0, 60.0), (1.0, 300.0), (4.0, 300.0), (16.0, 300.0)]
 _BUSY = 0.8
 
 
@@ -69,8 +69,8 @@ class Scenario:
 
 
 def scenario(trace: str, seed: int, workers: float, seconds: float, hosts: int = 0) -> Scenario:
-    """A pipeline drawn by the seed whose mean need is about `workers`, and the trace. With `hosts`, of 8 GPUs each, what
-    is decided is also placed on them."""
+    """A pipeline drawn by the seed whose mean need is about `workers`, and the trace. With `hosts`, of 8 GPUs each,
+    what is decided is also placed on them."""
     rng = np.random.default_rng([seed, 7])
     count = int(rng.integers(2, 6))
     shapes = []
@@ -143,6 +143,7 @@ def _placing(case: Scenario) -> Callable[[Mapping[str, int]], dict[str, int]]:
     hosts = [
         HostReport(f"h{i:03}", "1", 1, 64.0, 512 * gib, 512 * gib, gpus=gpus, refs=(REF,)) for i in range(case.hosts)
     ]
+    before = [tuple(names[max(i - 1, 0) : i]) for i in range(len(names))]
     current: tuple[Assignment, ...] = ()
     asked: Mapping[str, int] = {}
 
@@ -150,9 +151,7 @@ def _placing(case: Scenario) -> Callable[[Mapping[str, int]], dict[str, int]]:
         nonlocal current, asked
         if counts != asked:
             units = [
-                Unit(
-                    REF, name, number, need=Need(compute=1.0), device="gpu", neighbours=tuple(names[max(i - 1, 0) : i])
-                )
+                Unit(REF, name, number, need=Need(compute=1.0), device="gpu", neighbours=before[i])
                 for i, name in enumerate(names)
                 for number in range(counts[name])
             ]
@@ -269,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--first-seed", type=int, default=1)
     made.add_argument("--workers", type=float, default=60.0, help="workers that the mean rate keeps busy (default 60)")
     made.add_argument("--seconds", type=float, default=1200.0, help="simulated seconds (default 1200)")
-    made.add_argument(
-        "--hosts", type=int, default=0, help="of 8 GPUs, on which to place workers; 0: slots are only counted"
-    )
+    made.add_argument("--hosts", type=int, default=0, help="of 8 GPUs, to place workers on; 0: slots are only counted")
     made.add_argument("--traces", nargs="+", choices=TRACES, default=list(TRACES))
     made.add_argument("--processes", type=int, default=2)
     args: Any = made.parse_args(argv)
