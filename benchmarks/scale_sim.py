@@ -1,7 +1,7 @@
 """Simulates scaling: our rule against a fixed plan and a queue-length rule, on traces as InferLine's are made.
 
-    python benchmarks/scale_sim.py            five traces, five pipelines of 2-5 stages, about 60 workers
-    python benchmarks/scale_sim.py --large    1,000 workers on 128 hosts
+    python -m benchmarks.scale_sim                                        60 workers, five pipelines of 2-5 stages
+    python -m benchmarks.scale_sim --workers 600 --hosts 128 --seeds 1    up to 1,024 workers
 
 Our rule is the very code that a coordinator runs: `coordinator.loads.LoadTracker` and `coordinator.scale.decide`. All
 rules see the same arrivals, heartbeats every 2 s, counters with 3 % of noise, workers that take seconds to a minute to
@@ -9,8 +9,9 @@ load, and the same slots.
 
     fixed mean, fixed peak    sized for the trace's mean and highest rate, at 80 % of a worker's time
     fixed, same cost          as many slots as ours used on average, shared by the stages' need
-    queue N                   replicas = ceil(rows waiting and running / (N batches)), as KEDA's on a list's length: 10 %
-                              tolerance; fewer only when the highest of the last 60 s (or 300 s, HPA's default) says so
+    queue N/60s               replicas = ceil(rows waiting and running / (N batches)), as KEDA does on a list's length:
+                              10 % tolerance; fewer only when the highest of the last 60 s (or 300 s, HPA's default)
+                              says so
 
 A *miss* is a row that waits at a stage longer than its class may: 500 ms high (a fifth of the rows), 2 s the others.
 Slot-seconds count from a worker's start, loading and draining included. Lines: `name ours alternative ratio`.
@@ -32,12 +33,14 @@ import numpy as np
 
 from benchmarks.harness import ratio_line
 from benchmarks.scale_world import DELAYS_S, REF, STEP_S, Floats, Result, Rule, StageShape, View, simulate
+from torchrelay.config.fleet import Assignment, Gpu, HostReport, Need
+from torchrelay.coordinator.allocate import Unit, allocate
 from torchrelay.coordinator.loads import LoadTracker
 from torchrelay.coordinator.scale import Limits, State, decide
 from torchrelay.coordinator.sharing import slots as slots_of
 
 TRACES = ("steady", "step", "burst", "diurnal", "mix")
-QUEUE_RULES = [(n, keep) for keep in (60.0, 300.0) for n in (0.5, 1.0, 2.0)]
+QUEUE_RULES = [(1.0, 60.0), (4.0, 60.0), (1.0, 300.0), (4.0, 300.0), (16.0, 300.0)]
 _BUSY = 0.8
 
 
@@ -50,6 +53,7 @@ class Scenario:
     shapes: tuple[StageShape, ...]
     rates: Floats
     slots: int
+    hosts: int = 0
     every_s: float = 2.0
 
     def need(self, rate: float, at_s: float = 0.0) -> dict[str, float]:
@@ -64,8 +68,9 @@ class Scenario:
         return {n: max(math.ceil(v / _BUSY - 1e-9), 1) for n, v in mean.items()}
 
 
-def scenario(trace: str, seed: int, workers: float, seconds: float) -> Scenario:
-    """A pipeline drawn by the seed whose mean need is about `workers`, and the trace."""
+def scenario(trace: str, seed: int, workers: float, seconds: float, hosts: int = 0) -> Scenario:
+    """A pipeline drawn by the seed whose mean need is about `workers`, and the trace. With `hosts`, of 8 GPUs each,
+    what is decided is also placed on them."""
     rng = np.random.default_rng([seed, 7])
     count = int(rng.integers(2, 6))
     shapes = []
@@ -79,7 +84,7 @@ def scenario(trace: str, seed: int, workers: float, seconds: float) -> Scenario:
         shapes.append(StageShape(f"s{i}", max_rows, fixed * batch_s, row_s, float(rng.uniform(0.3, 0.9)), tail, load_s))
     total = sum(s.seconds_per_row() for s in shapes)
     rates = workers / total * _shape_of(trace, int(seconds / STEP_S), rng)
-    slots = math.ceil(4.0 * workers)
+    slots = 8 * hosts or math.ceil(4.0 * workers)
     if trace == "mix":
         # The dearest stage becomes cheap, and the cheapest dear, while slots are scarce.
         order = sorted(range(count), key=lambda i: shapes[i].seconds_per_row())
@@ -89,8 +94,8 @@ def scenario(trace: str, seed: int, workers: float, seconds: float) -> Scenario:
         shapes[order[-1]] = replace(b, slower=max(1.0 / swap, 0.25), slower_at_s=seconds / 2)
         ends = [sum(s.seconds_per_row(t) for s in shapes) for t in (0.0, seconds)]
         rates = rates * total / max(ends)
-        slots = math.ceil(1.25 * workers) + count
-    return Scenario(trace, seed, tuple(shapes), rates, slots)
+        slots = 8 * hosts or math.ceil(1.25 * workers) + count
+    return Scenario(trace, seed, tuple(shapes), rates, slots, hosts)
 
 
 def _shape_of(trace: str, steps: int, rng: np.random.Generator) -> Floats:
@@ -124,13 +129,40 @@ def our_rule(case: Scenario, begin: Mapping[str, int]) -> Rule:
         nonlocal state
         loads = tracker.update(view.at_s, view.reports, view.counters, view.ready)
         plan, state = decide(loads, limits, fits, state)
-        return {stage: count for (_, stage), count in plan.replicas.items()}
+        counts = {stage: count for (_, stage), count in plan.replicas.items()}
+        return counts if place is None else place(counts)
 
+    place = _placing(case) if case.hosts else None
     return rule
 
 
+def _placing(case: Scenario) -> Callable[[Mapping[str, int]], dict[str, int]]:
+    """What the allocator finds a place for."""
+    gib, names = 1 << 30, [s.name for s in case.shapes]
+    gpus = tuple(Gpu(i, f"gpu-{i}", "gpu", 80 * gib, 80 * gib) for i in range(8))
+    hosts = [
+        HostReport(f"h{i:03}", "1", 1, 64.0, 512 * gib, 512 * gib, gpus=gpus, refs=(REF,)) for i in range(case.hosts)
+    ]
+    before = [tuple(names[max(i - 1, 0) : i]) for i in range(len(names))]
+    current: tuple[Assignment, ...] = ()
+    asked: Mapping[str, int] = {}
+
+    def place(counts: Mapping[str, int]) -> dict[str, int]:
+        nonlocal current, asked
+        if counts != asked:
+            units = [
+                Unit(REF, name, number, need=Need(compute=1.0), device="gpu", neighbours=before[i])
+                for i, name in enumerate(names)
+                for number in range(counts[name])
+            ]
+            current, asked = allocate(hosts, units, current).assignments, dict(counts)
+        return {name: sum(1 for one in current if one.stage == name) for name in names}
+
+    return place
+
+
 def queue_rule(case: Scenario, batches: float, keep_s: float) -> Rule:
-    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of the last `keep_s` counts."""
+    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of `keep_s` counts."""
     history: dict[str, list[tuple[float, int]]] = {s.name: [] for s in case.shapes}
     now: dict[str, int] = {}
 
@@ -191,7 +223,7 @@ def run_case(case: Scenario) -> dict[str, Result]:
     return found
 
 
-def _run(args: tuple[str, int, float, float]) -> tuple[str, int, dict[str, Result], float]:
+def _run(args: tuple[str, int, float, float, int]) -> tuple[str, int, dict[str, Result], float]:
     began = time.perf_counter()
     case = scenario(*args)
     return case.trace, case.seed, run_case(case), time.perf_counter() - began
@@ -214,22 +246,18 @@ def report(trace: str, runs: Sequence[dict[str, Result]]) -> None:
     def median(name: str, value: Callable[[Result], float]) -> float:
         return statistics.median(value(found[name]) for found in runs)
 
-    ours_s = median("ours", lambda r: r.slot_s)
     print(f"# {trace}: {len(runs)} pipelines; medians: misses in %, slot-seconds (ours = 1), changes")
     for name in runs[0]:
         cost = statistics.median(found[name].slot_s / found["ours"].slot_s for found in runs)
         numbers = f"{median(name, percent):8.3f} {cost:6.2f} {median(name, lambda r: r.changes):6.0f}"
         print(f"#   {name:18} {numbers}", flush=True)
-    del ours_s
     for name in ("fixed mean", "fixed peak", "fixed, same cost"):
         label = name.replace(", ", "_").replace(" ", "_")
         ours, other = [percent(f["ours"]) for f in runs], [percent(f[name]) for f in runs]
         ratio_line(f"scale_{trace}_misses_pct_vs_{label}", ours, other)
         ratio_line(f"scale_{trace}_slot_s_vs_{label}", [f["ours"].slot_s for f in runs], [f[name].slot_s for f in runs])
     pairs = [(f["ours"], f[n]) for f in runs if (n := same_cost_queue(f))]
-    print(
-        f"# of the queue rule, the best setting of each pipeline that costs no less than ours: {len(pairs)} of {len(runs)}"
-    )
+    print(f"# queue rule: the best setting of each pipeline that costs no less than ours, {len(pairs)} of {len(runs)}")
     ratio_line(f"scale_{trace}_misses_pct_vs_queue", [percent(o) for o, _ in pairs], [percent(q) for _, q in pairs])
     ratio_line(f"scale_{trace}_slot_s_vs_queue", [o.slot_s for o, _ in pairs], [q.slot_s for _, q in pairs])
 
@@ -240,11 +268,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--first-seed", type=int, default=1)
     made.add_argument("--workers", type=float, default=60.0, help="workers that the mean rate keeps busy (default 60)")
     made.add_argument("--seconds", type=float, default=1200.0, help="simulated seconds (default 1200)")
+    made.add_argument("--hosts", type=int, default=0, help="of 8 GPUs, to place workers on; 0: slots are only counted")
     made.add_argument("--traces", nargs="+", choices=TRACES, default=list(TRACES))
     made.add_argument("--processes", type=int, default=2)
     args: Any = made.parse_args(argv)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    jobs = [(trace, seed, args.workers, args.seconds) for trace in args.traces for seed in seeds]
+    jobs = [(trace, seed, args.workers, args.seconds, args.hosts) for trace in args.traces for seed in seeds]
     with ProcessPoolExecutor(args.processes) as pool:
         done = list(pool.map(_run, jobs))
     for trace in args.traces:

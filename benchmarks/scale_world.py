@@ -102,7 +102,10 @@ class StageWorld:
         self.state = np.zeros(room, np.int8)
         self.free_at, self.ready_at, self.took_s = np.zeros(room), np.zeros(room), np.zeros(room)
         self.started_at, self.life = np.zeros(room), np.zeros(room, np.int64)
-        self.phase = rng.uniform(0.0, BEAT_S, room)
+        # Which workers tell of themselves in each step of a heartbeat.
+        moments = rng.integers(0, round(BEAT_S / STEP_S), room)
+        self.beats = [np.flatnonzero(moments == i) for i in range(round(BEAT_S / STEP_S))]
+        self.pending = False
         self.counts = np.zeros((room, 4))  # rows, batches, seconds, and how long it loaded
         self.service = np.zeros((room, SERVICE_BUCKETS), np.int64)
         self.open = np.zeros((room, 3))  # rows, seconds and bucket of the batch that it computes; no rows: none
@@ -111,7 +114,6 @@ class StageWorld:
         self.done_rows = 0.0
         # Batches that will leave: when, and rows of each class.
         self.leaving = np.empty((0, 3))
-        self.place = np.full(room, -1, np.int64)
 
     def occupied(self) -> int:
         return int(np.count_nonzero(self.state))
@@ -119,11 +121,14 @@ class StageWorld:
     def planned(self) -> int:
         return int(np.count_nonzero((self.state == _LOADING) | (self.state == _READY)))
 
-    def start(self, count: int, at_s: float, *, ready: bool = False) -> np.ndarray[Any, Any]:
+    def start(self, count: int, at_s: float, *, ready: bool = False) -> None:
         new = np.flatnonzero(self.state == _ABSENT)[:count]
+        if not len(new):
+            return
         n = len(new)
         load_s = self.shape.load_s * self.rng.lognormal(0.0, 0.15, n)
         self.state[new] = _READY if ready else _LOADING
+        self.pending = True
         # The agent looks every two seconds.
         self.ready_at[new] = at_s if ready else at_s + self.rng.uniform(0.2, 2.0, n) + load_s
         self.free_at[new], self.started_at[new] = self.ready_at[new], at_s
@@ -134,7 +139,6 @@ class StageWorld:
         if ready:
             self.counts[new, 3] = self.told[new, 3] = self.took_s[new]
         self.told_state[new], self.told_at[new] = (_READY, at_s) if ready else (_ABSENT, at_s)
-        return new
 
     def stop(self, count: int, at_s: float) -> None:
         """Those that load go first, then those that are free soonest; each ends its batch."""
@@ -143,11 +147,29 @@ class StageWorld:
         gone = mine[order[:count]]
         loading = gone[self.state[gone] == _LOADING]
         self.state[gone] = _DRAINING
+        self.pending = True
         self.free_at[loading] = at_s
 
     def step(self, at_s: float, result: Result) -> Floats:
         """One step; returns what left: times and rows of each class."""
         end_s = at_s + STEP_S
+        if self.pending:
+            self._move_on(at_s)
+        while len(self.queues["high"]) or len(self.queues["medium"]):
+            idle = np.flatnonzero((self.state == _READY) & (self.free_at < end_s))
+            if not len(idle):
+                break
+            self._begin(idle[np.argsort(self.free_at[idle], kind="stable")], at_s, result)
+        self._tell(self.beats[round(at_s / STEP_S) % len(self.beats)], at_s)
+        gone = self.leaving[:, 0] < end_s
+        if not gone.any():
+            return self.leaving[:0]
+        left, self.leaving = self.leaving[gone], self.leaving[~gone]
+        self.done_rows += float(left[:, 1:].sum())
+        return left[np.argsort(left[:, 0], kind="stable")]
+
+    def _move_on(self, at_s: float) -> None:
+        """Those that have loaded, and those that have drained."""
         ready = (self.state == _LOADING) & (self.ready_at <= at_s)
         if ready.any():
             self.state[ready] = _READY
@@ -156,17 +178,7 @@ class StageWorld:
         if over.any():
             self._close_batches(np.flatnonzero(over))
             self.state[over] = _ABSENT
-        while len(self.queues["high"]) or len(self.queues["medium"]):
-            idle = np.flatnonzero((self.state == _READY) & (self.free_at < end_s))
-            if not len(idle):
-                break
-            self._begin(idle[np.argsort(self.free_at[idle], kind="stable")], at_s, result)
-        beats = (self.state != _ABSENT) & ((at_s - self.phase) % BEAT_S < STEP_S)
-        self._tell(beats, at_s)
-        gone = self.leaving[:, 0] < end_s
-        left, self.leaving = self.leaving[gone], self.leaving[~gone]
-        self.done_rows += float(left[:, 1:].sum())
-        return left[np.argsort(left[:, 0], kind="stable")]
+        self.pending = bool(((self.state == _LOADING) | (self.state == _DRAINING)).any())
 
     def _begin(self, idle: np.ndarray[Any, Any], at_s: float, result: Result) -> None:
         most = len(idle) * self.shape.max_rows
@@ -209,8 +221,9 @@ class StageWorld:
         self.open[ended] = 0
 
     def _tell(self, beats: np.ndarray[Any, Any], at_s: float) -> None:
-        if beats.any():
-            self._close_batches(np.flatnonzero(beats & (self.free_at <= at_s)))
+        beats = beats[self.state[beats] != _ABSENT]
+        if len(beats):
+            self._close_batches(beats[self.free_at[beats] <= at_s])
             self.told[beats], self.told_service[beats] = self.counts[beats], self.service[beats]
             self.told_at[beats], self.told_state[beats] = at_s, self.state[beats]
 
@@ -224,7 +237,7 @@ class StageWorld:
             found.append(
                 WorkerReport(
                     worker=f"{self.shape.name}-{i}-{self.life[i]}",
-                    host=f"h{self.place[i]}",
+                    host="h",
                     pid=int(self.life[i]),
                     node=node,
                     device="cuda",
@@ -270,7 +283,6 @@ class View:
 
 
 Rule = Callable[[View], Mapping[str, int] | None]
-Placer = Callable[[Sequence[str], Mapping[str, int]], Mapping[str, int]]
 
 
 def simulate(
@@ -283,11 +295,12 @@ def simulate(
     seed: int,
     every_s: float = BEAT_S,
 ) -> Result:
-    """Runs the trace: `rates` are rows per second in each step. `rule` is asked every `every_s` for the number of workers
-    of each stage; None leaves them as they are. Rows still waiting at the end have missed if they waited too long."""
+    """Runs the trace: `rates` are rows per second in each step. `rule` is asked every `every_s` for the number of
+    workers of each stage; None leaves them as they are. Rows still waiting at the end count if they waited too long."""
     rng = np.random.default_rng(seed)
     # Workers that drain beside those that replace them.
-    stages = [StageWorld(shape, 2 * slots, np.random.default_rng([seed, i])) for i, shape in enumerate(shapes)]
+    room = slots + max(slots // 4, 16)
+    stages = [StageWorld(shape, room, np.random.default_rng([seed, i])) for i, shape in enumerate(shapes)]
     result = Result()
     for stage in stages:
         stage.start(begin[stage.shape.name], 0.0, ready=True)
@@ -300,8 +313,10 @@ def simulate(
         high = rng.random(len(came)) < HIGH_SHARE
         incoming = (came[high], came[~high])
         for stage in stages:
-            stage.queues["high"].put(incoming[0])
-            stage.queues["medium"].put(incoming[1])
+            if len(incoming[0]):
+                stage.queues["high"].put(incoming[0])
+            if len(incoming[1]):
+                stage.queues["medium"].put(incoming[1])
             left = stage.step(at_s, result)
             incoming = (
                 np.repeat(left[:, 0], left[:, 1].astype(np.int64)),

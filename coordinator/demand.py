@@ -27,6 +27,9 @@ _BUSY_AT_MOST, _BUSY_WITH_TARGET = 0.82, 0.88
 # Of the allowed delay, the part that the queue may take on average.
 _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
+# What catching up may add to what comes: workers that load for long would be idle soon after. So much where that takes
+# no longer than _CATCH_UP_S, and in proportion less else.
+_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.3
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
@@ -140,7 +143,9 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: f
     left = max(backlog + now * horizon_s - done - now * (_DELAY_S if delay_s is None else delay_s), 0.0)
     catch_up_s = max(_CATCH_UP_S, horizon_s, 2.0 * (delay_s or 0.0))
     rise = min(sane(first.trend) * horizon_s, _MOST_RISE * now)
-    steady, late = max(now + rise, arrivals) * row_s, left * row_s / catch_up_s
+    steady = max(now + rise, arrivals) * row_s
+    part = max(_MOST_CATCHING_UP * _CATCH_UP_S / horizon_s, _LEAST_CATCHING_UP)
+    late = min(left * row_s / catch_up_s, max(part * steady, 1.0))
     need = steady + late
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)

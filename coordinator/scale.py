@@ -1,8 +1,8 @@
 """How many workers each stage is to have. Pure: loads, limits and the state of the last decision in, numbers out.
 
-More come at once, fewer only when fewer were enough for a while: for as long as it takes to load one again, and then
-some. What is decided on one look at noisy figures and taken back on the next does harm, so a number is held that was
-lowered before and had to be raised again while the load was the same, each time for twice as long.
+More come at once, fewer only when fewer were enough for a while: the longer a worker takes to load, the longer. What is
+decided on one look at noisy figures and taken back on the next does harm, so a number is held that was lowered before
+and had to be raised again while the load was the same, each time for twice as long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torchrelay.queues.waiting import CLASSES
 
 __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
-_KEEP_S, _LOWER_EVERY_S = 20.0, 10.0
+# Fewer must have been enough for so long, and for so much of the time that a worker loads.
+_KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 1.0, 10.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
@@ -169,7 +170,7 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     """The number wanted, from what was wanted before; and the group with what is to be remembered of this look."""
     current = one.clamp(group.replicas)
     load_s = sane(load.load_s, 3600.0) or LOAD_S
-    keep_s = _KEEP_S + load_s
+    keep_s = _KEEP_S + _KEEP_LOADS * load_s
     group = _watch_behind(group, demand, load.ready < current, now_s)
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)

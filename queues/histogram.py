@@ -33,7 +33,7 @@ def service_bucket(seconds: float) -> int:
 
 
 def _edge_s(bucket: int) -> float:
-    return _FIRST_S * 2.0 ** (bucket / 2.0)
+    return _FIRST_S * math.exp2(bucket / 2.0)
 
 
 def service_middle_s(bucket: int) -> float:
@@ -46,7 +46,7 @@ def service_quantile(counts: Sequence[float], q: float) -> float | None:
     total = sum(counts)
     if total <= 0:
         return None
-    wanted, below = q * total, 0
+    wanted, below = q * total, 0.0
     for bucket, count in enumerate(counts):
         if count > 0 and below + count >= wanted:
             low, high = (_edge_s(bucket - 1) if bucket else 0.0), _edge_s(bucket)
