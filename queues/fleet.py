@@ -256,7 +256,7 @@ def _living(now: float, alive: Iterable[tuple[bytes, float]], reports: Mapping[b
             continue  # of another version of torchrelay: it is given nothing, and harms nothing
 
 
-def _desired(text: bytes | None) -> Desired | None:
+def _desired(text: bytes | str | None) -> Desired | None:
     """None also for what is none: whoever wrote it will write it anew."""
     try:
         return Desired.decode(text) if text else None

@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from torchrelay import terminal
 from torchrelay.cli_options import JsonOption, NamespaceOption, RedisOption, open_relay
@@ -83,7 +84,7 @@ def status(
             return
         terminal.print_status(registry)
         for part in (*fleet_parts(view, registry.workers()), *(why_parts(view) if why else ())):
-            terminal.out.print(part, soft_wrap=isinstance(part, terminal.Text))
+            terminal.out.print(part, soft_wrap=isinstance(part, Text))
 
 
 @fleet_app.command()

@@ -67,7 +67,7 @@ class HostService:
                 log.exception("the queue %s is not served; the agent looks every two seconds all the same", self._queue)
             self._stopping.wait(_AWAY_S)
         try:
-            ControlQueue(self._queue, self._client).delete(delete_jobs=True)  # type: ignore[no-untyped-call]
+            ControlQueue(self._queue, self._client).delete(delete_jobs=True)
         except (redis.RedisError, OSError):
             pass  # what lies there runs out
 
