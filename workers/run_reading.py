@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from torchrelay.config.columns import Column
+from torchrelay.config.columns import Column, plain_value
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.ragged import take_rows
 from torchrelay.config.run_graph import CHUNK, READ, ROWS, RunGraph
@@ -39,17 +39,17 @@ class Read(Stage):
     def forward(self, batch: Batch) -> ReadRows:
         task = RunTask.decode(batch[CHUNK][0])
         try:
-            found = _selected(self._read(task, batch[ROWS][0]), task.only)
+            found, refused = _selected(self._read(task, batch[ROWS][0]), task)
         except InputError as error:
             # Its file is gone or damaged: that is as bad the next time.
             batch.reject(0, f"{type(error).__name__}: {error}")
-            found = _NOTHING
+            found, refused = _NOTHING, []
         own: dict[str, Column] = {SOURCE: found.sources, ROW: found.rows}
         if found.key is not None:
             own[KEY] = found.key
         own.update((keep_column(number), found.keep[name]) for number, name in enumerate(task.read.keep) if found.keep)
         # As the values of a RowError, which knows the stage and how often it was tried.
-        refused = [[bad.source, bad.row, READ, bad.error, bad.text, 1, None] for bad in found.bad]
+        refused += [[bad.source, bad.row, READ, bad.error, bad.text, 1, None] for bad in found.bad]
         return ReadRows(found.table, [len(found)], own, {REFUSED: [refused]})
 
     def _read(self, task: RunTask, rows: bytes | None) -> ReadResult:
@@ -58,12 +58,28 @@ class Read(Stage):
         return from_columns(codec.decode(rows or b""))
 
 
-def _selected(found: ReadResult, only: tuple[tuple[int, int], ...] | None) -> ReadResult:
-    """The rows with these ids, as (source, row)."""
-    if only is None:
-        return found
-    wanted = set(only)
-    at = [i for i, pair in enumerate(zip(found.sources.tolist(), found.rows.tolist(), strict=True)) if pair in wanted]
+def _selected(found: ReadResult, task: RunTask) -> tuple[ReadResult, list[list[Any]]]:
+    """The rows that the task is about; and those that it charges, each as the values of a RowError."""
+    if task.only is None and task.span is None and not task.charges:
+        return found, []
+    pairs = list(zip(found.sources.tolist(), found.rows.tolist(), strict=True))
+    order = sorted({*pairs, *((bad.source, bad.row) for bad in found.bad)})
+    if task.only is not None:
+        asked = set(task.only)
+        order = [pair for pair in order if pair in asked]
+    wanted = set(order if task.span is None else order[slice(*task.span)])
+    at_of, refused = {pair: at for at, pair in enumerate(pairs)}, []
+    for start, end, *why in task.charges:
+        for pair in order[start:end]:
+            # One that could not be read has a reason of its own.
+            if (at := at_of.get(pair)) is not None and pair in wanted:
+                key = None if found.key is None else plain_value(found.key[at])
+                refused.append([*pair, *why, key])
+                wanted.discard(pair)
+    return _taken(found, [at for at, pair in enumerate(pairs) if pair in wanted], wanted), refused
+
+
+def _taken(found: ReadResult, at: list[int], wanted: set[tuple[int, int]]) -> ReadResult:
     chosen = np.asarray(at, np.int64)
     bad: tuple[BadRow, ...] = tuple(row for row in found.bad if (row.source, row.row) in wanted)
     return ReadResult(

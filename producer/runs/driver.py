@@ -35,6 +35,7 @@ from torchrelay.producer.runs.pace import (
     chunks_in_flight,
     stage_figures,
 )
+from torchrelay.producer.runs.searching import Searches, Step
 from torchrelay.producer.runs.works import Work
 from torchrelay.queues.dead import drop
 from torchrelay.queues.registry import WorkerReport
@@ -49,7 +50,8 @@ _HINT_S = 5.0
 _PART, _PART_BYTES = 32, 8 << 20
 _MOST_BYTES = 128 << 20
 _TRIES, _MOST_JOINED = 3, 100
-# How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
+# How a job fails through no fault of its rows: once more may help. Of one that ends its worker, which was tried three
+# times, the rows at fault are searched.
 _NOT_ITS_FAULT = ("BytesLost",)
 _WAIT_FOR_ROOM_S = 1.0
 _KEEP_S = 600
@@ -99,6 +101,7 @@ class Driver:
         self._watch = _Watch()
         self._told_at = 0.0
         self._moved_at = time.monotonic()
+        self._searches = Searches()
         self.failures: list[ChunkFailure] = []
         self.rows = self.failed_rows = 0
         self.chunks: int | None = None
@@ -218,6 +221,9 @@ class Driver:
     def _ended(self, flight: _Flight) -> None:
         work, future = flight
         error = future.exception(0)
+        if work.task.span is not None:
+            self._follow(work, self._searches.ended(work, error), error)
+            return
         if error is None:
             try:
                 (written,) = future.result()[RESULT]
@@ -231,7 +237,15 @@ class Driver:
         if self._once_more(work, error, joined=future.joined):
             self._again.append(work._replace(attempts=work.attempts + 1))
             return
-        self._failed(work, error)
+        self._follow(work, self._searches.begin(work, error), error)
+
+    def _follow(self, work: Work, step: Step, error: JobError | None) -> None:
+        """Of a chunk that ended its workers comes what finds the rows at fault."""
+        self._again.extend(step.works)
+        if step.failed is not None:
+            self._failed(work, step.failed)
+        if error is not None:
+            self._forget(error)
 
     def _once_more(self, work: Work, error: JobError, *, joined: bool) -> bool:
         if self._cancelled.is_set():
@@ -259,6 +273,8 @@ class Driver:
                 ChunkFailure(chunk.number, chunk.source, rows, error.stage, kind, text, error.attempts)
             )
         self._throughput.ended(0)
+
+    def _forget(self, error: JobError) -> None:
         if isinstance(error, JobFailed) and error.job_id:
             # It stands in the run's errors, from where the run goes on: among the dead letters it would be done twice.
             try:

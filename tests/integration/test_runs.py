@@ -169,6 +169,65 @@ def test_a_chunk_of_which_every_row_fails_costs_its_rows_and_no_more(cli: Cli, t
     assert cli.numbers() == list(range(40, 60))
 
 
+def test_rows_that_kill_their_worker_cost_those_rows_alone(cli: Cli, log: ForwardLog, tmp_path: Path) -> None:
+    """Each is charged; neighbours are in the chunk's one part, in order, and no row is tried without end."""
+    fatal = {7: "die", 33: "die", 34: "die"}
+    cli.data = dataset(tmp_path / "fatal.parquet", [fatal.get(n, "raise" if n == 8 else "") for n in range(60)])
+    status, summary, said = cli.run("--merge", "--keep", "n")
+    assert (status, summary["status"], summary["failed_chunks"]) == (1, "done", 0), said
+    assert (summary["rows"], summary["errors"], summary["chunks_done"]) == (56, 4, 3)
+    good = [n for n in range(60) if n not in (*fatal, 8)]
+    assert cli.numbers() == good
+    assert [p.name for p in cli.parts()] == [f"part-{n:08}.parquet" for n in range(3)]
+    assert pq.read_table(f"{cli.out}.parquet")["out"].to_pylist() == [f"{n}!" for n in good]
+    errors = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert [(e["_row"], e["stage"], e["error"]) for e in errors if e["error"] != "ValueError"] == [
+        (n, "work", "WorkerDied") for n in fatal
+    ]
+    assert {e["attempts"] for e in errors if e["error"] == "WorkerDied"} == {3}
+    # Three strikes and once as a suspect, in the chunk and in each of five halves.
+    assert max(log.runs()[str(n)] for n in fatal) <= 4 * 6
+    # It has been done, until somebody asks for more.
+    before = sum(log.runs().values())
+    assert cli.run("--resume", "--keep", "n")[1]["errors"] == 4
+    assert sum(log.runs().values()) == before
+
+
+def test_a_driver_that_is_killed_while_it_searches_costs_no_row(cli: Cli, log: ForwardLog, tmp_path: Path) -> None:
+    """The run that goes on searches anew."""
+    cli.data = dataset(tmp_path / "fatal.parquet", ["die" if n == 27 else "" for n in range(60)])
+    driver = cli.start()
+    wait_until(lambda: len(log.pids("27")) >= 6, 60.0)
+    driver.kill()
+    driver.wait()
+    assert not (cli.out / "part-00000001.parquet").exists()
+    status, summary, said = cli.run("--resume")
+    assert (status, summary["rows"], summary["errors"], summary["failed_chunks"]) == (1, 59, 1, 0), said
+    assert cli.numbers() == [n for n in range(60) if n != 27]
+    (error,) = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert (error["_row"], error["error"]) == (27, "WorkerDied")
+
+
+def test_a_row_that_hangs_costs_that_row_alone(
+    server_url: str, namespace: str, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also of lines, whose number only reading tells; with the key of the row. Once mended, it is tried again."""
+    path = obey("batch: {max_rows: 4}", "timeout_s: 0.5", "replicas: 2")
+    for stage in (None, "@read", "@write"):
+        workers.start(path, stage=stage, lease_ms=3000)
+    mended, data = tmp_path / "mended", tmp_path / "d.jsonl"
+    rows = [{"n": f"r{n}", "do": f"hang-until {mended}" if n == 5 else ""} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli = Cli(server_url, namespace, tmp_path, data)
+    status, summary, said = cli.run("--key", "n")
+    assert (status, summary["rows"], summary["errors"], summary["failed_chunks"]) == (1, 5, 1, 0), said
+    (error,) = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert (error["key"], error["stage"], error["error"]) == ("r5", "work", "WorkerDied")
+    mended.touch()
+    status, summary, said = cli.run("--key", "n", "--retry-errors")
+    assert (status, summary["rows"], summary["errors"]) == (0, 6, 0), said
+
+
 def test_too_many_errors_stop_it(cli: Cli) -> None:
     dataset(cli.data, ["raise"] * 40 + ["sleep 0.004"] * 400)
     status, summary, _ = cli.run("--max-errors", "10")
