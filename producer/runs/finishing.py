@@ -58,6 +58,8 @@ class RunSummary:
     """As planned; None where planning did not come to its end."""
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+    rows_now: int | None = None
+    """Rows that this session wrote, of which the rate is; all of the run's where nobody says."""
 
 
 def totals_of(run: RunFolder) -> Totals:
@@ -78,6 +80,7 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
     failures = [f for f in failures if f.chunk not in run.done()]
     errors = write_errors(run, failures)
     totals, plan = totals_of(run), run.manifest.plan
+    rows_now = totals.rows if summary.rows_now is None else summary.rows_now
     content = {
         "run": run.run,
         "pipeline": plan.pipeline,
@@ -94,8 +97,9 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
         "parts": totals.parts,
         "bytes": totals.nbytes,
         "seconds": round(summary.seconds, 3),
-        "rows_per_s": round(totals.rows / summary.seconds, 1) if summary.seconds > 0 else None,
+        "rows_per_s": round(rows_now / summary.seconds, 1) if summary.seconds > 0 else None,
         "stages": {name: dict(numbers) for name, numbers in summary.stages.items()},
+        "rows_now": rows_now,
         **summary.more,
     }
     run.output.store.write(SUMMARY, (json.dumps(content, indent=1, default=str) + "\n").encode())

@@ -199,8 +199,8 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         driver, progress = self._driver, self._driver.progress()
         stages = {s.name: {k: v for k, v in asdict(s).items() if k != "name"} for s in progress.stages}
-        more = {"bottleneck": progress.bottleneck, "rows_now": driver.rows, "errors_now": driver.failed_rows}
-        summary = RunSummary(driver.status, progress.seconds, self._planned, stages, more)
+        more = {"bottleneck": progress.bottleneck, "errors_now": driver.failed_rows}
+        summary = RunSummary(driver.status, progress.seconds, self._planned, stages, more, driver.rows)
         content = finish(self._folder, summary, driver.failures)
         if self._options.merge and driver.status == "done":
             content["merged"] = merge(self._folder)
