@@ -39,6 +39,8 @@ class RunKeywords(TypedDict, total=False):
     format: str
     resume: bool
     retry_errors: bool
+    accept_version: bool
+    into_existing: bool
     limit: int | None
     max_errors: int | None
     merge: bool
@@ -68,6 +70,8 @@ class RunOptions:
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
     run_id: str | None = None
+    accept_version: bool = False
+    into_existing: bool = False
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -89,6 +93,8 @@ class RunOptions:
         if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
             raise InputError(f"run_id {run_id!r:.80} must be 1 to 64 letters, digits, _ and -")
         retry_errors = bool(given.get("retry_errors"))
+        if given.get("accept_version") and not (given.get("resume") or retry_errors):
+            raise InputError("accept_version is for a run that goes on; add resume or retry_errors")
         return cls(
             read,
             write,
@@ -103,4 +109,6 @@ class RunOptions:
             given.get("in_flight"),
             given.get("on_progress"),
             run_id,
+            bool(given.get("accept_version")),
+            bool(given.get("into_existing")),
         )

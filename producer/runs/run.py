@@ -8,18 +8,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.runs import ChunkSize
+from torchrelay.config.runs import CHUNK_ROWS, ChunkSize, Source
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
 from torchrelay.producer.runs.finishing import RunSummary, finish, totals_of
-from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
+from torchrelay.producer.runs.folder import Entering, RunFolder, check_folder, open_existing, open_run
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.merging import merge
@@ -33,7 +33,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
 from torchrelay.stages.writing.table import check_names
 
-__all__ = ["Run", "prepare_run"]
+__all__ = ["CheckedRun", "Run", "check_run", "prepare_run"]
 
 log = logging.getLogger("torchrelay.runs")
 _JOIN_S = 0.2
@@ -212,9 +212,71 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
-def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans and takes hold of the output folder. `target` is a name, or a pipeline that is registered here.
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that could be begun; nothing was written yet. `pipeline` is what it is asked of, `twin` its run graph."""
 
+    core: Core
+    pipeline: Pipeline
+    twin: Pipeline
+    data: Any
+    options: RunOptions
+    sources: list[Source]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the driver itself has the rows."""
+        return is_in_memory(self.data)
+
+    def plan(self, size: ChunkSize) -> RunPlan:
+        """What its folder will say of it."""
+        named = [self.data] if isinstance(self.data, str | os.PathLike) else self.data
+        text = f"{type(self.data).__name__} in memory" if self.in_memory else " ".join(map(os.fspath, named))
+        pipeline, options = self.pipeline, self.options
+        return RunPlan(
+            pipeline.name, pipeline.version, text, self.sources, options.read, options.write, size, options.limit
+        )
+
+    @property
+    def base_dir(self) -> Path:
+        """Where a writer's class is looked up."""
+        return Path() if self.pipeline._folder is None else self.pipeline._folder
+
+    @property
+    def entering(self) -> Entering:
+        """How it may enter its folder."""
+        options = self.options
+        return Entering(options.resume, options.run_id, options.accept_version, options.into_existing)
+
+    def open(self) -> Run:
+        """Takes hold of the output folder. Raises RunConflict where somebody else was faster."""
+        core, options, registry = self.core, self.options, self.core.registry
+        with reached():
+            registry.register(self.twin)
+            size = ChunkSize(options.chunk_rows or _fitting_rows(registry, self.pipeline), options.chunk_bytes)
+        folder = open_run(self.plan(size), self.entering, self.base_dir)
+        try:
+            root = root_of(self.data) if self.sources[0].format == "image" else None
+
+            def chunks() -> Iterator[Any]:
+                return pushed(folder, self.data, self.pipeline.input) if self.in_memory else planned(folder, root)
+
+            works = works_of(folder, chunks, retry_errors=options.retry_errors)
+            driver = Driver(core, self.twin, folder, works, options)
+            with core.lock:
+                core.start()
+                core.inbox.start()
+            # Rows in memory may come but once: only what files hold is counted ahead.
+            records = RunRecords(registry.client, registry.control)
+            return Run(driver, folder, options, None if self.in_memory else chunks, self.base_dir, records)
+        except BaseException:
+            folder.close()
+            raise
+
+
+def check_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> CheckedRun:
+    """Checks all that can be checked before anything is written. `target` is a name, or a pipeline, which is
+    registered.
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
     """
@@ -223,35 +285,18 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
         known = registry.find(target) if isinstance(target, str) else registry.register(target, current=False)
     pipeline = known.pipeline
     twin = pipeline.for_runs()
-    base_dir = Path() if pipeline._folder is None else pipeline._folder
     graph: Any = twin.graph
     if graph.written is not None:
         check_names(graph.written, options.write.key, options.write.keep)
-    in_memory = is_in_memory(data)
-    sources = [memory_source(data)] if in_memory else find_sources(data)
-    if not in_memory:
+    sources = [memory_source(data)] if is_in_memory(data) else find_sources(data)
+    if not is_in_memory(data):
         check_columns(sources, options.read, pipeline.input)
-    root = root_of(data) if sources[0].format == "image" else None
-    named = [data] if isinstance(data, str | os.PathLike) else data
-    text = f"{type(data).__name__} in memory" if in_memory else " ".join(map(os.fspath, named))
-    with reached():
-        registry.register(twin)
-        size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)
-    plan = RunPlan(pipeline.name, pipeline.version, text, sources, options.read, options.write, size, options.limit)
-    folder = open_run(plan, resume=options.resume, base_dir=base_dir, run=options.run_id)
-    try:
+    checked = CheckedRun(core, pipeline, twin, data, options, sources)
+    size = ChunkSize(options.chunk_rows or CHUNK_ROWS, options.chunk_bytes)
+    check_folder(checked.plan(size), checked.entering, checked.base_dir)
+    return checked
 
-        def chunks() -> Iterator[Any]:
-            return pushed(folder, data, pipeline.input) if in_memory else planned(folder, root)
 
-        works = works_of(folder, chunks, retry_errors=options.retry_errors)
-        driver = Driver(core, twin, folder, works, options)
-        with core.lock:
-            core.start()
-            core.inbox.start()
-        # Rows in memory may come but once: only what files hold is counted ahead.
-        records = RunRecords(registry.client, registry.control)
-        return Run(driver, folder, options, None if in_memory else chunks, base_dir, records)
-    except BaseException:
-        folder.close()
-        raise
+def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
+    """Plans and takes hold of the output folder. Raises what `check_run` does."""
+    return check_run(core, target, data, options).open()

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from rq.exceptions import InvalidJobOperation
@@ -33,6 +33,7 @@ from torchrelay.up import Fleet
 
 __all__ = ["Loaded", "RunsAgent"]
 
+T = TypeVar("T")
 log = logging.getLogger("torchrelay.agent")
 _LOOK_S = 0.2
 _TELL_S = 1.0
@@ -107,13 +108,16 @@ class RunsAgent:
         self._check_writer(request, fleet)
         watch = _Watch(self.worker, job, self._records)
         watch.look()
-        run = self._prepare(one.pipeline, request, watch)
-        try:
-            with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
+        options: Any = {**request.options, "run_id": watch.job.id}
+        data, output = list(request.input), request.output
+        checked = _once_free(watch, lambda: self._relay.check_run(one.pipeline, input=data, output=output, **options))
+        with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
+            run = _once_free(watch, checked.open)
+            try:
                 return watch.follow(run.start(), look)
-        finally:
-            if not run.done():
-                run.end()
+            finally:
+                if not run.done():
+                    run.end()
 
     def _find(self, ref: str) -> Loaded:
         if ref in self._loaded:
@@ -133,19 +137,18 @@ class RunsAgent:
                 f"start it with TORCHRELAY_RUN_WRITER={wanted:.80}"
             )
 
-    def _prepare(self, pipeline: Pipeline, request: RunRequest, watch: _Watch) -> Run:
-        """A folder that another driver has is waited for: it may have died a moment ago."""
-        given_up_at = time.monotonic() + _HELD_S
-        options: Any = {**request.options, "run_id": watch.job.id}
-        while True:
-            try:
-                data = list(request.input)
-                return self._relay.prepare_run(pipeline, input=data, output=request.output, **options)
-            except Held:
-                if time.monotonic() > given_up_at:
-                    raise
-            watch.look()
-            time.sleep(_LOOK_S)
+
+def _once_free(watch: _Watch, act: Callable[[], T]) -> T:
+    """A folder that another driver has is waited for: it may have died a moment ago."""
+    given_up_at = time.monotonic() + _HELD_S
+    while True:
+        try:
+            return act()
+        except Held:
+            if time.monotonic() > given_up_at:
+                raise
+        watch.look()
+        time.sleep(_LOOK_S)
 
 
 class _Watch:

@@ -70,6 +70,10 @@ def run(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Go on, and try rows that failed once more.")
     ] = False,
+    accept_version: Annotated[
+        bool, typer.Option("--accept-version", help="Go on though the pipeline's version changed; keep what is there.")
+    ] = False,
+    into_existing: Annotated[bool, typer.Option("--into-existing", help="The folder may hold other files.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many rows.")] = None,
     max_errors: Annotated[int | None, typer.Option(metavar="N", help="Stop when more rows than that fail.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write one file, in the order of the input.")] = False,
@@ -88,6 +92,9 @@ def run(
     retries: Annotated[
         int, typer.Option(metavar="N", help="With --detach: how often a run that failed is taken up again.")
     ] = 3,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="With --detach: look at the input and the output from here.")
+    ] = True,
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -116,6 +123,8 @@ def run(
         "format": format,
         "resume": resume,
         "retry_errors": retry_errors,
+        "accept_version": accept_version,
+        "into_existing": into_existing,
         "limit": limit,
         "max_errors": max_errors,
         "merge": merge,
@@ -128,7 +137,7 @@ def run(
         if set_ or allow_cpu:
             raise InputError("--set and --allow-cpu go with the agent that drives a detached run; start it with them")
         with open_relay(redis, namespace) as relay:
-            ask_agents(relay, pipeline, (input, output), options, When(at, every, retries), as_json=as_json)
+            ask_agents(relay, pipeline, (input, output), options, When(at, every, retries, check), as_json=as_json)
         return
     overrides = overrides_of(set_)
     with ExitStack() as stack:
@@ -136,12 +145,14 @@ def run(
         relay = stack.enter_context(open_relay(redis, namespace))
         target = _target(relay, pipeline, overrides)
         # Before any model is loaded: what cannot be run is refused at once.
-        prepared = relay.prepare_run(target, input=input, output=output, **options)
-        stack.callback(_leave, prepared)
+        checked = relay.check_run(target, input=input, output=output, **options)
         look: Callable[[], None] = _nothing
         if isinstance(target, Pipeline):
             fleet = _fleet(redis, namespace, allow_cpu, format)
             look = stack.enter_context(workers_here(fleet, relay.registry, target, overrides))
+        # After that: where a stage does not load, no folder is made.
+        prepared = checked.open()
+        stack.callback(_leave, prepared)
         summary = _follow(prepared.start(), look)
         if as_json:
             terminal.print_json(summary)

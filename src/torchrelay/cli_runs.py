@@ -24,7 +24,7 @@ from torchrelay.cli_options import (
 )
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import InputError
+from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs import timetable
 from torchrelay.producer.runs.detached import LEVELS, RunRequest, enqueue, runs_queues
@@ -79,11 +79,13 @@ def agent(
 
 
 class When(NamedTuple):
-    """`--at`, `--every` and `--retries` as they were written."""
+    """`--at`, `--every`, `--retries` and `--check` as they were written."""
 
     at: str | None
     every: str | None
     retries: int
+    check: bool = True
+    """Whether what the run reads and writes is looked at from here."""
 
 
 def detach(
@@ -103,10 +105,17 @@ def detach(
     due = None if when.at is None else timetable.moment(when.at, now)
     registry = relay.registry
     client, control = registry.client, registry.control
-    if is_file(target):
-        ref = registry.register(Pipeline.load(target), current=False).pipeline.ref
+    pipeline: str | Pipeline = Pipeline.load(target) if is_file(target) else registry.find(target).pipeline.ref
+    ref = pipeline if isinstance(pipeline, str) else registry.register(pipeline, current=False).pipeline.ref
+    if when.check and due is None and rule is None:
+        try:
+            relay.check_run(pipeline, input=list(data), output=timetable.with_started(output, now), **options)
+        except ConfigError:
+            terminal.err.print("paths are looked at from here; if only the agent's host has them, add --no-check")
+            raise
     else:
-        ref = registry.find(target).pipeline.ref
+        # What is read and written may be seen elsewhere alone, or come later.
+        registry.find(ref).pipeline.for_runs()
     run = new_run_id()
     if rule is None:
         folder = timetable.with_started(output, now if due is None else due)
