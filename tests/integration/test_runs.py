@@ -317,7 +317,8 @@ def test_a_file_is_run_with_workers_of_this_machine(obey: Callable[..., Path], t
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[..., Path], tmp_path: Path) -> None:
-    """No worker is started for it; a run that was only prepared can go on."""
+    """No worker is started for it. Where a stage does not load no folder is made, so that nothing is in the way of the
+    next try."""
     path = obey()
     dataset(tmp_path / "d.parquet", [""] * 3)
     (tmp_path / ".torchrelay").mkdir(mode=0o700)
@@ -326,10 +327,37 @@ def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[
     assert (done.returncode, "ready on" in done.stderr) == (2, False)
     done = run_cli(*arguments, "-i", "d.parquet", "--key", "id", cwd=tmp_path)
     assert (done.returncode, "ready on" in done.stderr, "'id'" in done.stderr) == (2, False, True)
-    broken = tmp_path / "stages.py"
-    broken.write_text(broken.read_text() + "\nraise OSError('no weights')\n")
+    stages = tmp_path / "stages.py"
+    good = stages.read_text()
+    stages.write_text(good + "\nraise OSError('no weights')\n")
     done = run_cli(*arguments, "-i", "d.parquet", cwd=tmp_path)
-    assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, True)
+    assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, False)
+    assert not (tmp_path / "out").exists()
+    stages.write_text(good + "\n# mended\n")
+    done = run_cli(*arguments, "-i", "d.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_that_failed_are_tried_again_by_a_stage_that_was_mended(obey: Callable[..., Path], tmp_path: Path) -> None:
+    """Which is another version: refused with the way on, done where that is accepted, and the folder says so."""
+    path = obey("batch: {max_rows: 4}", "retry: {attempts: 1}")
+    dataset(tmp_path / "d.parquet", ["raise" if n == 7 else "" for n in range(20)])
+    (tmp_path / ".torchrelay").mkdir(mode=0o700)
+    arguments = ["run", str(path), "-o", "out", "-i", "d.parquet", "--json"]
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["errors"]) == (1, 1), done.stderr
+    before = json.loads((tmp_path / "out/_run/manifest.json").read_text())["version"]
+    stages = tmp_path / "stages.py"
+    stages.write_text(stages.read_text().replace('verb == "raise"', 'verb == "never"'))
+    done = run_cli(*arguments, "--retry-errors", cwd=tmp_path)
+    assert (done.returncode, "--accept-version" in done.stderr) == (2, True), done.stderr
+    done = run_cli(*arguments, "--accept-version", cwd=tmp_path)
+    assert (done.returncode, "goes on" in done.stderr) == (2, True), done.stderr
+    done = run_cli(*arguments, "--retry-errors", "--accept-version", cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["rows"]) == (0, 20), done.stderr
+    manifest = json.loads((tmp_path / "out/_run/manifest.json").read_text())
+    assert [e["version"] for e in manifest["earlier_versions"]] == [before]
+    assert manifest["version"] != before
 
 
 def test_a_run_goes_on_a_moment_after_everything_of_it_was_killed(

@@ -335,6 +335,35 @@ def test_an_agent_waits_for_a_server_that_is_away(
             assert agent.wait(30) == 0, agents.log()
 
 
+def test_what_can_be_told_at_once_is_refused_before_anything_is_queued(agents: Agents, tmp_path: Path) -> None:
+    """With the words of a run in the foreground; what only the agent's host has can be asked for all the same."""
+    data = dataset(tmp_path / "small.parquet", [""] * 10)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    out = ["-o", str(agents.out)]
+    wrong = [
+        (["-i", str(tmp_path / "none"), *out], "none"),
+        (["-i", str(data), *out, "--key", "id"], "'id'"),
+        (["-i", str(data), *out, "--keep", "url"], "'url'"),
+        (["-i", str(data), *out, "--columns", "n=body"], "'body'"),
+        (["-i", str(data), *out, "--format", "xml"], "none of parquet, jsonl, npy"),
+        (["-i", str(data), "-o", str(taken)], "notes.txt"),
+        (["-i", str(data), "-o", str(data)], "is a file where a folder is needed"),
+    ]
+    for arguments, says in wrong:
+        told = []
+        for how in (["--detach"], []):
+            done = run_cli("run", str(agents.path), *arguments, *how, *agents.where)
+            assert (done.returncode, says in done.stderr) == (2, True), (arguments, done.stderr)
+            told.append([line for line in done.stderr.splitlines() if "--no-check" not in line])
+        assert told[0] == told[1]
+    assert agents.runs("list") == []
+    assert not agents.out.exists()
+    elsewhere = agents.detach(tmp_path / "there" / "d.parquet", "--no-check")
+    assert elsewhere["state"] == "queued"
+
+
 def test_another_version_is_refused_with_both(agents: Agents, tmp_path: Path, data: Path) -> None:
     """And not tried again, though three retries were given."""
     run = agents.detach(data)["id"]
