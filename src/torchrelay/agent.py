@@ -19,9 +19,9 @@ from rq.job import JobStatus
 
 from torchrelay.agent_worker import AgentWorker, GivenBack, Stopped
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
+from torchrelay.errors import BrokerError, ConfigError, TorchrelayError, UsageError
 from torchrelay.producer.relay import Relay
-from torchrelay.producer.runs.detached import ENTRY, RunRequest, queue_of
+from torchrelay.producer.runs.detached import ENTRY, RunRequest, announced, queue_of
 from torchrelay.producer.runs.holding import Held
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.producer.runs.run import Run
@@ -71,7 +71,8 @@ class RunsAgent:
         self._fleet = fleet
         client, control = relay.registry.client, relay.registry.control
         self._records = RunRecords(client, control)
-        self.worker = AgentWorker([queue_of(control.namespace, n) for n in levels], client, {ENTRY: self._run})
+        queues = [queue_of(control.namespace, level) for level in levels]
+        self.worker = AgentWorker(queues, client, {ENTRY: self._run}, self._can_drive, announced(self._loaded))
         self._timetable = Timetable(client, control, self.worker.name)
         self._over = threading.Event()
 
@@ -99,6 +100,16 @@ class RunsAgent:
             self._timetable.release()
         except (redis.RedisError, OSError):
             pass  # the locks run out by themselves
+
+    def _can_drive(self, job: ControlJob) -> bool:
+        """Not a run of a version that this agent lacks. What is no run is taken, and refused."""
+        try:
+            ref = RunRequest.parse(job.request({ENTRY: self._run})[1]).pipeline
+        except UsageError:
+            return True
+        if ref not in self._loaded:
+            log.info("job %s is left to others: it needs %s, which this agent lacks", job.id, ref)
+        return ref in self._loaded
 
     def _run(self, job: ControlJob, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The entry: drives one run to its end, and returns the short form of its summary."""

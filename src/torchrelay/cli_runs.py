@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rq.worker import BaseWorker
 
 from torchrelay import terminal
 from torchrelay.agent import Loaded, RunsAgent
@@ -133,10 +132,8 @@ def detach(
     time_of_it = "" if view.due is None else f", {'first ' if rule else ''}at {terminal.when(view.due)}"
     terminal.out.print(f"{run} {view.state} on {queue.name}{time_of_it}", soft_wrap=True)
     terminal.out.print(f"look at it with: torchrelay runs show {run}", soft_wrap=True)
-    if not BaseWorker.count(queue=queue):
-        terminal.err.print(
-            f"no agent takes {request.level} runs yet; start one with: torchrelay agent FILE", soft_wrap=True
-        )
+    if view.waits_for:
+        terminal.err.print(view.waits_for, soft_wrap=True)
 
 
 @runs_app.command("list")
@@ -162,6 +159,7 @@ def _cells(view: RunView) -> tuple[str, ...]:
     seconds = "" if view.seconds is None else f"{view.seconds:,.0f}"
     driver = view.driver or ("an agent" if view.detached else "")
     state = view.state if view.due is None else f"{view.state}, {terminal.when(view.due)}"
+    state += ", no agent" if view.waits_for else ""
     return view.id, state, view.pipeline, rows, speed, errors, seconds, view.output, driver
 
 
