@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import redis
 
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import BrokerError
 from torchrelay.producer.runs.pace import StageFigures, stage_figures
@@ -46,6 +47,7 @@ class StageWatch:
         since, self._at = self._at, time.monotonic()
         try:
             reports, loads = registry.workers(), registry.loads()
+            self._want_readers(registry, reports)
         except (BrokerError, redis.RedisError, OSError) as away:
             log.info("how the stages stand is not known: %s", away)
             return
@@ -61,6 +63,13 @@ class StageWatch:
             self._stood_row_s[name] = self._stood_row_s.get(name, 0.0) + rows * (self._at - since)
         seconds = self._at - self._began
         self.stages = tuple(stage_figures(names, self._refs, loads, reports, self._before, seconds, self._stood_row_s))
+
+    def _want_readers(self, registry: Registry, reports: Sequence[WorkerReport]) -> None:
+        """`up` serves what reads and writes when it is wanted."""
+        served = {node for report in reports if report.state != "failed" for node in report.nodes}
+        nodes = (f"{self._twin.ref}/{n.name}" for n in self._twin.graph.nodes if is_runs(n.name))
+        if lacking := [node for node in nodes if node not in served]:
+            registry.want(lacking)
 
     def last_look(self, registry: Registry) -> None:
         """When the run has ended: as soon as workers have told of all that they did, or a second later. They tell every

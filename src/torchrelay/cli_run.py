@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -30,11 +30,13 @@ from torchrelay.cli_options import (
 )
 from torchrelay.cli_runs import When
 from torchrelay.cli_runs import detach as ask_agents
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import InputError, NoWorkers
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs.pace import Progress as Standing
 from torchrelay.producer.runs.run import Run
+from torchrelay.queues.registry import Registry
 from torchrelay.run_here import workers_here
 from torchrelay.up import Fleet
 
@@ -43,7 +45,7 @@ __all__ = ["run_app"]
 run_app = typer.Typer()
 _LINE_EVERY_S = 5.0
 _LOOK_S = 0.2
-_WAIT_FOR_WORKERS_S = 5.0
+_WAIT_FOR_WORKERS_S, _WAIT_FOR_READERS_S = 5.0, 15.0
 
 
 @run_app.command()
@@ -181,13 +183,23 @@ def _target(relay: Relay, text: str, overrides: dict[str, str]) -> str | Pipelin
         relay.registry.register(pipeline, current=False)
         return pipeline
     found = relay.registry.find(text).pipeline
-    missing = relay.registry.wait_served(found.for_runs(), _WAIT_FOR_WORKERS_S)
+    missing = _wait_served(relay.registry, found.for_runs())
     if missing:
         raise NoWorkers(
             f"no live worker serves {', '.join(missing)} of {found.ref}; start one with: torchrelay worker FILE "
             f"--stage {missing[0]}, or give the pipeline's FILE in place of its name"
         )
     return found.ref
+
+
+def _wait_served(registry: Registry, twin: Pipeline) -> Sequence[str]:
+    """Waits for workers; longer for those that read and write, which `up` starts when they are wanted."""
+    missing = registry.wait_served(twin, 0)
+    registry.want(f"{twin.ref}/{name}" for name in missing if is_runs(name))
+    missing = registry.wait_served(twin, _WAIT_FOR_WORKERS_S)
+    if missing and all(map(is_runs, missing)):
+        missing = registry.wait_served(twin, _WAIT_FOR_READERS_S)
+    return missing
 
 
 @contextmanager

@@ -386,3 +386,38 @@ def test_a_name_that_nobody_serves_needs_workers(
     assert status == 4
     assert "no live worker serves work, @read, @write" in said
     assert not cli.out.exists()
+
+
+def test_up_reads_and_writes_for_whoever_names_its_pipeline(
+    server_url: str, namespace: str, registry: Registry, obey: Callable[..., Path], tmp_path: Path, data: Path
+) -> None:
+    """From the command line and from Python; before that nothing of it is there, and asking costs next to nothing."""
+    path = obey("batch: {max_rows: 4}")
+    where = ["--redis", server_url, "--namespace", namespace]
+    with (tmp_path / "up.log").open("wb") as log:
+        command = [sys.executable, "-m", "torchrelay.cli", "up", str(path), *where]
+        up = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: children(registry, "work"), 30.0)
+        assert [w.node.rpartition("/")[2] for w in registry.workers()] == ["work"]
+        cli = Cli(server_url, namespace, tmp_path, dataset(tmp_path / "small.parquet", [""] * 60))
+        status, summary, said = cli.run()
+        assert (status, summary["rows"]) == (0, 60), said
+        assert children(registry, "@read")
+        assert children(registry, "@write")
+    finally:
+        up.terminate()
+        assert up.wait(30) == 0, (tmp_path / "up.log").read_text()
+    assert registry.workers() == []
+    with (tmp_path / "up.log").open("wb") as log:
+        up = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: children(registry, "work"), 30.0)
+        with Relay(server_url, namespace=namespace) as relay:
+            run = relay.run(
+                "obey", input=tmp_path / "small.parquet", output=tmp_path / "python", chunk_rows=20, wait=False
+            )
+            assert run.wait(60).summary()["rows"] == 60
+    finally:
+        up.terminate()
+        assert up.wait(30) == 0, (tmp_path / "up.log").read_text()
