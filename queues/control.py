@@ -190,7 +190,8 @@ class ControlQueue(Queue):
                 pipe.rpush(self.intermediate_queue_key, raw)
             return there
 
-        return bool(self.connection.transaction(move, self.key, value_from_callable=True))
+        transaction: Any = self.connection.transaction  # typed as if `move` could return nothing
+        return bool(transaction(move, self.key, value_from_callable=True))
 
     def give_back(self, job: ControlJob) -> None:
         """Puts a job that was taken, and is not wanted, in front again."""

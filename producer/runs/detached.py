@@ -73,7 +73,7 @@ def versions_driven(client: redis.Redis, queue: ControlQueue) -> set[str]:
     found: set[str] = set()
     for agent in agents:
         try:
-            died, told = client.hmget(agent, "death", _ANNOUNCED)  # type: ignore[misc]  # redis is typed for both clients
+            died, told = client.hmget(agent, "death", _ANNOUNCED)
             refs = [] if died or not told else json.loads(told)
         except (redis.ResponseError, ValueError, RecursionError):
             continue  # what is no record of an agent tells nothing

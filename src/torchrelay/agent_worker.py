@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import redis
 from rq import Queue
@@ -158,7 +158,7 @@ class AgentWorker(BaseWorker):
             return
         self._tidied_at = time.monotonic()
         with self.connection.pipeline() as pipe:  # a server that was away may have forgotten it
-            pipe.hset(self.key, mapping=self.serialize())
+            pipe.hset(self.key, mapping=cast(Any, self.serialize()))
             register(self, pipe)
             pipe.execute()
         queue: Any
