@@ -218,11 +218,12 @@ class Driver:
         if self._once_more(work, error, joined=future.joined):
             self._again.append(work._replace(attempts=work.attempts + 1))
             return
-        self._follow(work, self._searches.begin(work, error), error)
+        self._follow(work, self._searches.begin(work, error, patient=self.rows > 0), error)
 
     def _follow(self, work: Work, step: Step, error: JobError | None) -> None:
         """Of a chunk that ended its workers comes what finds the rows at fault."""
-        self._again.extend(step.works)
+        # First to its depth: how small pieces fare tells whether the search is of use.
+        self._again.extendleft(reversed(step.works))
         if step.failed is not None:
             self._failed(work, step.failed)
         if error is not None:

@@ -23,6 +23,8 @@ Span = tuple[int, int]
 _DIED: Final = "WorkerDied"
 # So many pieces that die before one passes: the stage is at fault, not a row.
 _HOPELESS: Final = 8
+# So many rows of a chunk can be found, each of which takes the depth of the tree.
+_ROWS: Final = 8
 
 
 def is_struck(error: JobError) -> bool:
@@ -33,10 +35,15 @@ def is_struck(error: JobError) -> bool:
 
 @dataclass
 class Halving:
-    """The search in one chunk of so many rows. `left` are pieces whose outcome is not known yet."""
+    """The search in one chunk of so many rows. `left` are pieces whose outcome is not known yet.
+
+    `patient` where the stage is known to work, as other chunks have passed it: then only rows that die alone, with none
+    that passes, or many pieces, tell against it.
+    """
 
     rows: int
     why: JobError
+    patient: bool = False
     left: set[Span] = field(default_factory=set)
     charges: list[Charge] = field(default_factory=list)
     _died: int = 0
@@ -44,13 +51,16 @@ class Halving:
 
     @property
     def _most(self) -> int:
-        """How many pieces may die: enough for some rows at fault, as each takes the depth of the tree."""
-        return 8 + 4 * max(self.rows - 1, 1).bit_length()
+        """How many pieces may die."""
+        return _ROWS * max(self.rows - 1, 1).bit_length() + _ROWS
 
     @property
     def hopeless(self) -> bool:
         """Whether it was given up, since all pieces die."""
-        return self._died >= _HOPELESS and not self._passed
+        if self._passed:
+            return False
+        most = self._most if self.patient else _HOPELESS
+        return self._died >= most or len(self.charges) >= _HOPELESS
 
     @property
     def over(self) -> bool:

@@ -32,8 +32,8 @@ class Searches:
         self._of: dict[tuple[int, int], Halving] = {}
         self._hopeless = False
 
-    def begin(self, work: Work, error: JobError) -> Step:
-        """A chunk's job failed for good."""
+    def begin(self, work: Work, error: JobError, *, patient: bool) -> Step:
+        """A chunk's job failed for good. `patient`: others have passed."""
         if self._hopeless or work.place in self._of or not is_struck(error):
             return Step(failed=error)
         chunk, only = work.task.chunk, work.task.only
@@ -45,7 +45,7 @@ class Searches:
         if rows < 1:
             return Step(failed=error)
         log.warning("chunk %d of %s: %s; its %d rows are searched", chunk.number, chunk.path, error, rows)
-        self._of[work.place] = search = Halving(rows, error)
+        self._of[work.place] = search = Halving(rows, error, patient)
         return self._next(work, search, search.begin())
 
     def ended(self, piece: Work, error: JobError | None) -> Step:
