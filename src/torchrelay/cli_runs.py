@@ -106,15 +106,10 @@ def detach(
     client, control = registry.client, registry.control
     pipeline: str | Pipeline = Pipeline.load(target) if is_file(target) else registry.find(target).pipeline.ref
     ref = pipeline if isinstance(pipeline, str) else registry.register(pipeline, current=False).pipeline.ref
-    if when.check and due is None and rule is None:
-        try:
-            relay.check_run(pipeline, input=list(data), output=timetable.with_started(output, now), **options)
-        except ConfigError:
-            terminal.err.print("paths are looked at from here; if only the agent's host has them, add --no-check")
-            raise
+    if when.check:
+        _check(relay, pipeline, data, _first_folder(output, rule, due or now), options)
     else:
-        # What is read and written may be seen elsewhere alone, or come later.
-        registry.find(ref).pipeline.for_runs()
+        registry.find(ref).pipeline.for_runs()  # says why there are none
     run = new_run_id()
     if rule is None:
         folder = timetable.with_started(output, now if due is None else due)
@@ -134,6 +129,20 @@ def detach(
     terminal.out.print(f"look at it with: torchrelay runs show {run}", soft_wrap=True)
     if view.waits_for:
         terminal.err.print(view.waits_for, soft_wrap=True)
+
+
+def _first_folder(output: str, rule: int | str | None, at: float) -> str:
+    return timetable.with_started(output if rule is None else timetable.folders(output), at)
+
+
+def _check(relay: Relay, target: str | Pipeline, data: Sequence[str], output: str, options: Mapping[str, Any]) -> None:
+    """As for a run in the foreground, and in the same words."""
+    try:
+        relay.check_run(target, input=list(data), output=output, **options)
+    except ConfigError:
+        hint = "paths are looked at from here; if the agent's host alone has them, or later, add --no-check"
+        terminal.err.print(hint, soft_wrap=True)
+        raise
 
 
 @runs_app.command("list")
