@@ -33,7 +33,7 @@ from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
 from torchrelay.stages.writing.table import check_names
 
-__all__ = ["CheckedRun", "Run", "check_run", "prepare_run"]
+__all__ = ["CheckedRun", "Run", "check_run"]
 
 log = logging.getLogger("torchrelay.runs")
 _JOIN_S = 0.2
@@ -295,8 +295,3 @@ def check_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
     size = ChunkSize(options.chunk_rows or CHUNK_ROWS, options.chunk_bytes)
     check_folder(checked.plan(size), checked.entering, checked.base_dir)
     return checked
-
-
-def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans and takes hold of the output folder. Raises what `check_run` does."""
-    return check_run(core, target, data, options).open()

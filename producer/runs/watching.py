@@ -1,4 +1,4 @@
-"""What the namespace tells of a run's stages while the run goes on: read about once a second, kept for its figures."""
+"""What the namespace tells of a run's stages while the run goes on: read now and then, kept for its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torchrelay.queues.registry import Registry, WorkerReport
 __all__ = ["StageWatch"]
 
 log = logging.getLogger("torchrelay.runs")
-_EVERY_S = 1.0
+# A short run is looked at often enough to tell how long its rows waited.
+_LEAST_S, _MOST_S, _SHARE = 0.1, 1.0, 0.05
 _POLL_S, _SETTLED_S = 0.05, 1.0
 
 
@@ -37,12 +38,15 @@ class StageWatch:
         self._loads_before: dict[str, int] = {}
         self._before: dict[str, WorkerReport] = {}
         self._stood_row_s: dict[str, float] = {}
+        self._standing: dict[str, int] = {}
         self._began = 0.0
         self._at = 0.0
 
     def look(self, registry: Registry, *, now: bool = False) -> None:
-        """Once a second, unless it is wanted now. While the server is away, what was known stays."""
-        if not now and time.monotonic() - self._at < _EVERY_S:
+        """Ten times a second at first, then once, unless it is wanted now. While the server is away, what was known
+        stays."""
+        every_s = min(max(_SHARE * (self._at - self._began), _LEAST_S), _MOST_S)
+        if not now and time.monotonic() - self._at < every_s:
             return
         since, self._at = self._at, time.monotonic()
         try:
@@ -60,7 +64,9 @@ class StageWatch:
         names = [n.name for n in sorted(graph.nodes, key=lambda n: n.rank)]
         for name in names:
             rows = self._count(loads, name, "ready_rows") + self._count(loads, name, "held_rows")
-            self._stood_row_s[name] = self._stood_row_s.get(name, 0.0) + rows * (self._at - since)
+            mean = (self._standing.get(name, rows) + rows) / 2
+            self._standing[name] = rows
+            self._stood_row_s[name] = self._stood_row_s.get(name, 0.0) + mean * (self._at - since)
         seconds = self._at - self._began
         self.stages = tuple(stage_figures(names, self._refs, loads, reports, self._before, seconds, self._stood_row_s))
 
