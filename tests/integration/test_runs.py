@@ -193,11 +193,14 @@ def test_rows_that_kill_their_worker_cost_those_rows_alone(cli: Cli, log: Forwar
     assert sum(log.runs().values()) == before
 
 
-def test_a_driver_that_is_killed_while_it_searches_costs_no_row(cli: Cli, log: ForwardLog, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forwards", [6, 13])
+def test_a_driver_that_is_killed_while_it_searches_costs_no_row(
+    cli: Cli, log: ForwardLog, tmp_path: Path, forwards: int
+) -> None:
     """The run that goes on searches anew."""
     cli.data = dataset(tmp_path / "fatal.parquet", ["die" if n == 27 else "" for n in range(60)])
     driver = cli.start()
-    wait_until(lambda: len(log.pids("27")) >= 6, 60.0)
+    wait_until(lambda: len(log.pids("27")) >= forwards, 60.0)
     driver.kill()
     driver.wait()
     assert not (cli.out / "part-00000001.parquet").exists()
