@@ -154,6 +154,9 @@ class ReadOptions(_Message):
     """Dataset column that identifies a row in the output."""
     keep: tuple[str, ...] = ()
     """Dataset columns that the output repeats."""
+    kept: str = ""
+    """The Arrow schema of key and kept columns, serialised, in base64: what the plan decided that they are in the whole
+    run. Without it each chunk decides by its own rows."""
     image_side: int | None = None
     """JPEG images are decoded at 1/2, 1/4 or 1/8 of their size where both sides stay at least this many pixels, which
     is several times quicker than decoding all of it to shrink it then. None decodes all."""
