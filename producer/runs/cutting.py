@@ -19,7 +19,7 @@ from torchrelay.stages.reading.tars import KEY_COLUMN, Samples
 from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header, delimiter_of
 from torchrelay.stages.reading.unpacking import unpacked_pieces
 
-__all__ = ["columns_of", "cut_images", "cut_source"]
+__all__ = ["columns_of", "cut_images", "cut_source", "unpacked_head"]
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SAMPLES = 64
@@ -83,7 +83,7 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
             row_bytes, growth = _tar_head(source, file), 1.0
         else:
             head = file.read(_HEAD_BYTES)
-            text = _unpacked(head, compression)
+            text = unpacked_head(head, compression)
             row_bytes, growth = len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
             if source.format in DELIMITERS:
                 options["delimiter"] = delimiter_of(source.format, text)
@@ -94,7 +94,7 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
         yield Chunk(number + i, source.number, source.path, source.format, start, end, "bytes", None, options)
 
 
-def _unpacked(head: bytes, compression: str) -> bytes:
+def unpacked_head(head: bytes, compression: str) -> bytes:
     """The text that a file's first bytes hold, no more than some MiB of it."""
     if not compression:
         return head
@@ -159,7 +159,7 @@ def columns_of(source: Source) -> list[str] | None:
     if source.format in DELIMITERS:
         compression = compression_of(source.path)
         with open_file(source.path, source.fingerprint) as file:
-            delimiter = delimiter_of(source.format, _unpacked(file.read(_HEAD_BYTES), compression))
+            delimiter = delimiter_of(source.format, unpacked_head(file.read(_HEAD_BYTES), compression))
         return csv_header(source.path, delimiter, compression, source.fingerprint)
     with open_file(source.path, source.fingerprint) as file:
         if source.format == "parquet":
@@ -177,7 +177,7 @@ def _columns_of_head(source: Source) -> list[str] | None:
             for sample in islice(Samples(source.path, file).take(0, source.nbytes), _HEAD_SAMPLES):
                 names |= {} if isinstance(sample, Exception) else dict.fromkeys((KEY_COLUMN, *sample.members))
             return list(names) or None
-        head = _unpacked(file.read(_HEAD_BYTES), compression_of(source.path))
+        head = unpacked_head(file.read(_HEAD_BYTES), compression_of(source.path))
     for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         try:
             row = json.loads(line)

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
+from torchrelay.producer.runs.kept_types import kept_differences
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
 __all__ = [
@@ -102,6 +103,7 @@ def resumed(known: Manifest, asked: RunPlan) -> Manifest:
     """
     plan = known.plan
     differs = [*_differences(plan, asked), *_changed_sources(plan.sources, asked.sources)]
+    differs += kept_differences(plan.read.kept, asked.read.kept)
     if differs:
         lines = "".join(f"\n  {line}" for line in differs)
         raise RunConflict(

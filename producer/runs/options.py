@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from torchrelay.config.runs import CHUNK_BYTES, ReadOptions, WriteOptions
@@ -36,6 +36,7 @@ class RunKeywords(TypedDict, total=False):
     columns: Mapping[str, str] | None
     key: str | None
     keep: Sequence[str]
+    keep_types: Mapping[str, str] | None
     format: str
     resume: bool
     retry_errors: bool
@@ -68,6 +69,7 @@ class RunOptions:
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
     run_id: str | None = None
+    keep_types: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -83,7 +85,7 @@ class RunOptions:
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
-        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), given.get("image_side"))
+        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), image_side=given.get("image_side"))
         write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
         run_id = given.get("run_id")
         if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
@@ -103,4 +105,5 @@ class RunOptions:
             given.get("in_flight"),
             given.get("on_progress"),
             run_id,
+            dict(given.get("keep_types") or {}),
         )

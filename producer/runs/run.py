@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
 from torchrelay.producer.runs.finishing import RunSummary, finish, totals_of
 from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
+from torchrelay.producer.runs.kept_types import kept_of_memory, kept_of_sources
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.merging import merge
@@ -31,6 +32,7 @@ from torchrelay.producer.runs.recording import Recorder
 from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
+from torchrelay.stages.writing.arrow import need_arrow
 from torchrelay.stages.writing.table import check_names
 
 __all__ = ["Run", "prepare_run"]
@@ -212,12 +214,20 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
+def described(data: Any) -> str:
+    """An input, for people."""
+    if is_in_memory(data):
+        return f"{type(data).__name__} in memory"
+    return " ".join(map(os.fspath, [data] if isinstance(data, str | os.PathLike) else data))
+
+
 def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
     """Plans and takes hold of the output folder. `target` is a name, or a pipeline that is registered here.
 
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
     """
+    need_arrow()  # what reads and writes runs, and the list of errors, need it in any format
     registry = core.registry
     with reached():
         known = registry.find(target) if isinstance(target, str) else registry.register(target, current=False)
@@ -229,15 +239,18 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
         check_names(graph.written, options.write.key, options.write.keep)
     in_memory = is_in_memory(data)
     sources = [memory_source(data)] if in_memory else find_sources(data)
-    if not in_memory:
+    text = described(data)
+    if in_memory:
+        kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types)
+    else:
         check_columns(sources, options.read, pipeline.input)
+        kept = kept_of_sources(sources, options.read, options.keep_types)
+    read = replace(options.read, kept=kept)
     root = root_of(data) if sources[0].format == "image" else None
-    named = [data] if isinstance(data, str | os.PathLike) else data
-    text = f"{type(data).__name__} in memory" if in_memory else " ".join(map(os.fspath, named))
     with reached():
         registry.register(twin)
         size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)
-    plan = RunPlan(pipeline.name, pipeline.version, text, sources, options.read, options.write, size, options.limit)
+    plan = RunPlan(pipeline.name, pipeline.version, text, sources, read, options.write, size, options.limit)
     folder = open_run(plan, resume=options.resume, base_dir=base_dir, run=options.run_id)
     try:
 

@@ -285,6 +285,10 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     terminal.out.print(f"{summary['status']}: {rows}, {speed}, in {terminal.clean(run.output)}", soft_wrap=True)
     if merged := summary.get("merged"):
         terminal.out.print(f"merged into {terminal.clean(merged)}", soft_wrap=True)
+    if twice := summary.get("duplicate_keys"):
+        such = terminal.clean(", ".join(map(repr, summary["duplicate_key_examples"])))
+        text = f"{twice:,} rows have a key that a row before them has, such as {such}"
+        terminal.err.print(f"[yellow]{text}[/yellow]", soft_wrap=True)
     if summary["error_lines"]:
         failed = f"{summary['errors']} rows and {summary['failed_chunks']} chunks failed"
         terminal.err.print(

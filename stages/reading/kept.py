@@ -24,11 +24,11 @@ from torchrelay.stages.writing.layout import Layout, json_text, layout_of
 
 __all__ = [
     "field_of",
-    "fields_of_values",
     "kept_names",
     "kept_table",
     "pack_schema",
     "pack_table",
+    "seen_layout",
     "unpack_schema",
     "unpack_table",
 ]
@@ -83,9 +83,10 @@ def field_of(name: str, layout: Layout) -> Any:
     return to_table({name: []}, {name: _UNKNOWN if layout.kind == "null" else layout}).schema.field(0)
 
 
-def fields_of_values(columns: Mapping[str, Column]) -> list[Any]:
-    """The fields of columns of Python's values, by the values that are there."""
-    return [field_of(name, layout_of(_present(column))) for name, column in columns.items()]
+def seen_layout(values: Column) -> Layout:
+    """How a column lies of which these values were seen. Arrays of rows may have any size, whatever theirs is."""
+    layout = layout_of(_present(values))
+    return Layout("ragged", layout.dtype, (None,) * len(layout.shape)) if layout.shape else layout
 
 
 def _present(column: Column) -> Column:
@@ -113,7 +114,7 @@ def kept_table(
         is_arrow = isinstance(column, pa.Array | pa.ChunkedArray)
         field = None if schema is None else schema.field(name)
         if field is None:
-            field = pa.field(name, column.type) if is_arrow else fields_of_values({name: column})[0]
+            field = pa.field(name, column.type) if is_arrow else field_of(name, layout_of(_present(column)))
         array = _cast(column, field, what, failed) if is_arrow else _made(column, field, what, failed)
         if name == options.key:
             _need_values(array, what, failed)

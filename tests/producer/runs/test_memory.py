@@ -198,7 +198,7 @@ def test_names_of_values_and_tuples():
     options = ReadOptions({"n": "1"}, keep=("0",))
     ((_, read),) = push_chunks(Pairs(2), options, types_of(n="int64"), SIZE)
     assert read.table["n"].tolist() == [0, 1]
-    assert np.asarray(read.keep["0"]).tolist() == [[0, 0], [1, 1]]
+    assert read.kept.column("0").to_pylist() == [[0, 0], [1, 1]]
 
 
 def test_images_and_tensors_become_arrays():
