@@ -58,7 +58,8 @@ def _mixed(numbers: Numbers, shares: int, share: int) -> Numbers:
         return numbers
     # Numbers that follow each other must fall into all shares.
     spread = (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
-    return numbers[spread % np.uint64(shares) == share]
+    mine: Numbers = numbers[spread % np.uint64(shares) == share]
+    return mine
 
 
 def _keys(run: RunFolder, key: str) -> Iterator[tuple[Any, Numbers]]:

@@ -132,6 +132,7 @@ def _differences(known: RunPlan, asked: RunPlan) -> list[str]:
         ("version of the pipeline", known.version, asked.version),
         ("columns", dict(known.read.columns), dict(asked.read.columns)),
         ("key", known.write.key, asked.write.key),
+        ("delimiter", known.read.delimiter, asked.read.delimiter),
         ("keep", list(known.write.keep), list(asked.write.keep)),
         ("format", known.write.format, asked.write.format),
         ("limit", known.limit, asked.limit),

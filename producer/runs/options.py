@@ -30,6 +30,17 @@ def _folder(output: object) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
+def _mark(delimiter: Any) -> Any:
+    r"""A tab may be written as a shell has it, `\t`."""
+    return "\t" if delimiter in ("\\t", "tab") else delimiter
+
+
+def _types(given: Any) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(isinstance(t, str) for pair in given.items() for t in pair):
+        raise InputError(f"keep_types {given!r:.60} maps a kept column to its type: {{'price': 'float64'}}")
+    return dict(given)
+
+
 class RunKeywords(TypedDict, total=False):
     """What `Relay.run` takes by keyword; it says there what each means."""
 
@@ -37,6 +48,8 @@ class RunKeywords(TypedDict, total=False):
     key: str | None
     keep: Sequence[str]
     keep_types: Mapping[str, str] | None
+    input_format: str | None
+    delimiter: str | None
     format: str
     resume: bool
     retry_errors: bool
@@ -70,6 +83,7 @@ class RunOptions:
     on_progress: Callable[[Progress], object] | None = None
     run_id: str | None = None
     keep_types: Mapping[str, str] = field(default_factory=dict)
+    input_format: str | None = None
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -85,7 +99,14 @@ class RunOptions:
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
-        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), image_side=given.get("image_side"))
+        read = ReadOptions(
+            dict(given.get("columns") or {}),
+            key,
+            tuple(keep),
+            "",
+            _mark(given.get("delimiter")),
+            given.get("image_side"),
+        )
         write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
         run_id = given.get("run_id")
         if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
@@ -105,5 +126,6 @@ class RunOptions:
             given.get("in_flight"),
             given.get("on_progress"),
             run_id,
-            dict(given.get("keep_types") or {}),
+            _types(given.get("keep_types") or {}),
+            given.get("input_format"),
         )

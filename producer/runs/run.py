@@ -238,7 +238,7 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
     if graph.written is not None:
         check_names(graph.written, options.write.key, options.write.keep)
     in_memory = is_in_memory(data)
-    sources = [memory_source(data)] if in_memory else find_sources(data)
+    sources = [memory_source(data)] if in_memory else find_sources(data, options.input_format)
     text = described(data)
     if in_memory:
         kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types)

@@ -142,7 +142,7 @@ def _cast(array: Any, field: Any, what: str, failed: MutableMapping[int, Unreada
         return fitted(array)
     except (pa.ArrowException, UnicodeDecodeError):
         pass  # row by row, to find which
-    pieces = []
+    pieces: list[Any] = []
     for i in range(len(array)):
         try:
             piece = fitted(array.slice(i, 1))

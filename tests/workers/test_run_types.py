@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,16 @@ def test_null_keys_cost_their_rows_and_doubled_ones_are_told(relay: Relay, start
     (error,) = pq.read_table(tmp_path / "out/_run/errors.parquet").to_pylist()
     assert (error["_row"], error["stage"]) == (1, "@read")
     assert "key column 'id' has no value in this row" in error["text"]
+
+
+def test_without_pyarrow_a_run_says_what_to_install(
+    relay: Relay, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, in whatever format: the list of errors and the parts' records need it too."""
+    start()
+    (tmp_path / "in.jsonl").write_text('{"n": 1}\n')
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for format in ("jsonl", "parquet", "npy"):
+        with pytest.raises(ConfigError, match=r'dataset runs need pyarrow: pip install "torchrelay\[runs\]"'):
+            relay.prepare_run("tell", input=tmp_path / "in.jsonl", output=tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
