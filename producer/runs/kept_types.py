@@ -10,6 +10,8 @@ What does not fit later costs its row. A run that goes on keeps the types that i
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
@@ -37,16 +39,19 @@ __all__ = ["kept_differences", "kept_of_memory", "kept_of_sources"]
 Named = Mapping[str, str]
 """Kept column to str, bytes, json or a numeric dtype: the user's word where no file says it."""
 _KINDS: Final = {"str": "text", "bytes": "bytes", "json": "json"}
+_TIMES: Final = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 _READERS = 16
 _ROWS_SEEN = 64
 _LIST_ROWS_SEEN = 100_000
 _OPEN = ("jsonl", "tar")
 
 
-def kept_of_sources(sources: Sequence[Source], read: ReadOptions, named: Named | None = None) -> str:
+def kept_of_sources(
+    sources: Sequence[Source], read: ReadOptions, named: Named | None = None, output: str = "parquet"
+) -> str:
     """The schema of the key and kept columns of files, as `ReadOptions.kept` holds it; "" where there are none.
 
-    Raises ConfigError where a file lacks one, or two have types that no type holds both.
+    Raises ConfigError where a file lacks one, two have types that no type holds both, or the output cannot hold one.
     """
     names = kept_names(read)
     if not names or not sources:
@@ -54,7 +59,7 @@ def kept_of_sources(sources: Sequence[Source], read: ReadOptions, named: Named |
     format = sources[0].format
     given = _given(names, named or {}, format in _OPEN)
     if format in ("parquet", "arrow"):
-        return pack_schema(_of_schemas(sources, names))
+        return pack_schema(_held(_of_schemas(sources, names), output))
     if format in ("npy", "npz"):
         return _of_layouts(names, (_array_layouts(s) for s in sources), {})
     if format in _OPEN:
@@ -64,7 +69,9 @@ def kept_of_sources(sources: Sequence[Source], read: ReadOptions, named: Named |
     return _of_layouts(names, [kinds], {})
 
 
-def kept_of_memory(data: Any, read: ReadOptions, types: Types | None, named: Named | None = None) -> tuple[str, Any]:
+def kept_of_memory(
+    data: Any, read: ReadOptions, types: Types | None, named: Named | None = None, output: str = "parquet"
+) -> tuple[str, Any]:
     """(the schema of the key and kept columns of an input in memory, the input): rows that come but once are put back
     before the others."""
     names = kept_names(read)
@@ -72,19 +79,23 @@ def kept_of_memory(data: Any, read: ReadOptions, types: Types | None, named: Nam
         return "", data
     if type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "columns"):
         there = [n for n in names if n in data.columns]
-        return _of_stream(need_arrow().Table.from_pandas(data[there], preserve_index=False).schema, names), data
+        schema = need_arrow().Table.from_pandas(data[there], preserve_index=False).schema
+        return _of_stream(schema, names, output), data
     if hasattr(data, "__arrow_c_stream__"):
         reader = need_arrow().RecordBatchReader.from_stream(data)
-        return _of_stream(reader.schema, names), reader
+        return _of_stream(reader.schema, names, output), reader
     if isinstance(data, Mapping):
+        seen = {n: list(data[n]) for n in names if isinstance(data.get(n), list | tuple)}
         layouts = {n: _table_layout(data[n]) for n in names if n in data}
     else:
         rows, data = _first_rows(data)
-        layouts = _row_layouts(rows, names, RowReader(read, types))
-    return _of_layouts(names, [layouts], _given(names, named or {}, True)), data
+        seen = _seen(rows, names, RowReader(read, types))
+        layouts = {n: seen_layout(v) for n, v in seen.items()}
+    given = _given(names, named or {}, True)
+    return _of_layouts(names, [layouts], given, {n: t for n, t in _arrow_types(seen).items() if n not in given}), data
 
 
-def _row_layouts(rows: Iterable[Any], names: Sequence[str], reader: RowReader) -> dict[str, Layout]:
+def _seen(rows: Iterable[Any], names: Sequence[str], reader: RowReader) -> dict[str, list[Any]]:
     seen: dict[str, list[Any]] = {n: [] for n in names}
     for value in rows:
         try:
@@ -93,7 +104,22 @@ def _row_layouts(rows: Iterable[Any], names: Sequence[str], reader: RowReader) -
             continue  # a bad row, of which its chunk will tell
         for name in names:
             seen[name].append(row.get(name))
-    return {n: seen_layout(v) for n, v in seen.items()}
+    return seen
+
+
+def _arrow_types(seen: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Of columns of Python's times and decimals, which JSON has not."""
+    pa = need_arrow()
+    found = {}
+    for name, values in seen.items():
+        given = [v for v in values if v is not None]
+        if given and all(isinstance(v, _TIMES) for v in given):
+            try:
+                kind = pa.infer_type(given)
+            except pa.ArrowException:
+                continue  # of several kinds
+            found[name] = pa.decimal128(38, kind.scale) if pa.types.is_decimal128(kind) else kind
+    return found
 
 
 def kept_differences(known: str, asked: str) -> list[str]:
@@ -162,8 +188,29 @@ def _schema_of(source: Source) -> Any:
 
 def _plain_field(field: Any) -> Any:
     """Without the file's own notes, but for those that name a type that pyarrow does not know."""
+    pa = need_arrow()
     notes = {k: v for k, v in (field.metadata or {}).items() if k.startswith(b"ARROW:")}
-    return need_arrow().field(field.name, field.type, metadata=notes or None)
+    # Views are another way of storing the same values, of which pyarrow cannot take some.
+    plain = {"string_view": pa.string(), "binary_view": pa.binary()}.get(str(field.type), field.type)
+    return pa.field(field.name, plain, metadata=notes or None)
+
+
+def _held(schema: Any, output: str) -> Any:
+    """The schema; raises ConfigError where rows of a type cannot be chosen, or the output's format cannot hold it."""
+    pa = need_arrow()
+    from pyarrow import parquet
+
+    for field in schema:
+        try:
+            table = pa.table([pa.nulls(1, field.type)], schema=pa.schema([field])).take([0])
+            if output == "parquet":
+                parquet.write_table(table, pa.BufferOutputStream())
+        except (pa.ArrowException, NotImplementedError) as error:
+            raise ConfigError(
+                f"column {field.name!r:.60} is {field.type!s:.100}, which {output} output cannot hold: {error!s:.100}; "
+                "leave it out of keep, or convert it"
+            ) from error
+    return schema
 
 
 def _unified(a: Any, b: Any) -> Any:
@@ -184,19 +231,26 @@ def _unified(a: Any, b: Any) -> Any:
     return both
 
 
-def _of_stream(schema: Any, names: Sequence[str]) -> str:
+def _of_stream(schema: Any, names: Sequence[str], output: str) -> str:
     there = [_plain_field(schema.field(n)) for n in names if n in schema.names]
     # A column that is not there is refused where all are chosen.
     rest = [field_of(n, Layout("null")) for n in names if n not in schema.names]
-    return pack_schema(need_arrow().schema([*there, *rest]))
+    return pack_schema(_held(need_arrow().schema([*there, *rest]), output))
 
 
-def _of_layouts(names: Sequence[str], found: Iterable[Mapping[str, Layout]], given: Mapping[str, Layout]) -> str:
+def _of_layouts(
+    names: Sequence[str],
+    found: Iterable[Mapping[str, Layout]],
+    given: Mapping[str, Layout],
+    arrow: Mapping[str, Any] | None = None,
+) -> str:
     layouts = dict.fromkeys(names, Layout("null"))
     for one in found:
         layouts |= {n: joined(layouts[n], layout) for n, layout in one.items() if n in layouts}
     layouts |= given
-    return pack_schema(need_arrow().schema([field_of(n, layout) for n, layout in layouts.items()]))
+    pa, known = need_arrow(), arrow or {}
+    fields = [pa.field(n, known[n]) if n in known else field_of(n, layout) for n, layout in layouts.items()]
+    return pack_schema(pa.schema(fields))
 
 
 def _array_layouts(source: Source) -> dict[str, Layout]:

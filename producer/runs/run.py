@@ -235,16 +235,15 @@ def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptio
     twin = pipeline.for_runs()
     base_dir = Path() if pipeline._folder is None else pipeline._folder
     graph: Any = twin.graph
-    if graph.written is not None:
-        check_names(graph.written, options.write.key, options.write.keep)
+    check_names(graph.written or (), options.write.key, options.write.keep)
     in_memory = is_in_memory(data)
     sources = [memory_source(data)] if in_memory else find_sources(data, options.input_format)
     text = described(data)
     if in_memory:
-        kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types)
+        kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types, options.write.format)
     else:
         check_columns(sources, options.read, pipeline.input)
-        kept = kept_of_sources(sources, options.read, options.keep_types)
+        kept = kept_of_sources(sources, options.read, options.keep_types, options.write.format)
     read = replace(options.read, kept=kept)
     root = root_of(data) if sources[0].format == "image" else None
     with reached():

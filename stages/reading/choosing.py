@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -90,9 +91,16 @@ def resolve(format: str, available: Iterable[str] | None, options: ReadOptions, 
     if missing:
         raise InputError(
             f"the dataset has no column {missing[0]!r:.60}; it has {', '.join(known)[:300]}; "
-            "say which column is meant: columns={pipeline column: dataset column}"
+            f"say which column is meant: columns={{pipeline column: dataset column}}{_looks_like(missing[0], known)}"
         )
     return {n: c for n, c in chosen.items() if n not in lost or c == main}
+
+
+def _looks_like(name: str, known: Iterable[str]) -> str:
+    """A hint where a column's name only looks the same: accents may be spelled as one character or as two."""
+    plain = unicodedata.normalize("NFC", name)
+    other = next((n for n in known if n != name and unicodedata.normalize("NFC", n) == plain), None)
+    return "" if other is None else f"; {other!a:.80} there is spelled in the other Unicode form, {name!a:.80} came"
 
 
 def _optional(types: Types | None, name: str) -> bool:

@@ -156,6 +156,7 @@ def _cast(array: Any, field: Any, what: str, failed: MutableMapping[int, Unreada
 def _made(column: Column, field: Any, what: str, failed: MutableMapping[int, Unreadable]) -> Any:
     """Python's values as an array of the run's type."""
     layout = layout_in(field)
+    fitting = _fitting if layout.kind != "arrow" else _fitting_arrow
     if isinstance(column, np.ndarray) and layout.kind in ("number", "fixed") and layout_of(column) == layout:
         return to_table({field.name: column}, {field.name: layout}).column(0)
     values: list[Any] = []
@@ -166,18 +167,33 @@ def _made(column: Column, field: Any, what: str, failed: MutableMapping[int, Unr
         try:
             if type(value) is Unreadable:
                 raise InputError(value.text)
-            values.append(_fitting(value, layout))
+            values.append(fitting(value, field))
         except (InputError, ValueError, TypeError, OverflowError, RecursionError) as error:
             kind = error.__class__.__name__ if type(value) is not Unreadable else value.error
             values.append(None)
             failed.setdefault(i, Unreadable(kind, f"{what}: {error!s:.400}"))
+    if layout.kind == "arrow":
+        return need_arrow().array(values, field.type)
     if layout.kind == "json":
         layout = Layout("text")  # it is text by now
     return to_table({field.name: values}, {field.name: layout}).column(0)
 
 
-def _fitting(value: Any, layout: Layout) -> Any:
-    """The value as the layout holds it; raises InputError where it does not as it is."""
+def _fitting_arrow(value: Any, field: Any) -> Any:
+    """The value, where the type holds it as it is."""
+    pa = need_arrow()
+    try:
+        same = bool(pa.scalar(value, field.type).as_py() == value)
+    except (pa.ArrowException, TypeError):
+        same = False
+    if not same:
+        raise InputError(f"it is {field.type} in this run, by the first rows of the input, and {value!r:.60} came")
+    return value
+
+
+def _fitting(value: Any, field: Any) -> Any:
+    """The value as the field's layout holds it; raises InputError where it does not as it is."""
+    layout = layout_in(field)
     kind = layout.kind
     if kind == "json":
         return _encodable(value)
@@ -201,7 +217,11 @@ def _is_alike(value: Any, layout: Layout) -> bool:
 
 
 def _encodable(value: Any) -> str:
-    text = json_text(value)
+    try:
+        # NaN stays what it is where the dataset has it, though it is no JSON.
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, ValueError):
+        text = json_text(value)
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only name

@@ -44,9 +44,9 @@ def layouts_for(layouts: Iterable[Layout]) -> Iterator[Layout]:
 
 def joined(a: Layout, b: Layout) -> Layout:
     """The layout for values of both."""
-    if a == b or b.kind == "null":
+    if a == b or b.kind == "null" or a.kind == "arrow":
         return a
-    if a.kind == "null":
+    if a.kind == "null" or b.kind == "arrow":
         return b
     if a.kind not in _NUMBERS or b.kind not in _NUMBERS or len(a.shape) != len(b.shape):
         return _TEXT
