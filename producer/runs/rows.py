@@ -77,10 +77,12 @@ def _array_of_tensor(tensor: Any) -> Any:
     try:
         return tensor.numpy()
     except TypeError as error:
-        dtype = NUMERIC.get(str(tensor.dtype).removeprefix("torch."))
-        torch = sys.modules.get("torch")
+        name, torch = str(tensor.dtype).removeprefix("torch."), sys.modules.get("torch")
+        dtype = NUMERIC.get(name) if name.startswith(("bfloat16", "float8")) else None
         if dtype is None or torch is None:
-            raise InputError(f"a tensor of {tensor.dtype} has no NumPy form; convert it in the dataset") from error
+            raise InputError(
+                f"a tensor of {tensor.dtype} has no NumPy form ({error}); convert it in the dataset"
+            ) from error
         bits = torch.int16 if dtype.itemsize == 2 else torch.uint8
         return tensor.contiguous().view(bits).numpy().view(dtype)
 

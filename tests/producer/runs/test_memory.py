@@ -208,7 +208,10 @@ def test_images_and_tensors_become_arrays():
     out = io.BytesIO()
     image.save(out, "PNG")
     assert gathered([out.getvalue()], types_of(image="uint8[H, W, 3]"))[2]["image"][0].shape == (2, 3, 3)
-    bad = gathered([torch.zeros(2, dtype=torch.bfloat16)], types_of(x="float32[2]"))[3]
+    halves = [torch.tensor([0.5, -3.0], dtype=torch.bfloat16)]
+    for kind in ("bfloat16[2]", "float32[2]"):
+        assert [v.tolist() for v in gathered(halves, types_of(x=kind))[2]["x"]] == [[0.5, -3.0]]
+    bad = gathered([torch.zeros(2).to_sparse()], types_of(x="float32[2]"))[3]
     assert "convert it in the dataset" in bad[0].text
     needs_grad = torch.ones(2, requires_grad=True)
     assert gathered([needs_grad], types_of(x="float32[2]"))[2]["x"][0].tolist() == [1, 1]
