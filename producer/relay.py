@@ -247,6 +247,9 @@ class Relay:
         - `columns`: pipeline column -> dataset column, where their names differ
         - `key`: the dataset's column that identifies a row in the output; else a row has `_source`, `_row` and `_part`
         - `keep`: columns of the dataset that the output repeats
+        - `keep_types`: kept column or key -> str, bytes, json or a numeric dtype, where no file says its type (JSONL,
+          tar, rows in memory); else the rows that are looked at first decide
+        - `input_format`: of the input, where its names do not tell; `delimiter`: of CSV, else its header tells
         - `format`: "parquet" (default), "jsonl", "npy", or "file.py:Writer"
         - `resume`: go on with the run that the folder holds; without it, such a folder is refused
         - `retry_errors`: of a run that is done, try the rows that failed once more

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from torchrelay.config.columns import Column, plain_value
+from torchrelay.config.columns import Column
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.ragged import take_rows
 from torchrelay.config.run_graph import CHUNK, READ, ROWS, RunGraph
@@ -17,9 +17,11 @@ from torchrelay.queues import codec
 from torchrelay.stages import Batch, Stage, StageContext
 from torchrelay.stages.outputs import ReadRows
 from torchrelay.stages.reading import BadRow, ReadResult, read_chunk
+from torchrelay.stages.reading.kept import pack_table
 from torchrelay.stages.reading.pushed import from_columns
 from torchrelay.stages.reading.raw import ids
-from torchrelay.workers.run_columns import KEY, REFUSED, ROW, SOURCE, keep_column, warm_up
+from torchrelay.stages.writing.plain import key_value
+from torchrelay.workers.run_columns import AT, KEPT, REFUSED, ROW, SOURCE, warm_up
 
 __all__ = ["Read"]
 
@@ -45,12 +47,12 @@ class Read(Stage):
             batch.reject(0, f"{type(error).__name__}: {error}")
             found, refused = _NOTHING, []
         own: dict[str, Column] = {SOURCE: found.sources, ROW: found.rows}
-        if found.key is not None:
-            own[KEY] = found.key
-        own.update((keep_column(number), found.keep[name]) for number, name in enumerate(task.read.keep) if found.keep)
+        beside: dict[str, Column] = {}
+        if found.kept is not None:
+            own[AT], beside[KEPT] = np.arange(len(found)), [pack_table(found.kept)]
         # As the values of a RowError, which knows the stage and how often it was tried.
         refused += [[bad.source, bad.row, READ, bad.error, bad.text, 1, None] for bad in found.bad]
-        return ReadRows(found.table, [len(found)], own, {REFUSED: [refused]})
+        return ReadRows(found.table, [len(found)], own, {REFUSED: [refused], **beside})
 
     def _read(self, task: RunTask, rows: bytes | None) -> ReadResult:
         if task.chunk.format != MEMORY:
@@ -73,7 +75,7 @@ def _selected(found: ReadResult, task: RunTask) -> tuple[ReadResult, list[list[A
         for pair in order[start:end]:
             # One that could not be read has a reason of its own.
             if (at := at_of.get(pair)) is not None and pair in wanted:
-                key = None if found.key is None else plain_value(found.key[at])
+                key = None if found.kept is None or task.read.key is None else key_value(found.kept, task.read.key, at)
                 refused.append([*pair, *why, key])
                 wanted.discard(pair)
     return _taken(found, [at for at, pair in enumerate(pairs) if pair in wanted], wanted), refused
@@ -86,8 +88,7 @@ def _taken(found: ReadResult, at: list[int], wanted: set[tuple[int, int]]) -> Re
         {name: take_rows(column, chosen) for name, column in found.table.items()},
         found.sources[chosen],
         found.rows[chosen],
-        None if found.key is None else take_rows(found.key, chosen),
-        {name: take_rows(column, chosen) for name, column in found.keep.items()},
+        None if found.kept is None else found.kept.take(chosen),
         bad,
         found.nbytes,
     )

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
+from torchrelay.producer.runs.agreeing import agree
 from torchrelay.producer.runs.folder import RunFolder
+from torchrelay.producer.runs.keys import duplicates
 from torchrelay.stages.writing.arrow import need_arrow
 from torchrelay.stages.writing.found import load
 from torchrelay.stages.writing.layout import json_text
@@ -78,6 +80,8 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
     if summary.status == "done":
         run.remove_strays()
     failures = [f for f in failures if f.chunk not in run.done()]
+    retyped = agree(run)
+    twice = duplicates(run)
     errors = write_errors(run, failures)
     totals, plan = totals_of(run), run.manifest.plan
     rows_now = totals.rows if summary.rows_now is None else summary.rows_now
@@ -98,6 +102,8 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
         "bytes": totals.nbytes,
         "seconds": round(summary.seconds, 3),
         "rows_per_s": round(rows_now / summary.seconds, 1) if summary.seconds > 0 else None,
+        **({} if twice is None else {"duplicate_keys": twice.rows, "duplicate_key_examples": list(twice.examples)}),
+        **({"retyped": retyped} if retyped else {}),
         "stages": {name: dict(numbers) for name, numbers in summary.stages.items()},
         "rows_now": rows_now,
         **summary.more,

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
+from torchrelay.producer.runs.kept_types import kept_differences
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
 __all__ = [
@@ -110,6 +111,7 @@ def resumed(known: Manifest, asked: RunPlan, *, accept_version: bool = False) ->
         known = replace(known, plan=plan, earlier=(*known.earlier, (known.plan.version, now)))
     plan = known.plan
     differs = [*_differences(plan, asked), *_changed_sources(plan.sources, asked.sources)]
+    differs += kept_differences(plan.read.kept, asked.read.kept)
     if differs:
         lines = "".join(f"\n  {line}" for line in differs)
         hint = ""
@@ -141,6 +143,7 @@ def _differences(known: RunPlan, asked: RunPlan) -> list[str]:
         ("version of the pipeline", known.version, asked.version),
         ("columns", dict(known.read.columns), dict(asked.read.columns)),
         ("key", known.write.key, asked.write.key),
+        ("delimiter", known.read.delimiter, asked.read.delimiter),
         ("keep", list(known.write.keep), list(asked.write.keep)),
         ("format", known.write.format, asked.write.format),
         ("limit", known.limit, asked.limit),

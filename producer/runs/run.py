@@ -8,18 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.runs import CHUNK_ROWS, ChunkSize, Source
+from torchrelay.config.runs import CHUNK_ROWS, ChunkSize, ReadOptions, Source
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
 from torchrelay.producer.runs.finishing import RunSummary, finish, totals_of
 from torchrelay.producer.runs.folder import Entering, RunFolder, check_folder, open_existing, open_run
+from torchrelay.producer.runs.kept_types import kept_of_memory, kept_of_sources
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.merging import merge
@@ -31,6 +32,7 @@ from torchrelay.producer.runs.recording import Recorder
 from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
+from torchrelay.stages.writing.arrow import need_arrow
 from torchrelay.stages.writing.table import check_names
 
 __all__ = ["CheckedRun", "Run", "check_run"]
@@ -212,9 +214,17 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
+def described(data: Any) -> str:
+    """An input, for people."""
+    if is_in_memory(data):
+        return f"{type(data).__name__} in memory"
+    return " ".join(map(os.fspath, [data] if isinstance(data, str | os.PathLike) else data))
+
+
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that could be begun; nothing was written yet. `pipeline` is what it is asked of, `twin` its run graph."""
+    """A run that could be begun; nothing was written yet. `pipeline` is what it is asked of, `twin` its run graph,
+    `text` names the input."""
 
     core: Core
     pipeline: Pipeline
@@ -222,6 +232,8 @@ class CheckedRun:
     data: Any
     options: RunOptions
     sources: list[Source]
+    read: ReadOptions
+    text: str
 
     @property
     def in_memory(self) -> bool:
@@ -230,11 +242,9 @@ class CheckedRun:
 
     def plan(self, size: ChunkSize) -> RunPlan:
         """What its folder will say of it."""
-        named = [self.data] if isinstance(self.data, str | os.PathLike) else self.data
-        text = f"{type(self.data).__name__} in memory" if self.in_memory else " ".join(map(os.fspath, named))
         pipeline, options = self.pipeline, self.options
         return RunPlan(
-            pipeline.name, pipeline.version, text, self.sources, options.read, options.write, size, options.limit
+            pipeline.name, pipeline.version, self.text, self.sources, self.read, options.write, size, options.limit
         )
 
     @property
@@ -280,18 +290,23 @@ def check_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
     """
+    need_arrow()  # what reads and writes runs, and the list of errors, need it in any format
     registry = core.registry
     with reached():
         known = registry.find(target) if isinstance(target, str) else registry.register(target, current=False)
     pipeline = known.pipeline
     twin = pipeline.for_runs()
     graph: Any = twin.graph
-    if graph.written is not None:
-        check_names(graph.written, options.write.key, options.write.keep)
-    sources = [memory_source(data)] if is_in_memory(data) else find_sources(data)
-    if not is_in_memory(data):
+    check_names(graph.written or (), options.write.key, options.write.keep)
+    text = described(data)
+    if is_in_memory(data):
+        sources = [memory_source(data)]
+        kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types, options.write.format)
+    else:
+        sources = find_sources(data, options.input_format)
         check_columns(sources, options.read, pipeline.input)
-    checked = CheckedRun(core, pipeline, twin, data, options, sources)
+        kept = kept_of_sources(sources, options.read, options.keep_types, options.write.format)
+    checked = CheckedRun(core, pipeline, twin, data, options, sources, replace(options.read, kept=kept), text)
     size = ChunkSize(options.chunk_rows or CHUNK_ROWS, options.chunk_bytes)
     check_folder(checked.plan(size), checked.entering, checked.base_dir)
     return checked

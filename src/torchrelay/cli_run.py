@@ -67,6 +67,16 @@ def run(
     keep: Annotated[
         list[str] | None, typer.Option("--keep", metavar="COLUMN,..", help="Columns that the output repeats.")
     ] = None,
+    keep_types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-types", metavar="COLUMN=TYPE,..", help="Of kept columns where no file says it: float64, str, json.."
+        ),
+    ] = None,
+    input_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Of the input, where names do not tell: csv, image, parquet..")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(metavar="CHAR", help="Of CSV; by default, its header tells.")] = None,
     format: Annotated[str, typer.Option(help="parquet, jsonl, npy or file.py:Writer.")] = "parquet",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     retry_errors: Annotated[
@@ -119,7 +129,7 @@ def run(
     Example: [bold]torchrelay run embed -i s3://bucket/docs/ -o s3://bucket/vectors/ --redis redis://host:6379/0[/bold]
     """
     options: dict[str, Any] = {
-        "columns": _pairs(columns),
+        "columns": _pairs("--columns", "MINE=THEIRS, for example text=body", columns),
         "key": key,
         "keep": _names(keep),
         "format": format,
@@ -132,7 +142,10 @@ def run(
         "merge": merge,
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
-    options |= {k: v for k, v in (("chunk_rows", chunk_rows), ("image_side", image_side)) if v is not None}
+    more = {"chunk_rows": chunk_rows, "image_side": image_side, "input_format": input_format, "delimiter": delimiter}
+    options |= {k: v for k, v in more.items() if v is not None}
+    if keep_types:
+        options["keep_types"] = _pairs("--keep-types", "COLUMN=TYPE, for example price=float64", keep_types)
     if (at or every) and not detach:
         raise InputError(f"--{'at' if at else 'every'} is for a run that an agent drives; add --detach")
     if detach:
@@ -216,14 +229,14 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _pairs(values: list[str] | None) -> dict[str, str]:
+def _pairs(option: str, how: str, values: list[str] | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in _names(values):
         mine, equals, theirs = item.partition("=")
         if not (mine and equals and theirs):
-            raise InputError(f"--columns {item!r:.80}: write it as MINE=THEIRS, for example text=body")
+            raise InputError(f"{option} {item!r:.80}: write it as {how}")
         if mine in found:
-            raise InputError(f"--columns names {mine!r:.60} twice")
+            raise InputError(f"{option} names {mine!r:.60} twice")
         found[mine] = theirs
     return found
 
@@ -308,6 +321,10 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     terminal.out.print(f"{summary['status']}: {rows}, {speed}, in {terminal.clean(run.output)}", soft_wrap=True)
     if merged := summary.get("merged"):
         terminal.out.print(f"merged into {terminal.clean(merged)}", soft_wrap=True)
+    if twice := summary.get("duplicate_keys"):
+        such = terminal.clean(", ".join(map(repr, summary["duplicate_key_examples"])))
+        text = f"{twice:,} rows have a key that a row before them has, such as {such}"
+        terminal.err.print(f"[yellow]{text}[/yellow]", soft_wrap=True)
     if summary["error_lines"]:
         failed = f"{summary['errors']} rows and {summary['failed_chunks']} chunks failed"
         terminal.err.print(
