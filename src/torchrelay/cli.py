@@ -52,6 +52,7 @@ from torchrelay.errors import (
     TorchrelayError,
     UsageError,
 )
+from torchrelay.on_demand import ReadersOnDemand
 from torchrelay.stages import check_stages
 from torchrelay.system import System
 from torchrelay.up import Fleet, run_fleet
@@ -135,14 +136,15 @@ def up(
 ) -> None:
     """Run everything on this machine: the server if there is none, a coordinator, an agent, their workers, a live view.
 
-    Ctrl-C drains: batches under way are finished, the rest goes back to the queues.
+    What reads and writes datasets is started when a run wants it. Ctrl-C drains: batches under way are finished, the
+    rest goes back to the queues.
 
     Example: [bold]torchrelay up pipeline.yaml --allow-cpu[/bold]
     """
     fleet = System(host_name(), redis, namespace, allow_cpu=allow_cpu)
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         fleet.add(Pipeline.load(file, overrides), overrides)
-    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal))
+    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal, tick=ReadersOnDemand(fleet).tick))
 
 
 @app.command()

@@ -75,6 +75,10 @@ class System(Fleet):
         self._decides = threading.Thread(target=coordinator.run, args=(self._stop,), name="torchrelay-coordinator")
         self._decides.start()
 
+    def pipelines(self) -> list[tuple[Pipeline, dict[str, str]]]:
+        """Each with what `--set` says of it."""
+        return [(one.pipeline, one.overrides) for one in self._servable.values()]
+
     @property
     def nodes(self) -> set[str]:
         """Of every stage that may run here."""
