@@ -184,6 +184,11 @@ class ControlKeys:
         return self.tag + "wishes"
 
     @property
+    def wanted(self) -> str:
+        """ZSET node that reads or writes, and that a run lacks -> until when it asks, ms of the server's clock."""
+        return self.tag + "wanted"
+
+    @property
     def runs(self) -> str:
         """ZSET run id -> when it began, ms of its driver's clock."""
         return self.tag + "runs"

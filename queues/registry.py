@@ -24,6 +24,7 @@ from torchrelay.queues.transitions import Transitions, pack_graph
 
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 6_000
+WANTED_MS = 10_000
 # A client that read which version is current may go on with it so long.
 CURRENT_S = 1.0
 _HISTORY = 20
@@ -239,13 +240,32 @@ class Registry:
 
     def workers(self) -> list[WorkerReport]:
         """Workers whose heartbeat has not run out, by the server's clock."""
-        seconds, micros = self.client.time()
-        alive: Any = self.client.zrangebyscore(self.control.alive, seconds * 1000 + micros // 1000, "+inf")
+        alive: Any = self.client.zrangebyscore(self.control.alive, self._server_ms(), "+inf")
         if not alive:
             return []
         found: Any = self.client.hmget(self.control.workers, alive)
         reports = [WorkerReport.decode(v) for v in found if v]
         return sorted((r for r in reports if r), key=lambda r: (r.node, r.worker))
+
+    def want(self, nodes: Iterable[str]) -> None:
+        """Says that a run lacks these nodes, which read or write. It is believed for some seconds, so that who waits
+        says it again and again; whoever can serves them."""
+        asked = list(nodes)
+        if asked:
+            until = self._server_ms() + WANTED_MS
+            with self.client.pipeline() as pipe:
+                pipe.zremrangebyscore(self.control.wanted, "-inf", until - WANTED_MS)
+                pipe.zadd(self.control.wanted, dict.fromkeys(asked, until))
+                pipe.execute()
+
+    def wanted(self) -> set[str]:
+        """Nodes that a run lacks now."""
+        found: Any = self.client.zrangebyscore(self.control.wanted, self._server_ms(), "+inf")
+        return {_text(node) for node in found}
+
+    def _server_ms(self) -> int:
+        seconds, micros = self.client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def loads(self) -> dict[str, int]:
         """Every load counter, summed over the lanes: `<pipeline@version>/<stage>.ready_rows` and its like."""

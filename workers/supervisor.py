@@ -36,6 +36,7 @@ from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, Pro
 
 log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
+_NEWS_S = 0.3
 GRACE_S = 30.0
 _LOOK_S = 0.25
 _LOOK_LOADING_S = 0.05
@@ -97,6 +98,7 @@ class Supervisor:
         self._incarnation = ""
         self._started_at = 0.0
         self._next_beat = 0.0
+        self._told_jobs = 0
         self._next_renewal = 0.0
         self._keep_at = 0.0
         group = plan.group
@@ -274,13 +276,18 @@ class Supervisor:
                 return
             self._renew(progress)
             state = "draining" if self._stopping else STATES[progress.state]
-            if state != told or time.monotonic() >= self._next_beat:
+            if state != told or time.monotonic() >= self._next_beat or self._has_news(progress):
                 self._beat(progress, state)
                 told = state
             self._upkeep.tick()
             self._keep_arena()
             self._changed.wait(_LOOK_LOADING_S if progress.state == LOADING else _LOOK_S)
             self._changed.clear()
+
+    def _has_news(self, progress: Progress) -> bool:
+        """Whether jobs ended that nobody was told of, and none is computed: whoever waited for them counts by them."""
+        told_long_ago = time.monotonic() >= self._next_beat - HEARTBEAT_S + _NEWS_S
+        return told_long_ago and progress.jobs != self._told_jobs and not progress.forward_since
 
     def _hung(self, progress: Progress) -> bool:
         """Whether a forward is past its time-out, or a loaded child has said nothing for much longer than it may."""
@@ -313,6 +320,7 @@ class Supervisor:
     def _beat(self, progress: Progress, state: str) -> None:
         self._next_beat = time.monotonic() + HEARTBEAT_S
         self.state = state
+        self._told_jobs = progress.jobs
         report = WorkerReport(
             worker=self.name,
             host=socket.gethostname(),

@@ -50,6 +50,7 @@ from torchrelay.errors import (
     TorchrelayError,
     UsageError,
 )
+from torchrelay.on_demand import ReadersOnDemand
 from torchrelay.stages import check_stages
 from torchrelay.up import Fleet, run_fleet
 from torchrelay.would_run import described, this_host, told, views, would_run
@@ -131,14 +132,15 @@ def up(
 ) -> None:
     """Run everything on this machine: the server if there is none, the workers of every stage, a live view.
 
-    Ctrl-C drains: batches under way are finished, the rest goes back to the queues.
+    What reads and writes datasets is started when a run wants it. Ctrl-C drains: batches under way are finished, the
+    rest goes back to the queues.
 
     Example: [bold]torchrelay up pipeline.yaml --allow-cpu[/bold]
     """
     fleet = Fleet(redis, namespace, allow_cpu=allow_cpu)
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         fleet.add(Pipeline.load(file, overrides), overrides)
-    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal))
+    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal, tick=ReadersOnDemand(fleet).tick))
 
 
 @app.command()

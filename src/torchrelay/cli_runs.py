@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rq.worker import BaseWorker
 
 from torchrelay import terminal
 from torchrelay.agent import Loaded, RunsAgent
@@ -24,7 +23,7 @@ from torchrelay.cli_options import (
 )
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import InputError
+from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs import timetable
 from torchrelay.producer.runs.detached import LEVELS, RunRequest, enqueue, runs_queues
@@ -79,11 +78,13 @@ def agent(
 
 
 class When(NamedTuple):
-    """`--at`, `--every` and `--retries` as they were written."""
+    """`--at`, `--every`, `--retries` and `--check` as they were written."""
 
     at: str | None
     every: str | None
     retries: int
+    check: bool = True
+    """Whether what the run reads and writes is looked at from here."""
 
 
 def detach(
@@ -103,10 +104,12 @@ def detach(
     due = None if when.at is None else timetable.moment(when.at, now)
     registry = relay.registry
     client, control = registry.client, registry.control
-    if is_file(target):
-        ref = registry.register(Pipeline.load(target), current=False).pipeline.ref
+    pipeline: str | Pipeline = Pipeline.load(target) if is_file(target) else registry.find(target).pipeline.ref
+    ref = pipeline if isinstance(pipeline, str) else registry.register(pipeline, current=False).pipeline.ref
+    if when.check:
+        _check(relay, pipeline, data, _first_folder(output, rule, due or now), options)
     else:
-        ref = registry.find(target).pipeline.ref
+        registry.find(ref).pipeline.for_runs()  # says why there are none
     run = new_run_id()
     if rule is None:
         folder = timetable.with_started(output, now if due is None else due)
@@ -124,10 +127,22 @@ def detach(
     time_of_it = "" if view.due is None else f", {'first ' if rule else ''}at {terminal.when(view.due)}"
     terminal.out.print(f"{run} {view.state} on {queue.name}{time_of_it}", soft_wrap=True)
     terminal.out.print(f"look at it with: torchrelay runs show {run}", soft_wrap=True)
-    if not BaseWorker.count(queue=queue):
-        terminal.err.print(
-            f"no agent takes {request.level} runs yet; start one with: torchrelay agent FILE", soft_wrap=True
-        )
+    if view.waits_for:
+        terminal.err.print(view.waits_for, soft_wrap=True)
+
+
+def _first_folder(output: str, rule: int | str | None, at: float) -> str:
+    return timetable.with_started(output if rule is None else timetable.folders(output), at)
+
+
+def _check(relay: Relay, target: str | Pipeline, data: Sequence[str], output: str, options: Mapping[str, Any]) -> None:
+    """As for a run in the foreground, and in the same words."""
+    try:
+        relay.check_run(target, input=list(data), output=output, **options)
+    except ConfigError:
+        hint = "paths are looked at from here; if the agent's host alone has them, or later, add --no-check"
+        terminal.err.print(hint, soft_wrap=True)
+        raise
 
 
 @runs_app.command("list")
@@ -153,6 +168,7 @@ def _cells(view: RunView) -> tuple[str, ...]:
     seconds = "" if view.seconds is None else f"{view.seconds:,.0f}"
     driver = view.driver or ("an agent" if view.detached else "")
     state = view.state if view.due is None else f"{view.state}, {terminal.when(view.due)}"
+    state += ", no agent" if view.waits_for else ""
     return view.id, state, view.pipeline, rows, speed, errors, seconds, view.output, driver
 
 
