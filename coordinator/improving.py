@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from itertools import combinations
 
 from torchrelay.coordinator.board import Board, Kind, Option, Placed, Task
@@ -81,7 +81,8 @@ def _from_presumed(board: Board, task: Task) -> bool:
         lack = _lack(want, slot)
         if lack.memory or lack.host_memory or (slot.on_cpu and lack.compute):
             continue
-        givers = [p for p in slot.host.placed if (p.new or first) and p.task.kind.loose(p.slots[0])]
+        others = [p for p in slot.host.placed if (p.new or first) and p.task.kind.key != kind.key]
+        givers = [p for p in others if p.task.kind.loose(p.slots[0])]
         compute = [p for p in givers if p.slots[0] is slot and not slot.on_cpu]
         cpus = [p for p in givers if p.slots[0].on_cpu]
         if sum(p.wants[0].compute for p in compute) < lack.compute or sum(p.wants[0].cpus for p in cpus) < lack.cpus:
@@ -113,15 +114,20 @@ def _search(board: Board, refused: Sequence[Task]) -> bool:
     for placed in before:
         board.unbook(placed)
     tasks.sort(key=lambda t: (t.kind.units[0].presumed, -len(t.units), *(-n for n in t.kind.wants[0]), t.kind.key))
-    found = _Search(board, tasks).run()
+    # What got all that it asks for is not cut here.
+    whole = {id(p.task) for p in before if len(p.slots) > 1 or p.wants[0] == p.task.kind.want_on(p.slots[0])}
+    found = _Search(board, tasks, whole).run()
     if found is None:
         for placed in before:
             board.book(placed)
         board.version = version
         return False
+    cut = [
+        task.kind.loose(option.slots[0]) and id(task) not in whole for task, option in zip(tasks, found, strict=True)
+    ]
     # What makes do takes what the others leave.
-    for task, option in sorted(zip(tasks, found, strict=True), key=lambda pair: pair[0].kind.units[0].presumed):
-        _book(board, task, _full(task.kind, option))
+    for i in sorted(range(len(tasks)), key=lambda i: bool(cut[i])):
+        _book(board, tasks[i], _full(tasks[i].kind, found[i]))
     return True
 
 
@@ -134,9 +140,10 @@ def _full(kind: Kind, option: Option) -> Option:
 class _Search:
     """Depth first, over slots that differ in what is left of them."""
 
-    def __init__(self, board: Board, tasks: Sequence[Task]) -> None:
+    def __init__(self, board: Board, tasks: Sequence[Task], whole: Set[int]) -> None:
         self._board = board
         self._tasks = tasks
+        self._whole = whole
         self._steps = SEARCH_STEPS
 
     def run(self) -> list[Option] | None:
@@ -148,7 +155,7 @@ class _Search:
         if index == len(self._tasks):
             return True
         task = self._tasks[index]
-        for option in self._options(task.kind):
+        for option in self._options(task.kind, id(task) in self._whole):
             self._steps -= 1
             if self._steps < 0:
                 return False
@@ -161,7 +168,7 @@ class _Search:
             chosen.pop()
         return False
 
-    def _options(self, kind: Kind) -> Iterable[Option]:
+    def _options(self, kind: Kind, whole: bool) -> Iterable[Option]:
         board = self._board
         if len(kind.wants) > 1:
             found = [option for host in kind.hosts if (option := board.option(kind, host)) is not None]
@@ -170,7 +177,7 @@ class _Search:
         seen: set[object] = set()
         options = []
         for slot in _slots(board, kind):
-            want = kind.least(slot)
+            want = kind.want_on(slot) if whole else kind.least(slot)
             state = (_state(slot), *_host_state(slot.host))
             if slot.fits(want) and state not in seen:
                 seen.add(state)
@@ -203,7 +210,8 @@ def _by_moving(board: Board, task: Task, trials: list[int]) -> bool:
     for slot in slots[:_SLOTS_TRIED]:
         want = kind.least(slot)
         lack = _lack(want, slot)
-        beside = [p for p in slot.host.placed if len(p.slots) == 1 and (p.new or first) and _helps(p, slot, lack)]
+        others = [p for p in slot.host.placed if (p.new or first) and p.task.kind.key != kind.key]
+        beside = [p for p in others if len(p.slots) == 1 and _helps(p, slot, lack)]
         beside.sort(key=lambda p: (not p.new, sum(p.wants[0]), p.task.kind.key, p.task.units[0].replica))
         several = beside[:_VICTIMS_TRIED]
         for victims in [(p,) for p in several] + list(combinations(several, 2)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchrelay.config.fleet import CPU, Assignment
+from torchrelay.config.fleet import Assignment
 from torchrelay.coordinator.board import Board, Kind, Placed, Task
 from torchrelay.coordinator.room import HostRoom, Key, SlotRoom, Want
 from torchrelay.coordinator.words import gone
@@ -36,10 +36,10 @@ def keep(
         staying = _allowed(found, mine, rooms, dropped)
         _thin_out(staying, len(mine), dropped)
         # Lower replicas may make do with less, so they are those that do.
-        staying.sort(key=lambda run: (not mine or not _lacking(mine[0].kind, run), run[0].id))
+        staying.sort(key=lambda run: (not mine or not _lacking(mine[0].kind, run, rooms), run[0].id))
         pairs += zip(mine, staying, strict=False)
     booked: set[int] = set()
-    for task, run in sorted(pairs, key=lambda pair: (_lacking(pair[0].kind, pair[1]), pair[1][0].id)):
+    for task, run in sorted(pairs, key=lambda pair: (_lacking(pair[0].kind, pair[1], rooms), pair[1][0].id)):
         why = _stay(board, task, run, rooms)
         if why:
             dropped.update((one.id, (one, why)) for one in run)
@@ -94,10 +94,10 @@ def _thin_out(staying: list[_Running], count: int, dropped: dict[str, tuple[Assi
         dropped.update((one.id, (one, f"only {count} are wanted")) for one in leaving)
 
 
-def _lacking(kind: Kind, run: _Running) -> bool:
-    """Whether this worker makes do with less than is presumed."""
-    need, want = Want.of(run[0].need), kind.wants[0]
-    return need.cpus < want.cpus or (run[0].slot != CPU and need.compute < want.compute)
+def _lacking(kind: Kind, run: _Running, rooms: dict[str, HostRoom]) -> bool:
+    """Whether this worker, which may stay, makes do with less than it asks for there."""
+    need, want = Want.of(run[0].need), kind.want_on(rooms[run[0].host].slots[run[0].slot])
+    return need.cpus < want.cpus or need.compute < want.compute
 
 
 def _stay(board: Board, task: Task, run: _Running, rooms: dict[str, HostRoom]) -> str:

@@ -139,6 +139,24 @@ def test_processors_stand_in_for_a_gpu_where_the_host_allows_it() -> None:
     assert places(allocate([host("h1", allow_cpu=True), host("h2", 1)], [unit], [])) == ["h2 cuda:0"]
 
 
+def test_a_second_worker_takes_nothing_from_the_first_of_its_stage() -> None:
+    """One processor that stands in for a GPU: one worker, the other is refused, and it stays so."""
+    unit = Unit(REF, "g", need=Need(0.5), device="gpu")
+    fleet = [host("h1", cpus=1.0, allow_cpu=True)]
+    found = allocate(fleet, numbered([unit], [2]), [])
+    assert ([a.need.cpus for a in found.assignments], len(found.refused)) == ([1.0], 1)
+    assert allocate(fleet, numbered([unit], [2]), found.assignments) == found
+
+
+def test_of_workers_that_run_the_first_are_those_that_make_do() -> None:
+    """One makes do with nothing, the other has the processor: both stay, whatever their ids."""
+    unit = Unit(REF, "g", need=Need(0.5), device="gpu")
+    fleet = [host("h1", cpus=1.0, allow_cpu=True)]
+    for lacking in ("a", "z"):
+        running = [Assignment(name, "h1", CPU, REF, "g", need=Need(cpus=float(name != lacking))) for name in ("a", "z")]
+        assert allocate(fleet, numbered([unit], [2]), running).assignments == tuple(running)
+
+
 # --- what is refused
 
 
