@@ -17,9 +17,9 @@ VERSION_LENGTH = 8
 def version_of(spec: PipelineSpec, base_dir: Path) -> str:
     """8 hex digits over input, output, graph, code, args, weights, torch options, padding and wire.
 
-    Batch sizes, costs and buckets, waits, replicas, retries, time-outs, queue marks, devices and what is fused are
-    tuning: they do not change it. What is at its default is left out, so that a new option with a default leaves old
-    versions as they were.
+    Batch sizes, costs and buckets, waits, replicas, scaling, resources, hosts, retries, time-outs, queue marks, devices
+    and what is fused are tuning: they do not change it. What is at its default is left out, so that a new option with a
+    default leaves old versions as they were.
     Raises ConfigError when code or weights cannot be read.
     """
     after = any(s.after is not None for s in spec.stages)

@@ -13,10 +13,16 @@ from typing import Any, Self, TypeVar
 
 from torchrelay.errors import DecodeError
 
-__all__ = ["CPU", "Assignment", "Desired", "Gpu", "HostReport", "Need", "SlotTrouble"]
+__all__ = ["CPU", "Assignment", "Desired", "Gpu", "HostReport", "Need", "SlotTrouble", "set_aside_s"]
 
 CPU = "cpu"
 T = TypeVar("T")
+_FIRST_ASIDE_S, _LONGEST_ASIDE_S = 10.0, 600.0
+
+
+def set_aside_s(failures: int) -> float:
+    """How long after its last failure a stage is not started again on a slot."""
+    return min(_FIRST_ASIDE_S * 2.0 ** min(max(failures, 1) - 1, 10), _LONGEST_ASIDE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,8 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class SlotTrouble:
-    """A worker that did not start, or kept dying, on this slot. `since` is Redis's clock, in seconds."""
+    """A worker that did not start, or kept dying, on this slot. `since` is its last failure, by Redis's clock, in
+    seconds."""
 
     slot: str
     ref: str
@@ -108,7 +115,7 @@ class HostReport:
     `name` is unique in the namespace, `incarnation` tells one agent process of that name from the next. `host_id` is
     the identity by which shared memory is told apart, '' for none. `refs` are the versions that its files give.
     `links` are groups of GPU indices that reach each other over NVLink. `applied` is the `number` of the desired state
-    that the agent last made true.
+    that the agent last made true. With `allow_cpu` its processors may serve stages that want a GPU it has not.
     """
 
     name: str
@@ -125,6 +132,7 @@ class HostReport:
     draining: bool = False
     applied: int = 0
     trouble: tuple[SlotTrouble, ...] = ()
+    allow_cpu: bool = False
     seen_at: float = field(default=0.0, compare=False)
 
     @property

@@ -10,6 +10,7 @@ from torchrelay.config.flow import Report, check_columns
 from torchrelay.config.fusing import check_fuse
 from torchrelay.config.graph import Graph, Node
 from torchrelay.config.handoff import check_handoff, kept_for
+from torchrelay.config.resources import check_resources
 from torchrelay.config.row_rules import check_rows
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
@@ -29,6 +30,7 @@ def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> 
         check_columns(spec, graph, report)
     check_fuse(spec, graph, report)
     check_handoff(spec, graph, report)
+    check_resources(spec, report)
     return graph if lined_up else None
 
 

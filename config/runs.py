@@ -154,6 +154,11 @@ class ReadOptions(_Message):
     """Dataset column that identifies a row in the output."""
     keep: tuple[str, ...] = ()
     """Dataset columns that the output repeats."""
+    kept: str = ""
+    """The Arrow schema of key and kept columns, serialised, in base64: what the plan decided that they are in the whole
+    run. Without it each chunk decides by its own rows."""
+    delimiter: str | None = None
+    """What separates the fields of CSV; None looks at the header."""
     image_side: int | None = None
     """JPEG images are decoded at 1/2, 1/4 or 1/8 of their size where both sides stay at least this many pixels, which
     is several times quicker than decoding all of it to shrink it then. None decodes all."""
@@ -161,6 +166,10 @@ class ReadOptions(_Message):
     def __post_init__(self) -> None:
         ok = self.image_side is None or _number(self.image_side, 1)
         _need(ok, f"image_side is a number of pixels from 1, not {self.image_side!r:.40}")
+        mark = self.delimiter
+        # Records are cut by their bytes, of which it is one.
+        ok = mark is None or (isinstance(mark, str) and len(mark) == 1 and mark.isascii() and mark not in '\0"\r\n')
+        _need(ok, f"delimiter is one ASCII character, no quote and no line break, not {mark!r:.40}")
         _need(isinstance(self.columns, Mapping), f"columns is a mapping, not {self.columns!r:.60}")
         for name, column in self.columns.items():
             ok = isinstance(name, str) and isinstance(column, str) and bool(name and column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,12 +22,13 @@ from torchrelay.errors import ConfigError
 
 NAME = r"^[a-z][a-z0-9_-]{0,63}$"
 COLUMN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=:/-]{0,63}")
 SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_STAGES = 30
 # More would sort better, and hold back from other workers what this one computes only later.
 _SORTED_BATCHES = 4
 # Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
-COMING = frozenset({"shards", "resources", "hosts"})
+COMING = frozenset({"shards"})
 
 
 def _type_text(text: Any) -> str:
@@ -50,6 +52,22 @@ def _one_or_many(value: Any) -> Any:
 
 def _count(value: Any) -> Any:
     return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _labels(value: Any) -> Any:
+    return {"labels": value} if isinstance(value, str | list) else value
+
+
+def _label(text: str) -> str:
+    if not _LABEL.fullmatch(text):
+        raise ValueError(f"a label is letters, digits and _.=:/-, at most 64; {text!r:.80} came")
+    return text
+
+
+def _apart(value: Any) -> Any:
+    if isinstance(value, bool) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        return value
+    raise ValueError(f"write true, or the names of stages; {value!r:.80} came")
 
 
 def _number(value: Any) -> Any:
@@ -85,6 +103,7 @@ Source = Annotated[str, Field(pattern=SOURCE)]
 TypeText = Annotated[str, BeforeValidator(_type_text)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 Size = Annotated[int, Field(ge=1, le=2**31)]
+Label = Annotated[str, AfterValidator(_label)]
 
 
 class _Model(BaseModel):
@@ -153,6 +172,27 @@ class ReplicasSpec(_Model):
         return value
 
 
+class ResourcesSpec(_Model):
+    """What one worker takes: a share of a GPU's `compute` and of its `memory`; `cpus` and `host_memory` of its host.
+
+    None is left to `coordinator.units`, which presumes a whole GPU, or one processor.
+    """
+
+    compute: Annotated[float, Field(gt=0, le=1)] | None = None
+    memory: Annotated[Bytes, Field(ge=0, le=2**50)] | None = None
+    cpus: Annotated[float, Field(ge=0, le=4096)] | None = None
+    host_memory: Annotated[Bytes, Field(ge=0, le=2**50)] | None = None
+
+
+class HostsSpec(_Model):
+    """Where workers may run: on hosts with all these `labels`, and not beside those of the stages in `apart`, of the
+    same version. True means the stage itself: each replica on a host of its own."""
+
+    labels: Annotated[list[Label], Field(max_length=32), BeforeValidator(_one_or_many)] = []
+    # Any, because a union would report each problem once per member.
+    apart: Annotated[Any, BeforeValidator(_apart)] = []
+
+
 class RetrySpec(_Model):
     """`attempts` in all; waits between them are drawn from 0 to base * 2**n seconds, at most the cap."""
 
@@ -161,6 +201,23 @@ class RetrySpec(_Model):
         0.5,
         30.0,
     ]
+
+
+Delay = Annotated[float, Field(gt=0, le=86_400_000)]
+
+
+class DelaySpec(_Model):
+    """Milliseconds that a job of each priority should at most wait at the stage; None says nothing of it."""
+
+    high: Delay | None = None
+    medium: Delay | None = None
+    low: Delay | None = None
+
+
+class ScaleSpec(_Model):
+    """What the number of workers, within `replicas`, is chosen for."""
+
+    delay_ms: DelaySpec = DelaySpec()
 
 
 class QueueSpec(_Model):
@@ -223,9 +280,12 @@ class StageConfig(_Model):
     torch: TorchSpec = TorchSpec()
     batch: BatchSpec = BatchSpec()
     replicas: Annotated[ReplicasSpec, BeforeValidator(_count)] = ReplicasSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    hosts: Annotated[HostsSpec, BeforeValidator(_labels)] = HostsSpec()
     retry: RetrySpec = RetrySpec()
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     queue: QueueSpec = QueueSpec()
+    scale: ScaleSpec = ScaleSpec()
     wire: WireSpec = WireSpec()
     handoff: Literal["host", "device"] = "host"
 
@@ -236,6 +296,12 @@ class StageConfig(_Model):
         if isinstance(value, dict) and value.get("use") is None and "batch" not in value:
             return {**value, "batch": {"max_rows": 4096}}
         return value
+
+    @property
+    def apart(self) -> frozenset[str]:
+        """Stages that its workers share no host with; itself, where its replicas share none."""
+        apart = self.hosts.apart
+        return frozenset([self.name] if apart is True else apart or [])
 
     @property
     def collapses(self) -> str | None:

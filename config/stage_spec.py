@@ -36,9 +36,12 @@ class StageSpec:
         torch: dtype, channels_last, compile and cuda_graphs, for a TorchStage.
         batch: max_rows, max_wait_ms, max_cost, pad, buckets, row_buckets, ahead and in_flight_rows.
         replicas: how many workers, or min and max.
+        resources: compute, memory, cpus and host_memory that one worker takes.
+        hosts: labels that its hosts have, or labels and apart.
         retry: attempts and backoff_s.
         timeout_s: seconds per forward.
         queue: max_rows and max_bytes.
+        scale: delay_ms, how long jobs of each priority should wait at most.
         wire: dtype and compress, of what it sends to the next stages.
         handoff: "device" leaves what it made in its GPU's memory, for other GPUs of its host; default "host".
 
@@ -63,9 +66,12 @@ class StageSpec:
         torch: Mapping[str, Any] | None = None,
         batch: Mapping[str, Any] | None = None,
         replicas: int | Mapping[str, int] | None = None,
+        resources: Mapping[str, Any] | None = None,
+        hosts: str | Sequence[str] | Mapping[str, Any] | None = None,
         retry: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
         queue: Mapping[str, Any] | None = None,
+        scale: Mapping[str, Any] | None = None,
         wire: Mapping[str, Any] | None = None,
         handoff: Literal["host", "device"] | None = None,
     ) -> None:
@@ -81,9 +87,12 @@ class StageSpec:
             "torch": torch,
             "batch": batch,
             "replicas": replicas,
+            "resources": resources,
+            "hosts": hosts,
             "retry": retry,
             "timeout_s": timeout_s,
             "queue": queue,
+            "scale": scale,
             "wire": wire,
             "handoff": handoff,
         }

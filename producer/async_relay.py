@@ -23,7 +23,7 @@ from torchrelay.producer.mapping import Window, yields_errors
 
 if TYPE_CHECKING:
     from torchrelay.producer.runs.options import RunKeywords
-    from torchrelay.producer.runs.run import Run
+    from torchrelay.producer.runs.run import CheckedRun, Run
 
 __all__ = ["AsyncRelay"]
 
@@ -238,14 +238,21 @@ class AsyncRelay:
         self, pipeline: str | Pipeline, *, input: Any, output: str | os.PathLike[str], **options: Unpack[RunKeywords]
     ) -> Run:
         """The same up to the first job, as for `Relay.prepare_run`."""
+        checked = await self.check_run(pipeline, input=input, output=output, **options)
+        return await asyncio.to_thread(checked.open)
+
+    async def check_run(
+        self, pipeline: str | Pipeline, *, input: Any, output: str | os.PathLike[str], **options: Unpack[RunKeywords]
+    ) -> CheckedRun:
+        """The same up to the folder, as for `Relay.check_run`."""
         # Only who runs datasets needs what reads and writes them.
         from torchrelay.producer.runs.options import RunOptions
-        from torchrelay.producer.runs.run import prepare_run
+        from torchrelay.producer.runs.run import check_run
 
         parsed = RunOptions.parse(output, options)
         await self._core.ready()
         # Not where submits wait for their turn: listing an input may take long.
-        return await asyncio.to_thread(prepare_run, self._core.core, pipeline, input, parsed)
+        return await asyncio.to_thread(check_run, self._core.core, pipeline, input, parsed)
 
     def job(self, job_id: str) -> AsyncJobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.

@@ -19,7 +19,7 @@ from torchrelay.queues.registry import Registry
 
 if TYPE_CHECKING:
     from torchrelay.producer.runs.options import RunKeywords
-    from torchrelay.producer.runs.run import Run
+    from torchrelay.producer.runs.run import CheckedRun, Run
 
 __all__ = ["Relay"]
 
@@ -249,9 +249,14 @@ class Relay:
         - `columns`: pipeline column -> dataset column, where their names differ
         - `key`: the dataset's column that identifies a row in the output; else a row has `_source`, `_row` and `_part`
         - `keep`: columns of the dataset that the output repeats
+        - `keep_types`: kept column or key -> str, bytes, json or a numeric dtype, where no file says its type (JSONL,
+          tar, rows in memory); else the rows that are looked at first decide
+        - `input_format`: of the input, where its names do not tell; `delimiter`: of CSV, else its header tells
         - `format`: "parquet" (default), "jsonl", "npy", or "file.py:Writer"
         - `resume`: go on with the run that the folder holds; without it, such a folder is refused
         - `retry_errors`: of a run that is done, try the rows that failed once more
+        - `accept_version`: with either, what is left may be done by another version of the pipeline
+        - `into_existing`: the folder may hold other files
         - `limit`: rows to stop after; `max_errors`: failed rows at which to stop
         - `merge`: also write one file of all parts, in the order of the input
         - `image_side`: JPEG files may come smaller, no side below so many pixels: decoding takes less time
@@ -275,11 +280,18 @@ class Relay:
     ) -> Run:
         """The same up to the first job: all is checked, and the folder is held, until `start()` or `end()` is called of
         what this returns."""
+        return self.check_run(pipeline, input=input, output=output, **options).open()
+
+    def check_run(
+        self, pipeline: str | Pipeline, *, input: Any, output: str | os.PathLike[str], **options: Unpack[RunKeywords]
+    ) -> CheckedRun:
+        """The same up to the folder: all is checked, nothing is written until `open()` is called of what this
+        returns."""
         # Only who runs datasets needs what reads and writes them.
         from torchrelay.producer.runs.options import RunOptions
-        from torchrelay.producer.runs.run import prepare_run
+        from torchrelay.producer.runs.run import check_run
 
-        return prepare_run(self._core.start(), pipeline, input, RunOptions.parse(output, options))
+        return check_run(self._core.start(), pipeline, input, RunOptions.parse(output, options))
 
     def job(self, job_id: str) -> JobFuture[Any]:
         """The future of a job by its id, from any process. Raises InputError for what is no id of this namespace.

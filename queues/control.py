@@ -12,8 +12,8 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, cast
 
 import redis
 from rq import Queue
@@ -29,6 +29,7 @@ log = logging.getLogger("torchrelay.control")
 MOST_BYTES: Final = 1 << 20
 """What a job may say, unpacked."""
 _STUCK_S = 10.0
+_PAGE = 1000
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,200}")
 # Left out when a job is read: RQ would import or fetch what they name, or unpack without a bound.
 _IGNORED = frozenset(
@@ -95,8 +96,10 @@ class ControlJob(Job):
         ):
             raise InputError(f"it is to be tried again after {intervals!r:.60} seconds")
 
-    def request(self) -> tuple[str, dict[str, Any]]:
-        """Name of the entry, and its arguments. Raises InputError for anything but one that is allowed."""
+    def request(self, entries: Mapping[str, Entry] | None = None) -> tuple[str, dict[str, Any]]:
+        """Name of the entry, and its arguments. Raises InputError for anything but one that is allowed: of `entries`,
+        by default its own."""
+        entries = self.entries if entries is None else entries
         if self.refusal:
             raise InputError(f"job {self.id} is refused: {self.refusal}")
         try:
@@ -105,8 +108,8 @@ class ControlJob(Job):
             raise InputError(f"job {self.id} is refused: it is no call in JSON ({error!r:.100})") from error
         if instance is not None or args != [] or not isinstance(kwargs, dict):
             raise InputError(f"job {self.id} is refused: a call has keyword arguments alone")
-        if not isinstance(name, str) or name not in self.entries:
-            known = ", ".join(sorted(self.entries)) or "nothing"
+        if not isinstance(name, str) or name not in entries:
+            known = ", ".join(sorted(entries)) or "nothing"
             raise InputError(f"job {self.id} is refused: it calls {name!r:.100}, and only {known} may be called")
         return name, kwargs
 
@@ -125,6 +128,7 @@ class ControlQueue(Queue):
         options |= {"serializer": JSONSerializer, "job_class": ControlJob}
         super().__init__(name, connection=connection, **options)
         self._aside_since: dict[bytes, float] = {}
+        self._others: set[bytes] = set()
 
     def take(self, wait_s: float = 0.0) -> ControlJob | None:
         """The next job, which lies aside now; None when there is none within so many seconds."""
@@ -140,9 +144,65 @@ class ControlQueue(Queue):
             return None
         job = self._job(raw)
         if job is None:
-            log.warning("queue %s: %r is no job, and is dropped", self.name, raw[:80])
-            self.connection.lrem(aside, 1, raw)
+            self._drop(raw)
         return job
+
+    @property
+    def has_others(self) -> bool:
+        """Whether `take_wanted` found jobs, at its last look, that were not wanted."""
+        return bool(self._others)
+
+    def take_wanted(self, wanted: Callable[[ControlJob], bool]) -> ControlJob | None:
+        """The first job that is wanted, which lies aside now; the others keep their places. `wanted` is asked once of
+        each."""
+        seen: set[bytes] = set()
+        try:
+            for raw in self._waiting():
+                seen.add(raw)
+                if raw in self._others:
+                    continue
+                job = self._job(raw)
+                if job is not None and not wanted(job):
+                    self._others.add(raw)
+                elif self._move_aside(raw):
+                    if job is not None:
+                        return job
+                    self._drop(raw)
+        except redis.ResponseError as error:
+            log.warning("queue %s cannot be read: %s", self.name, error)
+        self._others &= seen
+        return None
+
+    def _waiting(self) -> Iterator[bytes]:
+        start = 0
+        while page := cast(list[bytes], self.connection.lrange(self.key, start, start + _PAGE - 1)):
+            yield from page
+            start += _PAGE
+
+    def _move_aside(self, raw: bytes) -> bool:
+        """False where somebody else took it meanwhile."""
+
+        def move(pipe: Any) -> bool:
+            there = pipe.lpos(self.key, raw) is not None
+            pipe.multi()
+            if there:
+                pipe.lrem(self.key, 1, raw)
+                pipe.rpush(self.intermediate_queue_key, raw)
+            return there
+
+        transaction: Any = self.connection.transaction  # typed as if `move` could return nothing
+        return bool(transaction(move, self.key, value_from_callable=True))
+
+    def give_back(self, job: ControlJob) -> None:
+        """Puts a job that was taken, and is not wanted, in front again."""
+        with self.connection.pipeline() as pipe:
+            pipe.lrem(self.intermediate_queue_key, 1, job.id)
+            pipe.lpush(self.key, job.id)
+            pipe.execute()
+
+    def _drop(self, raw: bytes) -> None:
+        log.warning("queue %s: %r is no job, and is dropped", self.name, raw[:80])
+        self.connection.lrem(self.intermediate_queue_key, 1, raw)  # type: ignore[arg-type]  # bytes as they came
 
     def _job(self, raw: bytes) -> ControlJob | None:
         if not _ID.fullmatch(raw):

@@ -156,6 +156,56 @@ class ControlKeys:
         return self.tag + "workers"
 
     @property
+    def leader(self) -> str:
+        """HASH: who decides for all hosts (holder, epoch, until), and when anybody of the fleet was heard of."""
+        return self.tag + "leader"
+
+    @property
+    def hosts_alive(self) -> str:
+        """ZSET host -> expiry, ms of the server's clock."""
+        return self.tag + "hosts-alive"
+
+    @property
+    def hosts(self) -> str:
+        """HASH host -> its agent's last report (JSON)."""
+        return self.tag + "hosts"
+
+    @property
+    def host_owners(self) -> str:
+        """HASH host -> incarnation of the agent that has the name."""
+        return self.tag + "host-owners"
+
+    @property
+    def fleet(self) -> tuple[str, ...]:
+        """What every script of the fleet declares, in the order of fleet_lib.lua."""
+        return self.leader, self.hosts_alive, self.hosts, self.host_owners
+
+    @property
+    def desired(self) -> str:
+        """HASH host -> what it is to run (JSON), written by the leader of the present epoch alone."""
+        return self.tag + "desired"
+
+    @property
+    def aside(self) -> str:
+        """HASH slot that no worker of a stage is placed on for a while -> what is known of it (JSON)."""
+        return self.tag + "aside"
+
+    @property
+    def reasons(self) -> str:
+        """STRING: why the leader decided as it did (JSON)."""
+        return self.tag + "reasons"
+
+    @property
+    def wishes(self) -> str:
+        """HASH what an operator asked for -> how much."""
+        return self.tag + "wishes"
+
+    @property
+    def wanted(self) -> str:
+        """ZSET node that reads or writes, and that a run lacks -> until when it asks, ms of the server's clock."""
+        return self.tag + "wanted"
+
+    @property
     def runs(self) -> str:
         """ZSET run id -> when it began, ms of its driver's clock."""
         return self.tag + "runs"

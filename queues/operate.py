@@ -247,14 +247,19 @@ def previous_version(registry: Registry, name: str) -> str:
     raise PipelineNotFound(f"pipeline {name!r} has had no other current version than {current}; name the one to use")
 
 
-def wait_loaded(registry: Registry, ref: str, stages: Sequence[str], timeout_s: float) -> list[str]:
-    """Stages of a version without a ready worker; waits while one of each of them still loads."""
+def wait_loaded(
+    registry: Registry, ref: str, stages: Sequence[str], timeout_s: float, coming_s: float = 0.0
+) -> list[str]:
+    """Stages of a version without a ready worker; waits while one of each of them still loads, or so long for one to
+    be started."""
     deadline = time.monotonic() + timeout_s
+    coming = time.monotonic() + coming_s
     while True:
         workers = registry.workers()
         ready = {node for w in workers if w.state == "ready" for node in w.nodes}
         loading = {node for w in workers if w.state == "loading" for node in w.nodes}
         missing = [s for s in stages if f"{ref}/{s}" not in ready]
-        if any(f"{ref}/{s}" not in loading for s in missing) or not missing or time.monotonic() > deadline:
+        absent = time.monotonic() > coming and any(f"{ref}/{s}" not in loading for s in missing)
+        if absent or not missing or time.monotonic() > deadline:
             return missing
         time.sleep(_LOOK_S)

@@ -24,6 +24,7 @@ from torchrelay.queues.transitions import Transitions, pack_graph
 
 T = TypeVar("T")
 HEARTBEAT_TTL_MS = 6_000
+WANTED_MS = 10_000
 # A client that read which version is current may go on with it so long.
 CURRENT_S = 1.0
 _HISTORY = 20
@@ -51,7 +52,10 @@ class WorkerReport:
     `host_id` says whose shared memory it can read, '' for none; `moved` counts bytes of columns by where they went;
     `device_idle_s` is how long a GPU stood still between forwards, by its own events. `fused` are the nodes that it
     serves beside `node`: those fused to it, and the same stages in the graph of the pipeline's runs. `gpus` are the
-    devices of its host from which it copies columns.
+    devices of its host from which it copies columns. `service` counts its forwards by their time and `fills` its
+    batches by how full they were (`queues.histogram`, zeros at the end left out); `memory` is what it holds of its
+    GPU's memory, what all processes use, and what there is; `load_s` how long its stage took to start, 0 before that.
+    `assignment` is the decision of a coordinator by which it runs, '' for none. `sent_at` is when this was said.
     """
 
     worker: str
@@ -72,6 +76,12 @@ class WorkerReport:
     device_idle_s: float = 0.0
     fused: list[str] = field(default_factory=list)
     gpus: list[str] = field(default_factory=list)
+    service: list[int] = field(default_factory=list)
+    fills: list[int] = field(default_factory=list)
+    memory: list[int] = field(default_factory=lambda: [0, 0, 0])
+    load_s: float = 0.0
+    assignment: str = ""
+    sent_at: float = 0.0
 
     @property
     def nodes(self) -> list[str]:
@@ -237,13 +247,32 @@ class Registry:
 
     def workers(self) -> list[WorkerReport]:
         """Workers whose heartbeat has not run out, by the server's clock."""
-        seconds, micros = self.client.time()
-        alive: Any = self.client.zrangebyscore(self.control.alive, seconds * 1000 + micros // 1000, "+inf")
+        alive: Any = self.client.zrangebyscore(self.control.alive, self._server_ms(), "+inf")
         if not alive:
             return []
         found: Any = self.client.hmget(self.control.workers, alive)
         reports = [WorkerReport.decode(v) for v in found if v]
         return sorted((r for r in reports if r), key=lambda r: (r.node, r.worker))
+
+    def want(self, nodes: Iterable[str]) -> None:
+        """Says that a run lacks these nodes, which read or write. It is believed for some seconds, so that who waits
+        says it again and again; whoever can serves them."""
+        asked = list(nodes)
+        if asked:
+            until = self._server_ms() + WANTED_MS
+            with self.client.pipeline() as pipe:
+                pipe.zremrangebyscore(self.control.wanted, "-inf", until - WANTED_MS)
+                pipe.zadd(self.control.wanted, dict.fromkeys(asked, until))
+                pipe.execute()
+
+    def wanted(self) -> set[str]:
+        """Nodes that a run lacks now."""
+        found: Any = self.client.zrangebyscore(self.control.wanted, self._server_ms(), "+inf")
+        return {_text(node) for node in found}
+
+    def _server_ms(self) -> int:
+        seconds, micros = self.client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def loads(self) -> dict[str, int]:
         """Every load counter, summed over the lanes: `<pipeline@version>/<stage>.ready_rows` and its like."""

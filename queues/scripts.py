@@ -17,7 +17,8 @@ from torchrelay.errors import BrokerError, BrokerMisconfigured, PipelineNotFound
 T = TypeVar("T")
 Arg = bytes | str | int | float
 
-CONTROL_SCRIPTS = frozenset({"register", "heartbeat"})
+CONTROL_SCRIPTS = frozenset({"register", "heartbeat", "wish"})
+FLEET_SCRIPTS = frozenset({"host", "lead", "decree"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def script(name: str) -> Script:
     folder = files("torchrelay.queues") / "lua"
     body = (folder / f"{name}.lua").read_text(encoding="utf-8")
     if name not in CONTROL_SCRIPTS:
-        body = (folder / "lib.lua").read_text(encoding="utf-8") + body
+        shared = "fleet_lib.lua" if name in FLEET_SCRIPTS else "lib.lua"
+        body = (folder / shared).read_text(encoding="utf-8") + body
     return Script(name, body, hashlib.sha1(body.encode(), usedforsecurity=False).hexdigest())
 
 

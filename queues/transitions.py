@@ -301,8 +301,8 @@ class Transitions:
     def renew(self, lease_ms: int, fences: Sequence[str]) -> Call[list[tuple[bool, list[bytes]]]]:
         return self._call("renew", [lease_ms, *fences], lambda v: [(h == 1, split_entries(e)) for h, e in v])
 
-    def reap(self, most: int = 16) -> Call[list[int]]:
-        return self._call("reap", [most], list)
+    def reap(self, most: int = 16, unless_kept_ms: int = 0) -> Call[list[int]]:
+        return self._call("reap", [most, unless_kept_ms], list)
 
     def retire(self, incarnation: str, started: bytes, why: Failure) -> Call[list[int]]:
         return self._call("retire", [incarnation, started, MAX_STRIKES, why.encode()], list)

@@ -309,6 +309,19 @@ class Runner:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
+    def memory(self) -> tuple[int, int, int] | None:
+        """Bytes of its GPU's memory: what this process holds, what all processes use, what there is. None without one.
+        Called by the thread that computes."""
+        torch = sys.modules.get("torch")
+        if torch is None or not self._device.startswith("cuda") or not torch.cuda.is_initialized():
+            return None
+        try:
+            free, total = torch.cuda.mem_get_info(self._device)
+            return torch.cuda.memory_reserved(self._device), total - free, total
+        except Exception:
+            # What is wrong with the device, the next forward tells.
+            return None
+
     def close(self) -> None:
         """Close the stage, once; a runner that was never loaded closes nothing."""
         if self._loaded:

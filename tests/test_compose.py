@@ -1,4 +1,4 @@
-"""docker-compose.yml: a durable Redis that never evicts, and a worker for every stage of the example."""
+"""docker-compose.yml: a durable Redis that never evicts, a coordinator, and agents for the example."""
 
 from __future__ import annotations
 
@@ -29,15 +29,37 @@ def test_redis_keeps_jobs_and_never_evicts(compose: dict[str, Any]) -> None:
     assert compose["services"]["redis"]["volumes"]
 
 
-def test_each_stage_has_one_worker_and_only_gpu_stages_reserve_a_gpu(compose: dict[str, Any]) -> None:
-    """Services and the pipeline file agree on stages and devices."""
-    file = ROOT / "examples/docsearch/pipeline.yaml"
-    stages = {s.name: s.device for s in Pipeline.load(file).spec.stages}
-    workers = {name: s for name, s in compose["services"].items() if name != "redis"}
-    assert set(workers) == set(stages)
-    for name, service in workers.items():
-        assert service["command"] == ["worker", "examples/docsearch/pipeline.yaml", "--stage", name]
-        assert ("deploy" in service) == (stages[name] == "gpu")
+FILE = "examples/docsearch/pipeline.yaml"
+
+
+def test_a_coordinator_and_agents_serve_every_stage(compose: dict[str, Any]) -> None:
+    """One agent has the GPU that a stage wants, others are scaled; all know the same file, which is in the image."""
+    services = {name: s for name, s in compose["services"].items() if name != "redis"}
+    assert {name: s["command"] for name, s in services.items()} == {
+        "coordinator": ["coordinator"],
+        "agent": ["agent", FILE],
+        "cpu": ["agent", FILE, "--slots", "cpu=2"],
+    }
+    assert {stage.device for stage in Pipeline.load(ROOT / FILE).spec.stages} == {"cpu", "gpu"}
+    assert services["agent"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    assert services["cpu"]["deploy"]["replicas"] >= 2
+    assert len({s["environment"]["TORCHRELAY_NAMESPACE"] for s in services.values()}) == 1
+
+
+def test_the_image_holds_every_room(compose: dict[str, Any]) -> None:
+    """A room that the image lacks would be missed only when it runs."""
+    copied = {line.split()[1] for line in (ROOT / "deploy/Dockerfile").read_text().splitlines() if line[:4] == "COPY"}
+    assert {link.name for link in (ROOT / "src/torchrelay").iterdir() if link.is_symlink()} <= copied
+
+
+@pytest.mark.parametrize("name", ["agent", "coordinator"])
+def test_units_of_systemd_start_a_command_that_there_is(name: str) -> None:
+    """They drain for longer than a batch may take, and are started again."""
+    lines = (ROOT / f"deploy/torchrelay-{name}.service").read_text().splitlines()
+    told = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    assert told["ExecStart"].split()[:2] == ["/srv/torchrelay/bin/torchrelay", name]
+    assert (told["Restart"], told["KillMode"], told["KillSignal"]) == ("always", "mixed", "SIGTERM")
+    assert int(told["TimeoutStopSec"]) > 30
 
 
 def test_docker_compose_accepts_the_file() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torchrelay
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("config", "queues", "producer", "stages", "workers")
+ROOMS = ("config", "coordinator", "queues", "producer", "stages", "workers")
 PUBLIC = {
     "AsyncJobFuture",
     "AsyncRelay",

@@ -235,14 +235,16 @@ class _Rows(Generic[J]):
         elif end - start > 1:
             parts = [(start, (start + end) // 2), ((start + end) // 2, end)]
         else:
-            self._reject(start, tries, fault)
+            self._reject(start, fault)
             return
         for first, last in parts:
             self._run(first, last, tries + 1)
 
-    def _reject(self, row: int, tries: int, fault: BaseException) -> None:
+    def _reject(self, row: int, fault: BaseException) -> None:
         error = fault.error if isinstance(fault, NoRoom) else fault
-        self._raised[row] = Rejection(type(error).__name__, told(fault), tries, blamed(error))
+        # The forwards with others, by which it was found, are no attempts at this row.
+        attempts = self._work.incoming.attempts + 1
+        self._raised[row] = Rejection(type(error).__name__, told(fault), attempts, blamed(error))
         if not self._pieces and not self._work.incoming.last and len(self._raised) >= _HOPELESS_ROWS:
             raise _Hopeless
 

@@ -77,7 +77,10 @@ class Intake:
         context = self._entrances[entrance]
         last, keeps = context.spec.retry.attempts - 1, context.keeps_rows
         opened = self._assemblers[entrance].open_all(
-            Incoming(h, h.entry.payloads, h.entry.rows, h.entry.keep and keeps, h.entry.attempts >= last) for h in batch
+            Incoming(
+                h, h.entry.payloads, h.entry.rows, h.entry.keep and keeps, h.entry.attempts >= last, h.entry.attempts
+            )
+            for h in batch
         )
         if context.node.gathers is not None:
             for work in opened.ready:

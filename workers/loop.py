@@ -33,6 +33,7 @@ class StageLoop:
         """The loop. Returns after a drain; raises when the server or this worker is beyond help."""
         parts = self._parts
         self._intake = intake = parts.intake(self._rest, self._around.stopping)
+        parts.status.watch_memory(self._runner.memory)
         parts.status.report()
         try:
             while not self._around.stopping():

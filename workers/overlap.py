@@ -118,6 +118,7 @@ class OverlappedLoop:
         sys.setswitchinterval(_SWITCH_S)
         self._runner.overlap()
         parts.load_scripts()
+        parts.status.watch_memory(self._runner.memory)
         parts.status.report()
         for thread in self.threads:
             thread.start()

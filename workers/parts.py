@@ -68,6 +68,7 @@ class Parts:
             memory.moved,
             lambda: self.committer.failures,
             memory.gpus,
+            context.spec.batch.max_rows,
         )
         memory.placer.before_waiting = partial(self.committer.flush, everything=True)
         self._loaded_at = -1

@@ -13,12 +13,19 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrelay.queues.histogram import FILL_BUCKETS, SERVICE_BUCKETS, fill_bucket, service_bucket
+
 _HEAD = struct.Struct("<QddQQQddQIII6Q")
 _SEQUENCE = struct.Struct("<Q")
 PAGE_BYTES = 65536
 # What one job may add: its entry, and a fence when it was granted alone.
 _BYTES_PER_JOB = 48
 _MOST_GPUS = 64
+# Words behind the sequence number that are written one by one: forwards by their time, batches by their fill, memory.
+_FILLS_AT = 1 + SERVICE_BUCKETS
+_MEMORY_AT = _FILLS_AT + FILL_BUCKETS
+_TALLIES_END = _MEMORY_AT + 3
+_HEAD_AT = 8 * _TALLIES_END
 
 LOADING, READY, DRAINING = 0, 1, 2
 STATES = ("loading", "ready", "draining")
@@ -48,6 +55,16 @@ class Progress:
     gpus: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """What only grows: `service` counts forwards by their time, `fills` batches by how full they were (`histogram`).
+    With the device's memory, in bytes: what this process holds, what all processes use, and what there is."""
+
+    service: tuple[int, ...] = (0,) * SERVICE_BUCKETS
+    fills: tuple[int, ...] = (0,) * FILL_BUCKETS
+    memory: tuple[int, int, int] = (0, 0, 0)
+
+
 class ProgressPage:
     """A file of one page's data, mapped by both processes."""
 
@@ -55,6 +72,7 @@ class ProgressPage:
         self.path = path
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
+        self._words = memoryview(self._map)[: 8 * _TALLIES_END].cast("Q")
         self._sequence = 0
         self._last = Progress()
 
@@ -84,11 +102,11 @@ class ProgressPage:
             *p.moved,
         )
         body += fences + p.started + struct.pack(f"<{len(p.gpus)}Q", *p.gpus)
-        if len(body) + 8 > len(self._map):
+        if len(body) + _HEAD_AT > len(self._map):
             raise ValueError(f"progress of {len(body)} bytes does not fit its page")
         self._sequence += 1
         self._map[0:8] = _SEQUENCE.pack(self._sequence)
-        self._map[8 : 8 + len(body)] = body
+        self._map[_HEAD_AT : _HEAD_AT + len(body)] = body
         self._sequence += 1
         self._map[0:8] = _SEQUENCE.pack(self._sequence)
 
@@ -96,9 +114,9 @@ class ProgressPage:
         """The last whole state. `dead` says that the writer is gone: a state cut off by its death is read as it is."""
         for _ in range(1000):
             before = self._map[0:8]
-            numbers = _HEAD.unpack_from(self._map, 8)
+            numbers = _HEAD.unpack_from(self._map, _HEAD_AT)
             fences_length, started_length, gpus = numbers[9:12]
-            at = 8 + _HEAD.size
+            at = _HEAD_AT + _HEAD.size
             started_at = at + fences_length
             gpus_at = started_at + started_length
             fences = self._map[at:started_at]
@@ -127,7 +145,25 @@ class ProgressPage:
         )
         return self._last
 
+    # Each tally is one aligned word: its reader sees the old number or the new one, and needs no sequence around it.
+
+    def tally(self, seconds: float, rows: int, max_rows: int) -> None:
+        """Counts one forward of so many rows."""
+        self._words[1 + service_bucket(seconds)] += 1
+        self._words[_FILLS_AT + fill_bucket(rows, max_rows)] += 1
+
+    def tell_memory(self, held: int, used: int, total: int) -> None:
+        """Bytes of the device: what this process holds, what is in use by all, what there is."""
+        for word, nbytes in enumerate((held, used, total), _MEMORY_AT):
+            self._words[word] = nbytes
+
+    def tallies(self) -> Tallies:
+        words = self._words.tolist()
+        held, used, total = words[_MEMORY_AT:_TALLIES_END]
+        return Tallies(tuple(words[1:_FILLS_AT]), tuple(words[_FILLS_AT:_MEMORY_AT]), (held, used, total))
+
     def close(self, *, unlink: bool = False) -> None:
+        self._words.release()
         self._map.close()
         if unlink:
             self.path.unlink(missing_ok=True)

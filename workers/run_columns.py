@@ -8,23 +8,21 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["HELD", "KEY", "REFUSED", "ROW", "SOURCE", "keep_column", "warm_up"]
+__all__ = ["AT", "HELD", "KEPT", "REFUSED", "ROW", "SOURCE", "warm_up"]
 
 SOURCE: Final = "@source"
 """Number of the file that a row comes from, int64."""
 ROW: Final = "@row"
 """Its number in that file, int64."""
-KEY: Final = "@key"
-"""Its value of the key column, where the run has one."""
+AT: Final = "@at"
+"""Its number in KEPT, int64, where there is any."""
+KEPT: Final = "@kept"
+"""Of the chunk: the key and the kept columns of its rows, an Arrow stream. So no type of theirs is lost on the way, and
+of a row that became many only a number is repeated."""
 REFUSED: Final = "@refused"
 """Of the chunk: what could not be read of it, each as the values of a `RowError`."""
 HELD: Final = "@held"
 """Not a column: under this name the meta of a job holds the worker's own handle of it."""
-
-
-def keep_column(number: int) -> str:
-    """The column that carries the kept column of this number: its own name may be anything."""
-    return f"@keep{number}"
 
 
 def warm_up() -> None:

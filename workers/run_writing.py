@@ -12,9 +12,11 @@ from torchrelay.config.run_task import RunTask
 from torchrelay.config.runs import WriteOptions
 from torchrelay.errors import ConfigError, RetryLater, UsageError
 from torchrelay.stages import Batch, Stage, StageContext
+from torchrelay.stages.reading.kept import unpack_table
 from torchrelay.stages.writing import PartId, PartRows, RowError, open_output, write_part
+from torchrelay.stages.writing.plain import key_value
 from torchrelay.workers.gathering import FAILED, PARTS, FailedRow
-from torchrelay.workers.run_columns import HELD, KEY, REFUSED, ROW, SOURCE, keep_column, warm_up
+from torchrelay.workers.run_columns import AT, HELD, KEPT, REFUSED, ROW, SOURCE, warm_up
 
 if TYPE_CHECKING:
     from torchrelay.stages.writing.found import Output
@@ -24,7 +26,8 @@ __all__ = ["Write"]
 
 
 class Write(Stage):
-    """One chunk a call: its columns come whole (`workers.gathering`), and a part's name and counts are returned."""
+    """One chunk a call: its columns come whole (`workers.gathering`), and a part's name and counts are returned. A task
+    of a span writes nothing: that it came so far is all that was asked."""
 
     def __init__(self, twin: Pipeline, still_held: StillHeld, writer: str) -> None:
         """`writer` is the one class that may be imported, as `file.py:Writer`."""
@@ -48,6 +51,9 @@ class Write(Stage):
 
     def forward(self, batch: Batch) -> Mapping[str, Any]:
         task = RunTask.decode(batch[CHUNK][0])
+        if task.span is not None:
+            failed = len(batch[FAILED][0]) + len(batch[REFUSED][0])
+            return {RESULT: [{"name": "", "rows": len(batch[SOURCE][0]), "failed": failed}]}
         held = batch.meta[0][HELD]
         part = PartId(task.run, task.chunk.number, task.round)
         try:
@@ -62,22 +68,21 @@ class Write(Stage):
         return {RESULT: [written._asdict()]}
 
     def _rows(self, task: RunTask, batch: Batch) -> PartRows:
-        extra = {name: batch[keep_column(number)][0] for number, name in enumerate(task.write.keep)}
-        if task.write.key is not None:
-            extra[task.write.key] = batch[KEY][0]
-        failed = [_row_error(row) for row in batch[FAILED][0]]
+        kept = unpack_table(batch[KEPT][0]) if AT in batch else None
+        failed = [_row_error(row, kept, task.write.key) for row in batch[FAILED][0]]
         refused = [RowError(*values) for values in batch[REFUSED][0]]
         return PartRows(
             columns={name: batch[name][0] for name in batch if not is_runs(name)},
             sources=batch[SOURCE][0],
             rows=batch[ROW][0],
             parts=batch[PARTS][0],
-            extra=extra,
+            kept=None if kept is None else kept.take(batch[AT][0]),
             errors=sorted([*failed, *refused], key=lambda e: (e.source, e.row)),
             types=self._types,
         )
 
 
-def _row_error(failed: FailedRow) -> RowError:
+def _row_error(failed: FailedRow, kept: Any, key: str | None) -> RowError:
     why, of = failed
-    return RowError(of[SOURCE], of[ROW], why.stage, why.error_type, why.message, why.attempts, of.get(KEY))
+    value = None if kept is None or key is None else key_value(kept, key, of[AT])
+    return RowError(of[SOURCE], of[ROW], why.stage, why.error_type, why.message, why.attempts, value)

@@ -11,6 +11,9 @@ from torchrelay.workers import progress
 from torchrelay.workers.claimer import Held
 from torchrelay.workers.progress import Progress, ProgressPage
 
+# A call into the driver.
+_MEMORY_EVERY_S = 2.0
+
 
 class Status:
     """Counters and running forwards of one worker. Thread-safe.
@@ -21,6 +24,7 @@ class Status:
         moved: bytes of columns by where they went.
         failures: jobs charged so far.
         gpus: the devices from which this worker copies.
+        max_rows: what a batch may hold.
     """
 
     def __init__(
@@ -30,12 +34,16 @@ class Status:
         moved: Callable[[], tuple[int, ...]],
         failures: Callable[[], int],
         gpus: Callable[[], tuple[int, ...]] = tuple,
+        max_rows: int = 1,
     ) -> None:
         self._page = page
         self._fences = fences
         self._moved = moved
         self._failures = failures
         self._gpus = gpus
+        self._max_rows = max_rows
+        self._memory: Callable[[], tuple[int, int, int] | None] = lambda: None
+        self._memory_at = 0.0
         self._lock = threading.Lock()
         self._numbers = count()
         # Forwards under way, oldest first: their packed entries.
@@ -57,7 +65,21 @@ class Status:
             self._running[number] = [h.entry.packed for h in jobs]
             self._watched[number] = now
             self._write()
+        if now >= self._memory_at:
+            self._look_at_memory(now)
         return number
+
+    def watch_memory(self, look: Callable[[], tuple[int, int, int] | None]) -> None:
+        """Tells of the device's memory from now on. `look` gives what `ProgressPage.tell_memory` takes, or None; it is
+        called by the thread that computes."""
+        self._memory = look
+        self._look_at_memory(time.monotonic())
+
+    def _look_at_memory(self, now: float) -> None:
+        self._memory_at = now + _MEMORY_EVERY_S
+        found = self._memory()
+        if found is not None:
+            self._page.tell_memory(*found)
 
     def launched(self, number: int) -> None:
         """`forward` returned, and the device may still compute. Until `awaited` its time does not count: the thread
@@ -86,7 +108,10 @@ class Status:
                 return
             self._watched.pop(number, None)
             now = time.monotonic()
-            self._busy_s += now - self._oldest_since
+            took_s = now - self._oldest_since
+            self._busy_s += took_s
+            if rows:
+                self._page.tally(took_s, rows, self._max_rows)
             self._oldest_since = now
             self._batches += 1
             self._rows += rows

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TextIO
@@ -30,13 +31,14 @@ from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import MOVED, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
 from torchrelay.queues.spiller import Spiller
+from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
-from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage
-from torchrelay.workers.upkeep import Upkeep
+from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage, Tallies
 
 log = logging.getLogger("torchrelay.supervisor")
 HEARTBEAT_S = 2.0
+_NEWS_S = 0.3
 GRACE_S = 30.0
 _LOOK_S = 0.25
 _LOOK_LOADING_S = 0.05
@@ -50,12 +52,14 @@ _WINDOWS_IN_HAND = 16
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well."""
+    """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well.
+    `assignment` is the coordinator's decision by which it runs, '' for none."""
 
     pipeline: Pipeline
     stage: str
     device: str = "auto"
     overrides: dict[str, str] = field(default_factory=dict)
+    assignment: str = ""
 
     @property
     def group(self) -> Group:
@@ -95,8 +99,10 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
         self._page: ProgressPage | None = None
         self._incarnation = ""
-        self._started_at = 0.0
+        self._started_at = self._load_s = 0.0
+        self._tallies = Tallies()
         self._next_beat = 0.0
+        self._told_jobs = 0
         self._next_renewal = 0.0
         self._keep_at = 0.0
         group = plan.group
@@ -112,6 +118,7 @@ class Supervisor:
         self._jobs_in_hand = max(stage.batch.window_rows for stage in group.stages) * windows
         self._deaths = DeviceDeaths()
         self.error: WorkerError | None = None
+        self.state = "loading"
 
     @property
     def child_pid(self) -> int:
@@ -190,7 +197,7 @@ class Supervisor:
         """Runs one child from start to end: (exit status, whether it was ever ready)."""
         self._incarnation = new_token(8)
         self._page = page = ProgressPage.create(self._jobs_in_hand)
-        self._started_at = time.time()
+        self._started_at, self._load_s = time.time(), 0.0
         self._next_renewal = 0.0
         child = self._start_child(page)
         try:
@@ -262,7 +269,7 @@ class Supervisor:
         self._changed.set()
 
     def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
-        kill_at, told = float("inf"), ""
+        kill_at, told, began = float("inf"), "", time.monotonic()
         while child.poll() is None:
             if self._stopping and kill_at == float("inf"):
                 child.send_signal(signal.SIGTERM)
@@ -277,14 +284,22 @@ class Supervisor:
                 self._dump_stack(child)
                 return
             self._renew(progress)
+            if not self._load_s and progress.state != LOADING:
+                self._load_s = time.monotonic() - began
+            self._tallies = page.tallies()
             state = "draining" if self._stopping else STATES[progress.state]
-            if state != told or time.monotonic() >= self._next_beat:
+            if state != told or time.monotonic() >= self._next_beat or self._has_news(progress):
                 self._beat(progress, state)
                 told = state
             self._upkeep.tick()
             self._keep_arena()
             self._changed.wait(_LOOK_LOADING_S if progress.state == LOADING else _LOOK_S)
             self._changed.clear()
+
+    def _has_news(self, progress: Progress) -> bool:
+        """Whether jobs ended that nobody was told of, and none is computed: whoever waited for them counts by them."""
+        told_long_ago = time.monotonic() >= self._next_beat - HEARTBEAT_S + _NEWS_S
+        return told_long_ago and progress.jobs != self._told_jobs and not progress.forward_since
 
     def _hung(self, progress: Progress) -> bool:
         """Whether a forward is past its time-out, or a loaded child has said nothing for much longer than it may."""
@@ -316,6 +331,8 @@ class Supervisor:
 
     def _beat(self, progress: Progress, state: str) -> None:
         self._next_beat = time.monotonic() + HEARTBEAT_S
+        self.state = state
+        self._told_jobs = progress.jobs
         report = WorkerReport(
             worker=self.name,
             host=socket.gethostname(),
@@ -335,6 +352,12 @@ class Supervisor:
             device_idle_s=round(progress.idle_s, 3),
             moved=dict(zip(MOVED, progress.moved, strict=True)),
             gpus=[host_text(gpu) for gpu in progress.gpus],
+            service=_without_zeros(self._tallies.service),
+            fills=_without_zeros(self._tallies.fills),
+            memory=list(self._tallies.memory),
+            load_s=round(self._load_s, 3),
+            assignment=self._plan.assignment,
+            sent_at=time.time(),
         )
         try:
             self._registry.beat(report, leave=state == "gone")
@@ -359,3 +382,9 @@ class Supervisor:
                     log.warning("could not retire the worker; its leases run out by themselves: %s", error)
                     return
                 time.sleep(0.2)
+
+
+def _without_zeros(counts: Sequence[int]) -> list[int]:
+    """Those at the end left out."""
+    last = max((i for i, n in enumerate(counts) if n), default=-1)
+    return list(counts[: last + 1])

@@ -18,13 +18,15 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Incoming(NamedTuple, Generic[J]):
-    """One job as it comes to a node: `job` is the caller's own handle of it. `last`: this is its last attempt."""
+    """One job as it comes to a node: `job` is the caller's own handle of it. `last`: this is its last attempt;
+    `attempts`: of so many before."""
 
     job: J
     payloads: Sequence[bytes]
     rows: int
     keep: bool = False
     last: bool = False
+    attempts: int = 0
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from torchrelay.stages.reading.tars import KEY_COLUMN, Samples
 from torchrelay.stages.reading.texts import DELIMITERS, TEXT_COLUMN, csv_header, delimiter_of
 from torchrelay.stages.reading.unpacking import unpacked_pieces
 
-__all__ = ["columns_of", "cut_images", "cut_source"]
+__all__ = ["columns_of", "cut_images", "cut_source", "found_delimiter", "unpacked_head"]
 
 _HEAD_BYTES = 64 << 10
 _HEAD_SAMPLES = 64
@@ -29,10 +29,13 @@ _IMAGE_GROWTH = 8
 Piece = tuple[int, int]
 
 
-def cut_source(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
-    """The chunks of a file; raises InputError where it is not of its format, ConfigError for an unknown one."""
+def cut_source(source: Source, size: ChunkSize, number: int, delimiter: str | None = None) -> Iterator[Chunk]:
+    """The chunks of a file, of CSV with this delimiter where it is given.
+
+    Raises InputError where it is not of its format, ConfigError for an unknown one.
+    """
     if source.format in ("jsonl", "text", "tar", *DELIMITERS):
-        yield from _cut_bytes(source, size, number)
+        yield from _cut_bytes(source, size, number, delimiter)
         return
     with open_file(source.path, source.fingerprint) as file:
         if source.format == "parquet":
@@ -70,7 +73,7 @@ def _merged(groups: Iterable[Piece], size: ChunkSize) -> Iterator[Piece]:
         yield start, start + rows
 
 
-def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
+def _cut_bytes(source: Source, size: ChunkSize, number: int, delimiter: str | None) -> Iterator[Chunk]:
     """Even ranges of the stored file, of as many bytes as hold about as many rows as are asked for."""
     if not source.nbytes:
         return
@@ -83,10 +86,10 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
             row_bytes, growth = _tar_head(source, file), 1.0
         else:
             head = file.read(_HEAD_BYTES)
-            text = _unpacked(head, compression)
+            text = unpacked_head(head, compression)
             row_bytes, growth = len(head) / max(text.count(b"\n"), 1), max(len(text) / len(head), 1.0)
             if source.format in DELIMITERS:
-                options["delimiter"] = delimiter_of(source.format, text)
+                options["delimiter"] = delimiter or delimiter_of(source.format, text)
     target = max(int(min(size.nbytes / growth, size.rows * row_bytes)), 1)
     pieces = -(-source.nbytes // target)
     for i in range(pieces):
@@ -94,7 +97,7 @@ def _cut_bytes(source: Source, size: ChunkSize, number: int) -> Iterator[Chunk]:
         yield Chunk(number + i, source.number, source.path, source.format, start, end, "bytes", None, options)
 
 
-def _unpacked(head: bytes, compression: str) -> bytes:
+def unpacked_head(head: bytes, compression: str) -> bytes:
     """The text that a file's first bytes hold, no more than some MiB of it."""
     if not compression:
         return head
@@ -145,7 +148,7 @@ def _image_chunk(group: list[Source], folder: str, prefix: str, number: int) -> 
     return Chunk(number, group[0].number, folder, "image", 0, len(names), "rows", 0, {"files": names})
 
 
-def columns_of(source: Source) -> list[str] | None:
+def columns_of(source: Source, delimiter: str | None = None) -> list[str] | None:
     """A source's columns; of JSONL and tar those of its first rows, None where these tell nothing.
 
     Raises InputError where they cannot be read.
@@ -158,8 +161,7 @@ def columns_of(source: Source) -> list[str] | None:
         return [TEXT_COLUMN]
     if source.format in DELIMITERS:
         compression = compression_of(source.path)
-        with open_file(source.path, source.fingerprint) as file:
-            delimiter = delimiter_of(source.format, _unpacked(file.read(_HEAD_BYTES), compression))
+        delimiter = delimiter or found_delimiter(source)
         return csv_header(source.path, delimiter, compression, source.fingerprint)
     with open_file(source.path, source.fingerprint) as file:
         if source.format == "parquet":
@@ -170,6 +172,12 @@ def columns_of(source: Source) -> list[str] | None:
         return [name for n, h in headers.items() for name in h.dtype.names or (n,)]
 
 
+def found_delimiter(source: Source) -> str:
+    """What separates the fields of a CSV file, by its header."""
+    with open_file(source.path, source.fingerprint) as file:
+        return delimiter_of(source.format, unpacked_head(file.read(_HEAD_BYTES), compression_of(source.path)))
+
+
 def _columns_of_head(source: Source) -> list[str] | None:
     names: dict[str, None] = {}
     with open_file(source.path, source.fingerprint) as file:
@@ -177,7 +185,7 @@ def _columns_of_head(source: Source) -> list[str] | None:
             for sample in islice(Samples(source.path, file).take(0, source.nbytes), _HEAD_SAMPLES):
                 names |= {} if isinstance(sample, Exception) else dict.fromkeys((KEY_COLUMN, *sample.members))
             return list(names) or None
-        head = _unpacked(file.read(_HEAD_BYTES), compression_of(source.path))
+        head = unpacked_head(file.read(_HEAD_BYTES), compression_of(source.path))
     for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         try:
             row = json.loads(line)

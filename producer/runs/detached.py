@@ -6,8 +6,9 @@ files that it was started with, and with no others.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -16,17 +17,29 @@ import redis
 from rq import Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import JobStatus
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from torchrelay.errors import InputError
 from torchrelay.producer.runs.options import RunKeywords, RunOptions
 from torchrelay.queues.control import ControlQueue
 from torchrelay.queues.priority import Priority, parse_priority
 
-__all__ = ["ENTRY", "LEVELS", "RunRequest", "enqueue", "level_of", "queue_of", "runs_queues"]
+__all__ = [
+    "ENTRY",
+    "LEVELS",
+    "RunRequest",
+    "announced",
+    "enqueue",
+    "level_of",
+    "queue_of",
+    "runs_queues",
+    "versions_driven",
+]
 
 ENTRY: Final = "torchrelay.run"
 """The one thing that a job of these queues calls. No module has this name: only an agent knows what it means."""
 LEVELS: Final = ("high", "medium", "low")
+_ANNOUNCED: Final = "torchrelay_pipelines"
 _OPTIONS = frozenset(RunKeywords.__annotations__) - {"on_progress", "run_id"}
 _KEPT_S: Final = 30 * 24 * 3600
 _RETRY_AFTER_S: Final = (5, 30, 120)
@@ -47,6 +60,26 @@ def queue_of(namespace: str, level: str) -> str:
 
 def runs_queues(client: redis.Redis, namespace: str, levels: Sequence[str] = LEVELS) -> list[ControlQueue]:
     return [ControlQueue(queue_of(namespace, level), client) for level in levels]
+
+
+def announced(refs: Iterable[str]) -> dict[str, str]:
+    """How an agent's record says which versions it drives runs of."""
+    return {_ANNOUNCED: json.dumps(sorted(refs))}
+
+
+def versions_driven(client: redis.Redis, queue: ControlQueue) -> set[str]:
+    """The `name@version`s that agents which live and take from this queue have announced."""
+    agents: Any = client.smembers(WORKERS_BY_QUEUE_KEY % queue.name)
+    found: set[str] = set()
+    for agent in agents:
+        try:
+            died, told = client.hmget(agent, "death", _ANNOUNCED)
+            refs = [] if died or not told else json.loads(told)
+        except (redis.ResponseError, ValueError, RecursionError):
+            continue  # what is no record of an agent tells nothing
+        if isinstance(refs, list):
+            found.update(ref for ref in refs if isinstance(ref, str))
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -27,29 +26,23 @@ from torchrelay.producer.futures import JobFuture
 from torchrelay.producer.runs.finishing import ChunkFailure
 from torchrelay.producer.runs.folder import RunFolder
 from torchrelay.producer.runs.options import RunOptions
-from torchrelay.producer.runs.pace import (
-    Progress,
-    StageFigures,
-    Throughput,
-    bottleneck,
-    chunks_in_flight,
-    stage_figures,
-)
+from torchrelay.producer.runs.pace import Progress, Throughput, bottleneck, chunks_in_flight
+from torchrelay.producer.runs.searching import Searches, Step
+from torchrelay.producer.runs.watching import StageWatch
 from torchrelay.producer.runs.works import Work
 from torchrelay.queues.dead import drop
-from torchrelay.queues.registry import WorkerReport
 from torchrelay.stages.writing.found import find
 
 __all__ = ["Driver"]
 
 log = logging.getLogger("torchrelay.runs")
 _LOOK_S = 0.5
-_FIGURES_S = 1.0
 _HINT_S = 5.0
 _PART, _PART_BYTES = 32, 8 << 20
 _MOST_BYTES = 128 << 20
 _TRIES, _MOST_JOINED = 3, 100
-# How a job fails through no fault of its rows: once more may help. One that kills its worker was tried three times.
+# How a job fails through no fault of its rows: once more may help. Of one that ends its worker, which was tried three
+# times, the rows at fault are searched.
 _NOT_ITS_FAULT = ("BytesLost",)
 _WAIT_FOR_ROOM_S = 1.0
 _KEEP_S = 600
@@ -58,16 +51,6 @@ _KEEP_S = 600
 class _Flight(NamedTuple):
     work: Work
     future: JobFuture[Any]
-
-
-@dataclass(slots=True)
-class _Watch:
-    """What the namespace last told of the pipeline's stages."""
-
-    at: float = 0.0
-    reports: list[WorkerReport] = field(default_factory=list)
-    before: dict[str, WorkerReport] = field(default_factory=dict)
-    stages: tuple[StageFigures, ...] = ()
 
 
 class Driver:
@@ -98,9 +81,10 @@ class Driver:
         self._flights: list[_Flight] = []
         self._cancelled = threading.Event()
         self._throughput = Throughput()
-        self._watch = _Watch()
+        self._watch = StageWatch(twin)
         self._told_at = 0.0
         self._moved_at = time.monotonic()
+        self._searches = Searches()
         self.failures: list[ChunkFailure] = []
         self.rows = self.failed_rows = 0
         self.chunks: int | None = None
@@ -128,6 +112,7 @@ class Driver:
             self.status = "cancelled"
             raise
         finally:
+            self._throughput.over = time.monotonic()
             self._call_off()
             self._tell(last=True)
         return self.status
@@ -162,9 +147,8 @@ class Driver:
     def _window(self) -> int:
         if self._options.in_flight is not None:
             return self._options.in_flight
-        self._look()
-        nodes = [f"{self._twin.ref}/{n.name}" for n in self._twin.graph.nodes]
-        return chunks_in_flight(nodes, self._watch.reports)
+        self._watch.look(self._core.registry)
+        return chunks_in_flight(self._watch.nodes(), self._watch.reports)
 
     def _send(self, room: int) -> bool:
         """Submits some of what is next; False when nothing is left to submit."""
@@ -220,6 +204,9 @@ class Driver:
     def _ended(self, flight: _Flight) -> None:
         work, future = flight
         error = future.exception(0)
+        if work.task.span is not None:
+            self._follow(work, self._searches.ended(work, error), error)
+            return
         if error is None:
             try:
                 (written,) = future.result()[RESULT]
@@ -233,7 +220,16 @@ class Driver:
         if self._once_more(work, error, joined=future.joined):
             self._again.append(work._replace(attempts=work.attempts + 1))
             return
-        self._failed(work, error)
+        self._follow(work, self._searches.begin(work, error, patient=self.rows > 0), error)
+
+    def _follow(self, work: Work, step: Step, error: JobError | None) -> None:
+        """Of a chunk that ended its workers comes what finds the rows at fault."""
+        # First to its depth: how small pieces fare tells whether the search is of use.
+        self._again.extendleft(reversed(step.works))
+        if step.failed is not None:
+            self._failed(work, step.failed)
+        if error is not None:
+            self._forget(error)
 
     def _once_more(self, work: Work, error: JobError, *, joined: bool) -> bool:
         if self._cancelled.is_set():
@@ -261,6 +257,8 @@ class Driver:
                 ChunkFailure(chunk.number, chunk.source, rows, error.stage, kind, text, error.attempts)
             )
         self._throughput.ended(0)
+
+    def _forget(self, error: JobError) -> None:
         if isinstance(error, JobFailed) and error.job_id:
             # It stands in the run's errors, from where the run goes on: among the dead letters it would be done twice.
             try:
@@ -279,26 +277,6 @@ class Driver:
                 self._core.cancel(left)
             except (BrokerError, redis.RedisError, OSError, RunConflict) as away:
                 log.warning("%d chunks stay under way: %s", len(left), away)
-
-    def _look(self, *, now: bool = False) -> None:
-        """Reads reports and loads, once a second unless it is wanted now."""
-        watch = self._watch
-        if not now and time.monotonic() - watch.at < _FIGURES_S:
-            return
-        watch.at = time.monotonic()
-        try:
-            registry = self._core.registry
-            watch.reports, loads = registry.workers(), registry.loads()
-        except (BrokerError, redis.RedisError, OSError) as away:
-            log.info("how the stages stand is not known: %s", away)
-            return
-        for report in watch.reports:
-            watch.before.setdefault(report.worker, report)
-        graph = self._twin.graph
-        names = [n.name for n in sorted(graph.nodes, key=lambda n: n.rank)]
-        refs = [self._twin.ref, self._twin.base.ref]
-        seconds = self._throughput.seconds
-        watch.stages = tuple(stage_figures(names, refs, loads, watch.reports, watch.before, seconds))
 
     def progress(self) -> Progress:
         """How it stands now."""
@@ -322,6 +300,9 @@ class Driver:
         if not last and now - self._told_at < _LOOK_S:
             return
         self._told_at = now
-        self._look(now=last)
+        if last and self.status != "cancelled":
+            self._watch.last_look(self._core.registry)
+        else:
+            self._watch.look(self._core.registry)
         if told is not None:
             told(self.progress())

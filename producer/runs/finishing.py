@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
+from torchrelay.producer.runs.agreeing import agree
 from torchrelay.producer.runs.folder import RunFolder
+from torchrelay.producer.runs.keys import duplicates
 from torchrelay.stages.writing.arrow import need_arrow
 from torchrelay.stages.writing.found import load
 from torchrelay.stages.writing.layout import json_text
@@ -58,6 +60,8 @@ class RunSummary:
     """As planned; None where planning did not come to its end."""
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+    rows_now: int | None = None
+    """Rows that this session wrote, of which the rate is; all of the run's where nobody says."""
 
 
 def totals_of(run: RunFolder) -> Totals:
@@ -76,8 +80,11 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
     if summary.status == "done":
         run.remove_strays()
     failures = [f for f in failures if f.chunk not in run.done()]
+    retyped = agree(run)
+    twice = duplicates(run)
     errors = write_errors(run, failures)
     totals, plan = totals_of(run), run.manifest.plan
+    rows_now = totals.rows if summary.rows_now is None else summary.rows_now
     content = {
         "run": run.run,
         "pipeline": plan.pipeline,
@@ -94,8 +101,11 @@ def finish(run: RunFolder, summary: RunSummary, failures: Sequence[ChunkFailure]
         "parts": totals.parts,
         "bytes": totals.nbytes,
         "seconds": round(summary.seconds, 3),
-        "rows_per_s": round(totals.rows / summary.seconds, 1) if summary.seconds > 0 else None,
+        "rows_per_s": round(rows_now / summary.seconds, 1) if summary.seconds > 0 else None,
+        **({} if twice is None else {"duplicate_keys": twice.rows, "duplicate_key_examples": list(twice.examples)}),
+        **({"retyped": retyped} if retyped else {}),
         "stages": {name: dict(numbers) for name, numbers in summary.stages.items()},
+        "rows_now": rows_now,
         **summary.more,
     }
     run.output.store.write(SUMMARY, (json.dumps(content, indent=1, default=str) + "\n").encode())

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -30,11 +31,12 @@ from torchrelay.stages.writing.found import Found, Output, Scan, choose, file_na
 from torchrelay.stages.writing.part import open_output
 from torchrelay.stages.writing.record import PartId, parse_name
 from torchrelay.stages.writing.staging import remove_dead
-from torchrelay.stages.writing.stores import BAD, HIDDEN, LocalStore, open_store
+from torchrelay.stages.writing.stores import BAD, EMPTY, HIDDEN, RECORDS, LocalStore, Store, open_store
 
-__all__ = ["Retry", "RunFolder", "open_existing", "open_run"]
+__all__ = ["Entering", "Retry", "RunFolder", "check_folder", "open_existing", "open_run"]
 
 WINNERS: Final = f"{HIDDEN}/winners.json"
+_SHOWN = 5
 _log = logging.getLogger(__name__)
 Key = tuple[int, int]
 """(chunk, round)."""
@@ -48,14 +50,45 @@ class Retry(NamedTuple):
     rows: tuple[tuple[int, int], ...]
 
 
-def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path(), run: str | None = None) -> RunFolder:
-    """Takes hold of the output folder and starts a run in it, or goes on with the one that it holds.
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """How a run may enter its output folder."""
 
-    With `resume`, a folder that holds none gets a new one. `base_dir` is where a writer's class is looked up. `run` is
-    the id of a new one; a folder that holds the run of this id goes on with it in any case.
+    resume: bool = False
+    """Go on with the run that is there; where there is none, begin one."""
+    run: str | None = None
+    """The id of a new run; a folder that holds the run of this id goes on with it in any case."""
+    accept_version: bool = False
+    """What is left may be done by another version of the pipeline."""
+    into_existing: bool = False
+    """The folder may hold other files, as long as no reader would take them for parts."""
+
+
+def check_folder(plan: RunPlan, how: Entering | None = None, base_dir: Path = Path()) -> None:
+    """Raises what `open_run` would, as far as that can be told without writing anything."""
+    output = open_output(plan.write, base_dir)
+    if isinstance(output.store, LocalStore):
+        _check_place(Path(output.store.where))
+    known = read_manifest(output.store)
+    _agreed(output, known, plan, how or Entering())
+    if known is not None:
+        take_hold(output.store).release()
+
+
+def _check_place(folder: Path) -> None:
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output {folder}: {there} is a file where a folder is needed")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {folder}: may not write {there}; allow it, or choose another")
+
+
+def open_run(plan: RunPlan, how: Entering | None = None, base_dir: Path = Path()) -> RunFolder:
+    """Takes hold of the output folder and starts a run in it, or goes on with the one that it holds. One of which no
+    part is there is no obstacle: it is begun anew. `base_dir` is where a writer's class is looked up.
 
     Raises:
-        RunConflict: the folder holds a run and `resume` was not given; it holds another run, or files that no run
+        RunConflict: the folder holds a run and is not to go on with it; it holds another run, or files that no run
             made; another driver works on it.
         ConfigError: the folder or the format cannot be used.
     """
@@ -63,19 +96,9 @@ def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path(), ru
     hold = take_hold(output.store)
     try:
         known = read_manifest(output.store)
-        if known is None:
-            _refuse_strangers(output)
-            manifest = started(plan, run)
+        manifest = _agreed(output, known, plan, how or Entering())
+        if manifest is not known:
             write_manifest(output.store, manifest)
-        elif not resume and known.run != run:
-            raise RunConflict(
-                f"output {output.store.where} holds run {known.run} of {known.plan.pipeline} "
-                f"(begun {known.created}); go on with --resume, or choose another folder"
-            )
-        else:
-            manifest = resumed(known, plan)
-            if manifest is not known:
-                write_manifest(output.store, manifest)
         remove_old_lists(output.store, manifest)
         folder = RunFolder(output, manifest, hold)
         folder.look()
@@ -83,6 +106,40 @@ def open_run(plan: RunPlan, *, resume: bool = False, base_dir: Path = Path(), ru
         hold.release()
         raise
     return folder
+
+
+def _agreed(output: Output, known: Manifest | None, plan: RunPlan, how: Entering) -> Manifest:
+    """The manifest that the folder is to have from now on, in place of the one that it has."""
+    if known is None:
+        _refuse_strangers(output, into_existing=how.into_existing)
+        return started(plan, how.run)
+    if how.resume or known.run == how.run:
+        try:
+            return resumed(known, plan, accept_version=how.accept_version)
+        except RunConflict:
+            if _has_parts(output.store):
+                raise
+    elif _has_parts(output.store):
+        raise RunConflict(
+            f"output {output.store.where} holds run {known.run} of {known.plan.pipeline} "
+            f"(begun {known.created}); go on with --resume, or choose another folder"
+        )
+    return _anew(known, plan, how.run)
+
+
+def _anew(known: Manifest, plan: RunPlan, run: str | None) -> Manifest:
+    """In place of a run without any part. Its jobs may still be under way: where they are the same, so is the run."""
+    try:
+        again = resumed(known, plan)
+    except RunConflict:
+        return started(plan, run)
+    return again if again.plan.size == plan.size else started(plan, run)
+
+
+def _has_parts(store: Store) -> bool:
+    """Of whatever format, for another one may be asked for now."""
+    names = (name for folder in ("", EMPTY, RECORDS) for name in store.sizes(folder, "part-"))
+    return any(parse_name(name.partition(".")[0]) for name in names)
 
 
 def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Path()) -> RunFolder:
@@ -105,13 +162,24 @@ def open_existing(folder: str, *, format: str | None = None, base_dir: Path = Pa
     return run
 
 
-def _refuse_strangers(output: Output) -> None:
-    names = [n for n in output.store.sizes("") if not n.startswith((".", "_"))]
-    mixed = [n for n in names if n.endswith(output.format.suffix) or parse_name(n.partition(".")[0])]
-    if mixed:
+def _refuse_strangers(output: Output, *, into_existing: bool) -> None:
+    store = output.store
+    files = list(store.sizes(""))
+    mixed = [n for n in files if n.endswith(output.format.suffix) or parse_name(n.partition(".")[0])]
+    if mixed := [n for n in mixed if not n.startswith((".", "_"))]:
         raise RunConflict(
-            f"output {output.store.where} holds {mixed[0]!r:.80} and no run; its rows would mix with those of the run, "
+            f"output {store.where} holds {mixed[0]!r:.80} and no run; its rows would mix with those of the run, "
             "choose an empty folder"
+        )
+    if isinstance(store, LocalStore) and os.path.isdir(store.where):
+        files = sorted(os.listdir(store.where))  # folders too
+    # What systems leave in folders, and begins with a dot, nobody means.
+    others = [n for n in files if n != HIDDEN and not n.startswith(".")]
+    if others and not into_existing:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        raise RunConflict(
+            f"output {store.where} holds {', '.join(f'{n!r:.80}' for n in others[:_SHOWN])}{more}, and no run; choose "
+            "an empty folder, or add --into-existing to write beside them"
         )
 
 

@@ -31,7 +31,10 @@ FORMATS: Final = tuple(dict.fromkeys(SUFFIXES.values()))
 _LINES: Final = frozenset({"jsonl", "csv", "tsv", "text"})
 # What lies beside data and is none.
 _COMPANIONS = frozenset({".md", ".json", ".yaml", ".yml", ".html", ".crc", ".md5", ".sha256", ".lock", ".py", ".pdf"})
-_COMPANION_NAMES = ("readme", "license", "licence", "success", "thumbs.db")
+_COMPANION_NAMES = ("readme", "license", "licence", "notice", "changelog", "success")
+# What file managers leave in folders of photos.
+_LEFT_NAMES = frozenset({".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".picasa.ini", "picasa.ini", "icon\r"})
+_SHOWN = 3
 
 
 def check_format(format: str | None) -> None:
@@ -55,8 +58,13 @@ def format_of(path: str) -> str | None:
 
 def is_companion(path: str) -> bool:
     """Whether a file of no known format may lie in a dataset's folder without a word."""
-    pure = PurePath(path)
-    return pure.suffix.lower() in _COMPANIONS or pure.name.lower().startswith(_COMPANION_NAMES)
+    return PurePath(path).suffix.lower() in _COMPANIONS or _is_named_so(path)
+
+
+def _is_named_so(path: str) -> bool:
+    """Whether its name says that it is about the others, such as README.txt, or of a file manager's."""
+    name = PurePath(path).name.lower()
+    return name in _LEFT_NAMES or name.startswith((*_COMPANION_NAMES, "._"))
 
 
 def one_format(paths: Sequence[str], given: str | None, where: str) -> tuple[str, list[bool]]:
@@ -72,15 +80,28 @@ def one_format(paths: Sequence[str], given: str | None, where: str) -> tuple[str
         if not any(mine):
             raise ConfigError(f"{where} holds no {given} files; it holds {_counted(formats)}")
         return given, mine
+    named = [None if _is_named_so(p) else f for p, f in zip(paths, formats, strict=True)]
+    if any(named):
+        formats = named
     known = sorted({f for f in formats if f is not None})
     strange = [p for p, f in zip(paths, formats, strict=True) if f is None and not is_companion(p)]
     if len(known) > 1:
-        raise ConfigError(f"{where} holds files of several formats, {_counted(formats)}; give a glob or the format")
+        raise ConfigError(
+            f"{where} holds files of several formats, {_counted(formats)}; give a glob, or the format that is "
+            f"meant, --input-format {known[0]}"
+        )
     if not known or strange:
-        example = PurePath((strange or paths)[0]).name
-        what = f"{example!r:.120} tells no format" if strange or not known else ""
-        raise ConfigError(f"{where}: {what}; known are {', '.join(SUFFIXES)}; give a glob or the format")
+        how = f"--input-format {known[0]}, which leaves them out" if known else "the format: --input-format"
+        raise ConfigError(f"{where}: {_few(strange or paths)}; known are {', '.join(SUFFIXES)}; give a glob, or {how}")
     return known[0], [f is not None for f in formats]
+
+
+def _few(paths: Sequence[str]) -> str:
+    names = ", ".join(f"{PurePath(p).name!r:.120}" for p in paths[:_SHOWN])
+    if len(paths) == 1:
+        return f"{names} tells no format"
+    more = len(paths) - _SHOWN
+    return f"{names} and {more} more tell no format" if more > 0 else f"{names} tell no format"
 
 
 def _counted(formats: Sequence[str | None]) -> str:

@@ -11,7 +11,7 @@ from torchrelay.stages.reading.files import shown
 from torchrelay.stages.reading.tars import count_samples
 from torchrelay.stages.reading.texts import records_of
 
-__all__ = ["limited"]
+__all__ = ["count_rows", "limited"]
 
 
 def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
@@ -24,14 +24,18 @@ def limited(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
         if left <= 0:
             return
         try:
-            count = _count(chunk)
+            count = count_rows(chunk)
         except (InputError, OSError) as error:
             raise ConfigError(f"the rows of {shown(chunk.path)} cannot be counted: {error}") from error
         yield chunk if count <= left else _shortened(chunk, left)
         left -= count
 
 
-def _count(chunk: Chunk) -> int:
+def count_rows(chunk: Chunk) -> int:
+    """How many rows a chunk has, bad ones counted; where it has bytes, they are read for it.
+
+    Raises InputError and OSError where they cannot be.
+    """
     if chunk.unit == "rows":
         return chunk.end - chunk.start
     return count_samples(chunk) if chunk.format == "tar" else sum(1 for _ in records_of(chunk))

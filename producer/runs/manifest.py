@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from torchrelay.config.runs import ChunkSize, ReadOptions, Source, WriteOptions
 from torchrelay.errors import DecodeError, RunConflict, TorchrelayError
+from torchrelay.producer.runs.kept_types import kept_differences
 from torchrelay.stages.writing.stores import HIDDEN, Store
 
 __all__ = [
@@ -62,6 +63,9 @@ class Manifest:
     created: str
     plan: RunPlan
     batches: tuple[int, ...]
+    earlier: tuple[tuple[str, str], ...] = ()
+    """(version of the pipeline, when the run went on with another one) for each that parts may be of beside the plan's,
+    where that was accepted."""
 
     def source_batches(self) -> list[list[Source]]:
         """The sources of each batch, numbered through."""
@@ -94,19 +98,28 @@ def started(plan: RunPlan, run: str | None = None) -> Manifest:
     return Manifest(run, now.isoformat(timespec="seconds"), _numbered(plan, plan.sources), (len(plan.sources),))
 
 
-def resumed(known: Manifest, asked: RunPlan) -> Manifest:
-    """The manifest of the run that goes on, with sources that were added since.
+def resumed(known: Manifest, asked: RunPlan, *, accept_version: bool = False) -> Manifest:
+    """The manifest of the run that goes on, with sources that were added since. With `accept_version` what is left may
+    be done by another version of the pipeline, and the manifest says so.
 
     Raises:
         RunConflict: it would not be the same run; the message says each thing that differs.
     """
+    if accept_version and known.plan.version != asked.version:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        plan = replace(known.plan, version=asked.version)
+        known = replace(known, plan=plan, earlier=(*known.earlier, (known.plan.version, now)))
     plan = known.plan
     differs = [*_differences(plan, asked), *_changed_sources(plan.sources, asked.sources)]
+    differs += kept_differences(plan.read.kept, asked.read.kept)
     if differs:
         lines = "".join(f"\n  {line}" for line in differs)
+        hint = ""
+        if plan.version != asked.version:
+            hint = "\nTo keep what is there and do what is left with the new version, add --accept-version."
         raise RunConflict(
             f"run {known.run} cannot go on in {asked.write.folder}, for its results would not be the same:{lines}\n"
-            "Undo that, or start a new run in another folder."
+            f"Undo that, or start a new run in another folder.{hint}"
         )
     have = {_identity(s) for s in plan.sources}
     added = [s for s in asked.sources if _identity(s) not in have]
@@ -130,6 +143,7 @@ def _differences(known: RunPlan, asked: RunPlan) -> list[str]:
         ("version of the pipeline", known.version, asked.version),
         ("columns", dict(known.read.columns), dict(asked.read.columns)),
         ("key", known.write.key, asked.write.key),
+        ("delimiter", known.read.delimiter, asked.read.delimiter),
         ("keep", list(known.write.keep), list(asked.write.keep)),
         ("format", known.write.format, asked.write.format),
         ("limit", known.limit, asked.limit),
@@ -181,6 +195,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "write": asdict(plan.write),
         "size": asdict(plan.size),
         "limit": plan.limit,
+        "earlier_versions": [{"version": version, "until": until} for version, until in manifest.earlier],
     }
     store.write(MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -218,7 +233,8 @@ def read_manifest(store: Store) -> Manifest | None:
         batches = tuple(int(n) for n in found["batches"])
         if sum(batches) != len(plan.sources):
             raise DecodeError(f"it has {len(plan.sources)} sources, and names {sum(batches)}")
-        manifest = Manifest(str(found["run"]), str(found["created"]), plan, batches)
+        earlier = tuple((str(e["version"]), str(e["until"])) for e in found.get("earlier_versions", ()))
+        manifest = Manifest(str(found["run"]), str(found["created"]), plan, batches, earlier)
         if manifest.fingerprint != found["sources"]:
             raise DecodeError(f"sources-{found['sources']!s:.20}.jsonl is damaged")
         return manifest

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from torchrelay.config.runs import CHUNK_BYTES, ReadOptions, WriteOptions
@@ -31,15 +31,31 @@ def _folder(output: object) -> str:
     return text if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
+def _mark(delimiter: Any) -> Any:
+    r"""A tab may be written as a shell has it, `\t`."""
+    return "\t" if delimiter in ("\\t", "tab") else delimiter
+
+
+def _types(given: Any) -> dict[str, str]:
+    if not isinstance(given, Mapping) or not all(isinstance(t, str) for pair in given.items() for t in pair):
+        raise InputError(f"keep_types {given!r:.60} maps a kept column to its type: {{'price': 'float64'}}")
+    return dict(given)
+
+
 class RunKeywords(TypedDict, total=False):
     """What `Relay.run` takes by keyword; it says there what each means."""
 
     columns: Mapping[str, str] | None
     key: str | None
     keep: Sequence[str]
+    keep_types: Mapping[str, str] | None
+    input_format: str | None
+    delimiter: str | None
     format: str
     resume: bool
     retry_errors: bool
+    accept_version: bool
+    into_existing: bool
     limit: int | None
     max_errors: int | None
     merge: bool
@@ -70,6 +86,10 @@ class RunOptions:
     in_flight: int | None = None
     on_progress: Callable[[Progress], object] | None = None
     run_id: str | None = None
+    accept_version: bool = False
+    into_existing: bool = False
+    keep_types: Mapping[str, str] = field(default_factory=dict)
+    input_format: str | None = None
     tenant: str = ""
 
     @classmethod
@@ -86,12 +106,21 @@ class RunOptions:
             value = given.get(name)
             if value is not None and (type(value) is not int or value < least):
                 raise InputError(f"{name} {value!r:.60} must be a whole number from {least}")
-        read = ReadOptions(dict(given.get("columns") or {}), key, tuple(keep), given.get("image_side"))
+        read = ReadOptions(
+            dict(given.get("columns") or {}),
+            key,
+            tuple(keep),
+            "",
+            _mark(given.get("delimiter")),
+            given.get("image_side"),
+        )
         write = WriteOptions(_folder(output), given.get("format") or "parquet", key, tuple(keep))
         run_id = given.get("run_id")
         if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
             raise InputError(f"run_id {run_id!r:.80} must be 1 to 64 letters, digits, _ and -")
         retry_errors = bool(given.get("retry_errors"))
+        if given.get("accept_version") and not (given.get("resume") or retry_errors):
+            raise InputError("accept_version is for a run that goes on; add resume or retry_errors")
         return cls(
             read,
             write,
@@ -106,5 +135,9 @@ class RunOptions:
             given.get("in_flight"),
             given.get("on_progress"),
             run_id,
+            bool(given.get("accept_version")),
+            bool(given.get("into_existing")),
+            _types(given.get("keep_types") or {}),
+            given.get("input_format"),
             parse_tenant(given.get("tenant")),
         )

@@ -20,9 +20,10 @@ from rq.registry import (
     ScheduledJobRegistry,
     StartedJobRegistry,
 )
+from rq.worker import BaseWorker
 
 from torchrelay.errors import InputError
-from torchrelay.producer.runs.detached import runs_queues
+from torchrelay.producer.runs.detached import runs_queues, versions_driven
 from torchrelay.producer.runs.timetable import Schedule, remove, schedules
 from torchrelay.queues.control import ControlJob, ControlQueue
 from torchrelay.queues.keys import ControlKeys
@@ -46,6 +47,7 @@ _REGISTRIES: Final[tuple[Any, ...]] = (
     FailedJobRegistry,
     CanceledJobRegistry,
 )
+_WAITING: Final = frozenset({"queued", "scheduled", "repeating"})
 _MOST = 1000
 """Jobs that are looked at, of each kind."""
 ENDED: Final = frozenset({"done", "failed", "stopped", "cancelled", LOST})
@@ -80,6 +82,8 @@ class RunView:
     retries_left: int | None = None
     every: int | str | None = None
     error: str = ""
+    waits_for: str = ""
+    """Of one that is queued, what is missing for it to begin."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,13 +134,14 @@ def _of_schedule(schedule: Schedule) -> RunView:
 
 
 class Overview:
-    """Lists, finds and cancels the runs of a namespace."""
+    """Lists, finds and cancels the runs of a namespace. Which agents there are it asks once: make one for each look."""
 
     def __init__(self, client: redis.Redis, control: ControlKeys) -> None:
         self._client = client
         self._control = control
         self._records = RunRecords(client, control)
         self._queues = runs_queues(client, control.namespace)
+        self._agents: dict[str, tuple[int, set[str]]] = {}
 
     def all(self) -> list[RunView]:
         """Those under way first, then what waits, then what ended, the latest first."""
@@ -149,19 +154,38 @@ class Overview:
                     continue
                 record = records.get(self._run_of(job))
                 driven.add(self._run_of(job))
-                views.append(_of_job(job, due, record))
+                views.append(self._waiting(_of_job(job, due, record), queue))
         views += [_of_record(record) for run, record in records.items() if run not in driven]
         order = {RUNNING: 0, "queued": 1, "scheduled": 2, "repeating": 3}
         return sorted(views, key=lambda v: (order.get(v.state, 4), -(v.began or 0), v.id))
+
+    def _waiting(self, view: RunView, queue: ControlQueue) -> RunView:
+        """With what it waits for, where no agent could drive it."""
+        if view.state not in _WAITING:
+            return view
+        if queue.name not in self._agents:
+            self._agents[queue.name] = BaseWorker.count(queue=queue), versions_driven(self._client, queue)
+        agents, versions = self._agents[queue.name]
+        if view.pipeline in versions:
+            return view
+        level = queue.name.rpartition("-")[2]
+        if not agents:
+            why = f"no agent takes {level} runs yet; start one with: torchrelay agent FILE"
+        else:
+            why = (
+                f"no agent that takes {level} runs has {view.pipeline}; start one with its files: torchrelay agent FILE"
+            )
+        return replace(view, waits_for=why)
 
     def find(self, run: str) -> RunView:
         """Raises InputError for a run that nobody knows of."""
         for schedule in schedules(self._client, self._control):
             if schedule.id == run:
-                return _of_schedule(schedule)
+                (queue,) = runs_queues(self._client, self._control.namespace, [schedule.request.level])
+                return self._waiting(_of_schedule(schedule), queue)
         if (found := self._job(run)) is not None:
             queue, job = found
-            return _of_job(job, self._due(queue, run), self._records.find(self._run_of(job)))
+            return self._waiting(_of_job(job, self._due(queue, run), self._records.find(self._run_of(job))), queue)
         if (record := self._records.find(run)) is not None:
             return _of_record(record)
         raise InputError(

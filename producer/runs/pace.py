@@ -37,8 +37,9 @@ class StageFigures:
     """One stage, for runs and online work together, since the run began.
 
     `busy` is the share of the time that its workers spent in forwards, 0 to 1; `service_s` the seconds of forward per
-    1000 rows; `batch_fill` how full its batches were, both None before it computed anything. Where a run reads and
-    writes, a row is a chunk.
+    1000 rows; `batch_fill` how full its batches were; `wait_s` how many seconds a row waits for its forward, in the
+    queue and in a worker's hand. All three are None before it computed anything. Where a run reads and writes, a row
+    is a chunk.
     """
 
     name: str
@@ -50,6 +51,7 @@ class StageFigures:
     service_s: float | None = None
     batch_fill: float | None = None
     moved_bytes: int = 0
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class Throughput:
     began: float = field(default_factory=time.monotonic)
     rows: int = 0
     chunks: int = 0
+    over: float | None = None
+    """When the last chunk had ended."""
     _recent: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def ended(self, rows: int) -> None:
@@ -93,7 +97,7 @@ class Throughput:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        return (time.monotonic() if self.over is None else self.over) - self.began
 
     def rates(self) -> tuple[float, float]:
         """(rows, chunks) a second: of the last seconds once there are enough, else of all."""
@@ -147,9 +151,11 @@ def stage_figures(
     workers: Sequence[WorkerReport],
     before: Mapping[str, WorkerReport],
     seconds: float,
+    stood_row_s: Mapping[str, float],
 ) -> list[StageFigures]:
     """Figures of each stage of these refs, which are one pipeline and its run graph. `before` are the workers' reports
-    as the run began, by worker."""
+    as the run began, by worker; `stood_row_s` is, by stage, the sum of the seconds that rows have waited or run there.
+    """
     found = []
     for name in names:
         keys = [f"{ref}/{name}" for ref in refs]
@@ -176,6 +182,8 @@ def stage_figures(
                 1000 * busy_s / rows if rows else None,
                 None if not most or is_runs(name) else rows / most,
                 int(moved),
+                # All rows of a batch run as long as its forward.
+                max(stood_row_s.get(name, 0.0) / rows - busy_s / batches, 0.0) if rows and batches else None,
             )
         )
     return found

@@ -18,12 +18,14 @@ from dataclasses import dataclass, replace
 from torchrelay.config.columns import Types
 from torchrelay.config.runs import Chunk, ChunkSize, ReadOptions, Source
 from torchrelay.errors import ConfigError, InputError
-from torchrelay.producer.runs.cutting import columns_of, cut_images, cut_source
+from torchrelay.producer.runs.cutting import columns_of, cut_images, cut_source, found_delimiter
 from torchrelay.producer.runs.formats import check_format, one_format
 from torchrelay.producer.runs.limiting import limited
 from torchrelay.producer.runs.listing import list_input, root_of_input
 from torchrelay.stages.reading.choosing import OPEN_FORMATS, resolve
 from torchrelay.stages.reading.files import shown
+from torchrelay.stages.reading.kept import kept_names
+from torchrelay.stages.reading.texts import DELIMITERS, other_delimiter
 
 __all__ = ["Totals", "check_columns", "find_sources", "input_fingerprint", "measure", "plan_chunks", "root_of"]
 
@@ -83,6 +85,7 @@ def plan_chunks(
     limit: int | None = None,
     root: str | None = None,
     first_number: int = 0,
+    delimiter: str | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of these sources, in order.
 
@@ -92,17 +95,20 @@ def plan_chunks(
         limit: rows to stop after. Where the rows of files are not counted anywhere, those before it are read here.
         root: folder below which images are named (`root_of`); the folder that they share where it is not given.
         first_number: of the first chunk, where others were planned before.
+        delimiter: of CSV; by each file's header where it is not given.
 
     Raises ConfigError, when its turn comes, for a file that is not of its format or was cut.
     """
     if limit is not None and (type(limit) is not int or limit < 0):
         raise ConfigError(f"limit is a number of rows from 0, not {limit!r:.40}")
     listed = list(sources)
-    chunks = _chunks(listed, size or ChunkSize(), root, first_number)
+    chunks = _chunks(listed, size or ChunkSize(), root, first_number, delimiter)
     return chunks if limit is None else limited(chunks, limit)
 
 
-def _chunks(sources: list[Source], size: ChunkSize, root: str | None, number: int) -> Iterator[Chunk]:
+def _chunks(
+    sources: list[Source], size: ChunkSize, root: str | None, number: int, delimiter: str | None
+) -> Iterator[Chunk]:
     images = [s for s in sources if s.format == "image"]
     folder = root if root is not None else _common([os.path.dirname(s.path) for s in images]) if images else ""
     for chunk in cut_images(images, size, folder, number):
@@ -112,7 +118,7 @@ def _chunks(sources: list[Source], size: ChunkSize, root: str | None, number: in
         if source.format == "image":
             continue
         try:
-            for chunk in cut_source(source, size, number):
+            for chunk in cut_source(source, size, number, delimiter):
                 yield chunk
                 number = chunk.number + 1
         except (InputError, OSError) as error:
@@ -145,11 +151,26 @@ def check_columns(sources: Sequence[Source], options: ReadOptions, types: Types 
     first = next((s for s in sources if s.nbytes), None)
     if first is None:
         return
+    if options.delimiter is not None and first.format not in DELIMITERS:
+        raise ConfigError(f"delimiter {options.delimiter!r:.20} is for CSV; {shown(first.path)} is {first.format}")
     asked = replace(options, keep=()) if first.format in OPEN_FORMATS else options
+    columns = None
     try:
-        resolve(first.format, columns_of(first), asked, types)
+        columns = columns_of(first, options.delimiter)
+        resolve(first.format, columns, asked, types)
     except (InputError, OSError) as error:
-        raise ConfigError(f"{shown(first.path)}: {error}") from error
+        hint = _delimiter_hint(first, options, types, columns) if first.format in DELIMITERS and columns else ""
+        raise ConfigError(f"{shown(first.path)}: {error}{hint}") from error
+
+
+def _delimiter_hint(source: Source, options: ReadOptions, types: Types | None, columns: list[str]) -> str:
+    """What to do where a header lacks columns because its fields are separated by something else."""
+    used = options.delimiter or found_delimiter(source)
+    names = [*(options.columns.get(n, n) for n in types or options.columns), *kept_names(options)]
+    other = other_delimiter(columns, used, names)
+    if other is None:
+        return ""
+    return f". Its header was taken to be separated by {used!r}; if {other!r} separates it, say --delimiter {other!r}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Imports no torch: a tensor is known by its methods.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from torchrelay.config.columns import Column, Types, describe
 from torchrelay.config.runs import ReadOptions
+from torchrelay.config.types import NUMERIC
 from torchrelay.errors import InputError
 from torchrelay.stages.reading.images import stacked
 from torchrelay.stages.reading.raw import MISSING, BadRow, Raw, ids, plain_numbers
@@ -60,10 +62,7 @@ class RowReader:
 
 def _plain(value: Any, copy: bool) -> Any:
     if hasattr(value, "detach"):
-        try:
-            value = value.detach().cpu().numpy()
-        except TypeError as error:  # bfloat16 and the like have no numpy dtype
-            raise InputError(f"a tensor of {value.dtype} has no NumPy form; convert it in the dataset") from error
+        value = _array_of_tensor(value.detach().cpu())
     elif type(value).__module__.startswith("PIL.") and hasattr(value, "convert"):
         return np.asarray(value.convert("RGB"))
     if isinstance(value, np.ndarray):
@@ -71,6 +70,21 @@ def _plain(value: Any, copy: bool) -> Any:
             raise InputError(f"{describe(value)} holds Python objects; numbers are expected")
         return value.copy() if copy else value
     return value
+
+
+def _array_of_tensor(tensor: Any) -> Any:
+    """A tensor as an array; bfloat16 and the like by their bits, since numpy itself does not know them."""
+    try:
+        return tensor.numpy()
+    except TypeError as error:
+        name, torch = str(tensor.dtype).removeprefix("torch."), sys.modules.get("torch")
+        dtype = NUMERIC.get(name) if name.startswith(("bfloat16", "float8")) else None
+        if dtype is None or torch is None:
+            raise InputError(
+                f"a tensor of {tensor.dtype} has no NumPy form ({error}); convert it in the dataset"
+            ) from error
+        bits = torch.int16 if dtype.itemsize == 2 else torch.uint8
+        return tensor.contiguous().view(bits).numpy().view(dtype)
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:

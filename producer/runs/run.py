@@ -8,18 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.config.runs import ChunkSize
+from torchrelay.config.runs import CHUNK_ROWS, ChunkSize, ReadOptions, Source
 from torchrelay.errors import InputError, TorchrelayError
 from torchrelay.producer.core import Core
 from torchrelay.producer.lookups import reached
 from torchrelay.producer.runs.driver import Driver
 from torchrelay.producer.runs.finishing import RunSummary, finish, totals_of
-from torchrelay.producer.runs.folder import RunFolder, open_existing, open_run
+from torchrelay.producer.runs.folder import Entering, RunFolder, check_folder, open_existing, open_run
+from torchrelay.producer.runs.kept_types import kept_of_memory, kept_of_sources
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.producer.runs.memory import is_in_memory, memory_source
 from torchrelay.producer.runs.merging import merge
@@ -31,9 +32,10 @@ from torchrelay.producer.runs.recording import Recorder
 from torchrelay.producer.runs.works import Chunks, planned, pushed, works_of
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.run_records import RUNNING, RunRecord, RunRecords
+from torchrelay.stages.writing.arrow import need_arrow
 from torchrelay.stages.writing.table import check_names
 
-__all__ = ["Run", "prepare_run"]
+__all__ = ["CheckedRun", "Run", "check_run"]
 
 log = logging.getLogger("torchrelay.runs")
 _JOIN_S = 0.2
@@ -199,8 +201,8 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         driver, progress = self._driver, self._driver.progress()
         stages = {s.name: {k: v for k, v in asdict(s).items() if k != "name"} for s in progress.stages}
-        more = {"bottleneck": progress.bottleneck, "rows_now": driver.rows, "errors_now": driver.failed_rows}
-        summary = RunSummary(driver.status, progress.seconds, self._planned, stages, more)
+        more = {"bottleneck": progress.bottleneck, "errors_now": driver.failed_rows}
+        summary = RunSummary(driver.status, progress.seconds, self._planned, stages, more, driver.rows)
         content = finish(self._folder, summary, driver.failures)
         if self._options.merge and driver.status == "done":
             content["merged"] = merge(self._folder)
@@ -212,46 +214,99 @@ def _fitting_rows(registry: Registry, pipeline: Pipeline) -> int:
     return rows_per_chunk(pipeline.spec.stages, slowest_rate(nodes, registry.workers()))
 
 
-def prepare_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> Run:
-    """Plans and takes hold of the output folder. `target` is a name, or a pipeline that is registered here.
+def described(data: Any) -> str:
+    """An input, for people."""
+    if is_in_memory(data):
+        return f"{type(data).__name__} in memory"
+    return " ".join(map(os.fspath, [data] if isinstance(data, str | os.PathLike) else data))
 
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that could be begun; nothing was written yet. `pipeline` is what it is asked of, `twin` its run graph,
+    `text` names the input."""
+
+    core: Core
+    pipeline: Pipeline
+    twin: Pipeline
+    data: Any
+    options: RunOptions
+    sources: list[Source]
+    read: ReadOptions
+    text: str
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the driver itself has the rows."""
+        return is_in_memory(self.data)
+
+    def plan(self, size: ChunkSize) -> RunPlan:
+        """What its folder will say of it."""
+        pipeline, options = self.pipeline, self.options
+        return RunPlan(
+            pipeline.name, pipeline.version, self.text, self.sources, self.read, options.write, size, options.limit
+        )
+
+    @property
+    def base_dir(self) -> Path:
+        """Where a writer's class is looked up."""
+        return Path() if self.pipeline._folder is None else self.pipeline._folder
+
+    @property
+    def entering(self) -> Entering:
+        """How it may enter its folder."""
+        options = self.options
+        return Entering(options.resume, options.run_id, options.accept_version, options.into_existing)
+
+    def open(self) -> Run:
+        """Takes hold of the output folder. Raises RunConflict where somebody else was faster."""
+        core, options, registry = self.core, self.options, self.core.registry
+        with reached():
+            registry.register(self.twin)
+            size = ChunkSize(options.chunk_rows or _fitting_rows(registry, self.pipeline), options.chunk_bytes)
+        folder = open_run(self.plan(size), self.entering, self.base_dir)
+        try:
+            root = root_of(self.data) if self.sources[0].format == "image" else None
+
+            def chunks() -> Iterator[Any]:
+                return pushed(folder, self.data, self.pipeline.input) if self.in_memory else planned(folder, root)
+
+            works = works_of(folder, chunks, retry_errors=options.retry_errors)
+            driver = Driver(core, self.twin, folder, works, options)
+            with core.lock:
+                core.start()
+                core.inbox.start()
+            # Rows in memory may come but once: only what files hold is counted ahead.
+            records = RunRecords(registry.client, registry.control)
+            return Run(driver, folder, options, None if self.in_memory else chunks, self.base_dir, records)
+        except BaseException:
+            folder.close()
+            raise
+
+
+def check_run(core: Core, target: str | Pipeline, data: Any, options: RunOptions) -> CheckedRun:
+    """Checks all that can be checked before anything is written. `target` is a name, or a pipeline, which is
+    registered.
     Raises PipelineNotFound, ConfigError and InputError for what cannot be run, RunConflict for a folder that holds
     another run.
     """
+    need_arrow()  # what reads and writes runs, and the list of errors, need it in any format
     registry = core.registry
     with reached():
         known = registry.find(target) if isinstance(target, str) else registry.register(target, current=False)
     pipeline = known.pipeline
     twin = pipeline.for_runs()
-    base_dir = Path() if pipeline._folder is None else pipeline._folder
     graph: Any = twin.graph
-    if graph.written is not None:
-        check_names(graph.written, options.write.key, options.write.keep)
-    in_memory = is_in_memory(data)
-    sources = [memory_source(data)] if in_memory else find_sources(data)
-    if not in_memory:
+    check_names(graph.written or (), options.write.key, options.write.keep)
+    text = described(data)
+    if is_in_memory(data):
+        sources = [memory_source(data)]
+        kept, data = kept_of_memory(data, options.read, pipeline.input, options.keep_types, options.write.format)
+    else:
+        sources = find_sources(data, options.input_format)
         check_columns(sources, options.read, pipeline.input)
-    root = root_of(data) if sources[0].format == "image" else None
-    named = [data] if isinstance(data, str | os.PathLike) else data
-    text = f"{type(data).__name__} in memory" if in_memory else " ".join(map(os.fspath, named))
-    with reached():
-        registry.register(twin)
-        size = ChunkSize(options.chunk_rows or _fitting_rows(registry, pipeline), options.chunk_bytes)
-    plan = RunPlan(pipeline.name, pipeline.version, text, sources, options.read, options.write, size, options.limit)
-    folder = open_run(plan, resume=options.resume, base_dir=base_dir, run=options.run_id)
-    try:
-
-        def chunks() -> Iterator[Any]:
-            return pushed(folder, data, pipeline.input) if in_memory else planned(folder, root)
-
-        works = works_of(folder, chunks, retry_errors=options.retry_errors)
-        driver = Driver(core, twin, folder, works, options)
-        with core.lock:
-            core.start()
-            core.inbox.start()
-        # Rows in memory may come but once: only what files hold is counted ahead.
-        records = RunRecords(registry.client, registry.control)
-        return Run(driver, folder, options, None if in_memory else chunks, base_dir, records)
-    except BaseException:
-        folder.close()
-        raise
+        kept = kept_of_sources(sources, options.read, options.keep_types, options.write.format)
+    checked = CheckedRun(core, pipeline, twin, data, options, sources, replace(options.read, kept=kept), text)
+    size = ChunkSize(options.chunk_rows or CHUNK_ROWS, options.chunk_bytes)
+    check_folder(checked.plan(size), checked.entering, checked.base_dir)
+    return checked

@@ -38,10 +38,11 @@ Chunks = Callable[[], Iterator[tuple[Chunk, bytes | None]]]
 def planned(folder: RunFolder, root: str | None) -> Iterator[tuple[Chunk, bytes | None]]:
     """Every chunk of a run that reads files. `root` is the folder below which images are named."""
     plan, number = folder.manifest.plan, 0
+    mark = plan.read.delimiter
     # With a limit all files are one plan: what was added behind them counts against what is left of it.
     batches = folder.batches if plan.limit is None else [list(plan.sources)]
     for batch in batches:
-        for chunk in plan_chunks(batch, folder.size, limit=plan.limit, root=root, first_number=number):
+        for chunk in plan_chunks(batch, folder.size, limit=plan.limit, root=root, first_number=number, delimiter=mark):
             yield chunk, None
             number = chunk.number + 1
 

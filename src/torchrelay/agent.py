@@ -1,4 +1,5 @@
 """`torchrelay agent`: drives the detached runs of a namespace on this host, with the pipeline files that it was given.
+Beside that its host serves stages as the leader decides (`host_service.py`).
 
 One run at a time, by the same driver as `torchrelay run`, with workers of this host for what nobody serves. A run
 belongs to its job of RQ's: who takes the job up again, here or elsewhere, goes on with the folder.
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from rq.exceptions import InvalidJobOperation
@@ -19,9 +20,9 @@ from rq.job import JobStatus
 
 from torchrelay.agent_worker import AgentWorker, GivenBack, Stopped
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
+from torchrelay.errors import BrokerError, ConfigError, TorchrelayError, UsageError
 from torchrelay.producer.relay import Relay
-from torchrelay.producer.runs.detached import ENTRY, RunRequest, queue_of
+from torchrelay.producer.runs.detached import ENTRY, RunRequest, announced, queue_of
 from torchrelay.producer.runs.holding import Held
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.producer.runs.run import Run
@@ -33,6 +34,7 @@ from torchrelay.up import Fleet
 
 __all__ = ["Loaded", "RunsAgent"]
 
+T = TypeVar("T")
 log = logging.getLogger("torchrelay.agent")
 _LOOK_S = 0.2
 _TELL_S = 1.0
@@ -70,7 +72,8 @@ class RunsAgent:
         self._fleet = fleet
         client, control = relay.registry.client, relay.registry.control
         self._records = RunRecords(client, control)
-        self.worker = AgentWorker([queue_of(control.namespace, n) for n in levels], client, {ENTRY: self._run})
+        queues = [queue_of(control.namespace, level) for level in levels]
+        self.worker = AgentWorker(queues, client, {ENTRY: self._run}, self._can_drive, announced(self._loaded))
         self._timetable = Timetable(client, control, self.worker.name)
         self._over = threading.Event()
 
@@ -99,6 +102,16 @@ class RunsAgent:
         except (redis.RedisError, OSError):
             pass  # the locks run out by themselves
 
+    def _can_drive(self, job: ControlJob) -> bool:
+        """Not a run of a version that this agent lacks. What is no run is taken, and refused."""
+        try:
+            ref = RunRequest.parse(job.request({ENTRY: self._run})[1]).pipeline
+        except UsageError:
+            return True
+        if ref not in self._loaded:
+            log.info("job %s is left to others: it needs %s, which this agent lacks", job.id, ref)
+        return ref in self._loaded
+
     def _run(self, job: ControlJob, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The entry: drives one run to its end, and returns the short form of its summary."""
         request = RunRequest.parse(arguments)
@@ -107,13 +120,16 @@ class RunsAgent:
         self._check_writer(request, fleet)
         watch = _Watch(self.worker, job, self._records)
         watch.look()
-        run = self._prepare(one.pipeline, request, watch)
-        try:
-            with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
+        options: Any = {**request.options, "run_id": watch.job.id}
+        data, output = list(request.input), request.output
+        checked = _once_free(watch, lambda: self._relay.check_run(one.pipeline, input=data, output=output, **options))
+        with workers_here(fleet, self._relay.registry, one.pipeline, one.overrides, watch.look) as look:
+            run = _once_free(watch, checked.open)
+            try:
                 return watch.follow(run.start(), look)
-        finally:
-            if not run.done():
-                run.end()
+            finally:
+                if not run.done():
+                    run.end()
 
     def _find(self, ref: str) -> Loaded:
         if ref in self._loaded:
@@ -133,19 +149,18 @@ class RunsAgent:
                 f"start it with TORCHRELAY_RUN_WRITER={wanted:.80}"
             )
 
-    def _prepare(self, pipeline: Pipeline, request: RunRequest, watch: _Watch) -> Run:
-        """A folder that another driver has is waited for: it may have died a moment ago."""
-        given_up_at = time.monotonic() + _HELD_S
-        options: Any = {**request.options, "run_id": watch.job.id}
-        while True:
-            try:
-                data = list(request.input)
-                return self._relay.prepare_run(pipeline, input=data, output=request.output, **options)
-            except Held:
-                if time.monotonic() > given_up_at:
-                    raise
-            watch.look()
-            time.sleep(_LOOK_S)
+
+def _once_free(watch: _Watch, act: Callable[[], T]) -> T:
+    """A folder that another driver has is waited for: it may have died a moment ago."""
+    given_up_at = time.monotonic() + _HELD_S
+    while True:
+        try:
+            return act()
+        except Held:
+            if time.monotonic() > given_up_at:
+                raise
+        watch.look()
+        time.sleep(_LOOK_S)
 
 
 class _Watch:

@@ -13,9 +13,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import redis
 from rq import Queue
@@ -72,7 +72,16 @@ class AgentWorker(BaseWorker):
     death_penalty_class = _NoPenalty
     log_result_lifespan = False
 
-    def __init__(self, queues: Sequence[str], connection: redis.Redis, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self,
+        queues: Sequence[str],
+        connection: redis.Redis,
+        entries: Mapping[str, Entry],
+        wanted: Callable[[ControlJob], bool] = lambda job: True,
+        announces: Mapping[str, str] | None = None,
+    ) -> None:
+        """`wanted` says which jobs it takes: the others wait for another agent. `announces` are fields of its record,
+        for whoever looks for agents."""
         name = f"torchrelay-{socket.gethostname()}-{os.getpid()}-{new_token(4)}"
         super().__init__(
             [ControlQueue(q, connection) for q in queues],
@@ -85,11 +94,15 @@ class AgentWorker(BaseWorker):
         )
         self.log = _rq_log
         self._entries = entries
+        self._wanted = wanted
+        self._announces = dict(announces or {})
         self._tidied_at = 0.0
+        self.on_stop: Callable[[], object] = int
 
     def stop(self, number: int = 0, frame: FrameType | None = None) -> None:
         """Ends it soon: what is executed is asked to end, and goes back to its queue."""
         self._stop_requested = True
+        self.on_stop()
 
     def ending(self, job: ControlJob) -> Literal["", "stopped", "given back"]:
         """For entries to look at now and then: why this job should end now, and which exception says that it did."""
@@ -97,10 +110,11 @@ class AgentWorker(BaseWorker):
             return "stopped"
         return "given back" if self._stop_requested else ""
 
-    def serve(self) -> None:
-        """Registers, executes what comes, and says farewell."""
-        signal.signal(signal.SIGINT, self.stop)
-        signal.signal(signal.SIGTERM, self.stop)
+    def serve(self, *, signals: bool = True) -> None:
+        """Registers, executes what comes, and says farewell. Only the main thread may take signals."""
+        if signals:
+            signal.signal(signal.SIGINT, self.stop)
+            signal.signal(signal.SIGTERM, self.stop)
         self.register_birth()  # type: ignore[no-untyped-call]
         self.subscribe()  # type: ignore[no-untyped-call]
         try:
@@ -124,11 +138,22 @@ class AgentWorker(BaseWorker):
             time.sleep(_POLL_S)
             return None
         for queue in queues:
-            if (job := queue.take()) is not None:
+            if (job := queue.take_wanted(self._wanted)) is not None:
                 return job, queue
+        first = queues[0]
+        if first.has_others:  # that wait for other agents, and would be taken again and again
+            time.sleep(_POLL_S)
+            return None
         # Who waits hears of the first queue at once, and of the others within a second.
-        job = queues[0].take(_POLL_S)
-        return None if job is None else (job, queues[0])
+        job = first.take(_POLL_S)
+        if job is not None and not self._wanted(job):
+            first.give_back(job)
+            return None
+        return None if job is None else (job, first)
+
+    def serialize(self) -> dict[str, Any]:
+        """Its record, as RQ writes it."""
+        return super().serialize() | self._announces
 
     def _tidy(self) -> None:
         """What dead agents left is tried again or failed, as RQ does it; but for what RQ would unpickle meanwhile."""
@@ -136,7 +161,7 @@ class AgentWorker(BaseWorker):
             return
         self._tidied_at = time.monotonic()
         with self.connection.pipeline() as pipe:  # a server that was away may have forgotten it
-            pipe.hset(self.key, mapping=self.serialize())
+            pipe.hset(self.key, mapping=cast(Any, self.serialize()))
             register(self, pipe)
             pipe.execute()
         queue: Any

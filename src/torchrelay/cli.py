@@ -17,6 +17,7 @@ from redis import exceptions as redis_errors
 
 from torchrelay import terminal
 from torchrelay.cli_dead import dead_app
+from torchrelay.cli_fleet import fleet_app
 from torchrelay.cli_operate import operate_app
 from torchrelay.cli_options import (
     EXIT_BROKER,
@@ -31,6 +32,7 @@ from torchrelay.cli_options import (
     NamespaceOption,
     RedisOption,
     SetOption,
+    host_name,
     open_relay,
     overrides_by_file,
     overrides_of,
@@ -51,8 +53,11 @@ from torchrelay.errors import (
     TorchrelayError,
     UsageError,
 )
+from torchrelay.on_demand import ReadersOnDemand
 from torchrelay.stages import check_stages
+from torchrelay.system import System
 from torchrelay.up import Fleet, run_fleet
+from torchrelay.would_run import described, this_host, told, views, would_run
 
 app = typer.Typer(
     name="torchrelay",
@@ -66,16 +71,33 @@ app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
 app.add_typer(runs_app, name="runs")
 app.add_typer(tenants_app, name="tenants", help="How those that jobs are for share what is there.")
-app.registered_commands += operate_app.registered_commands + run_app.registered_commands + agent_app.registered_commands
+for part in (fleet_app, operate_app, run_app, agent_app):
+    app.registered_commands += part.registered_commands
 
 
 @app.command()
-def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Validate pipeline files, import their stages, and show what they would run.
+def check(
+    files: FilesArgument,
+    set_: SetOption = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option("--on", metavar="HOSTS", help="Hosts to place workers on, such as 2*8xH100:80GiB. Repeatable."),
+    ] = None,
+    allow_cpu: CpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate pipeline files, import their stages, and show what they would run, and where.
+
+    Workers are placed on this machine, or on the hosts that --on describes: then exit status 4 says that some have no
+    place.
 
     Example: [bold]torchrelay check pipeline.yaml[/bold]
+
+    Example: [bold]torchrelay check ocr.yaml --on '2*8xH100:80GiB,cpu=64,memory=512GiB,label=fast' --on cpu=16[/bold]
     """
+    hosts = described(on, allow_cpu=allow_cpu) if on else [this_host(allow_cpu=allow_cpu)]
     found: list[dict[str, Any]] = []
+    good: list[Pipeline] = []
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         problems: tuple[str, ...] = ()
         try:
@@ -86,6 +108,7 @@ def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = Fa
         found.append({"file": file, "ok": not problems, "problems": list(problems)})
         if not problems:
             found[-1]["pipeline"] = pipeline.ref
+            good += [pipeline] if pipeline not in good else []
         if as_json:
             continue
         if problems:
@@ -93,10 +116,16 @@ def check(files: FilesArgument, set_: SetOption = None, as_json: JsonOption = Fa
                 terminal.err.print(f"[red]error[/red] {terminal.clean(problem)}", soft_wrap=True)
         else:
             terminal.out.print(terminal.graph_view(pipeline))
+    allocation = would_run(good, hosts)
     if as_json:
-        terminal.print_json(found)
+        terminal.print_json([f | (told(allocation, f["pipeline"]) if f["ok"] else {}) for f in found])
+    else:
+        for part in views(allocation):
+            terminal.out.print(part)
     if not all(f["ok"] for f in found):
         raise typer.Exit(EXIT_USAGE)
+    if on and allocation.refused:
+        raise typer.Exit(EXIT_NO_WORKER)
 
 
 @app.command()
@@ -107,16 +136,17 @@ def up(
     set_: SetOption = None,
     allow_cpu: CpuOption = False,
 ) -> None:
-    """Run everything on this machine: the server if there is none, the workers of every stage, a live view.
+    """Run everything on this machine: the server if there is none, a coordinator, an agent, their workers, a live view.
 
-    Ctrl-C drains: batches under way are finished, the rest goes back to the queues.
+    What reads and writes datasets is started when a run wants it. Ctrl-C drains: batches under way are finished, the
+    rest goes back to the queues.
 
     Example: [bold]torchrelay up pipeline.yaml --allow-cpu[/bold]
     """
-    fleet = Fleet(redis, namespace, allow_cpu=allow_cpu)
+    fleet = System(host_name(), redis, namespace, allow_cpu=allow_cpu)
     for file, overrides in zip(files, overrides_by_file(files, set_), strict=True):
         fleet.add(Pipeline.load(file, overrides), overrides)
-    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal))
+    raise typer.Exit(run_fleet(fleet, live=terminal.out.is_terminal, tick=ReadersOnDemand(fleet).tick))
 
 
 @app.command()
@@ -275,19 +305,6 @@ def cancel(
             terminal.out.print(f"{job_id} {state}")
     if not all(won):
         raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-def status(redis: RedisOption = None, namespace: NamespaceOption = None, as_json: JsonOption = False) -> None:
-    """Show every stage: what waits, what runs, who serves it; and versions that drain or that nobody serves.
-
-    Example: [bold]torchrelay status --json[/bold]
-    """
-    with open_relay(redis, namespace) as relay:
-        if as_json:
-            terminal.print_json({"url": relay.url, **terminal.status_of(relay.registry)})
-        else:
-            terminal.print_status(relay.registry)
 
 
 def _exit_code(error: BaseException) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -24,11 +25,14 @@ from torchrelay.cli_options import (
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import ConfigError, InputError, NoWorkers
 from torchrelay.queues import operate
+from torchrelay.queues.fleet import FleetRecords
 from torchrelay.queues.registry import CURRENT_S, Registry
 from torchrelay.stages import check_stages
 
 operate_app = typer.Typer()
 _LOADING_S = 60.0
+# A coordinator decides each second, and an agent starts what it is told at once.
+_COMING_S = 15.0
 _LOOK_S = 0.5
 _LINE_EVERY_S = 10.0
 
@@ -117,8 +121,9 @@ def deploy(
 ) -> None:
     """Check a file and make its version the one that new jobs take; jobs that are there finish on theirs.
 
-    Start the new version's workers first: `torchrelay worker FILE --stage S` does not switch. Without a live worker for
-    each stage nothing changes, and the exit status is 4.
+    Workers of the new version come first. A coordinator starts them where an agent has the file, and lets those of the
+    old one go when its last job has ended; without one, `torchrelay worker FILE --stage S` starts them and does not
+    switch. Without a live worker for each stage nothing changes, and the exit status is 4.
 
     Example: [bold]torchrelay deploy embed.yaml --wait[/bold]
     """
@@ -128,10 +133,11 @@ def deploy(
         raise ConfigError(f"two of the files are versions of one pipeline ({', '.join(names)}); deploy one of them")
     with open_relay(redis, namespace) as relay:
         registry = relay.registry
-        unserved = {p.ref: _unserved(registry, p, p.source or "", force) for p in loaded}
         before = registry.current()
-        for pipeline in loaded:
-            registry.register(pipeline)
+        with _served(registry, [p.ref for p in loaded]) as coming_s:
+            unserved = {p.ref: _unserved(registry, p, p.source or "", force, coming_s) for p in loaded}
+            for pipeline in loaded:
+                registry.register(pipeline)
         shown = [_switched(registry, p, before.get(p.name), unserved[p.ref]) for p in loaded]
         _finish(registry, shown, wait, as_json)
 
@@ -161,9 +167,10 @@ def rollback(
             ref = operate.previous_version(registry, name)
         found = registry.find(ref).pipeline
         path = registry.sources().get(ref, "").partition(":")[2]
-        unserved = _unserved(registry, found, path, force)
         before = registry.current().get(name)
-        registry.make_current(ref)
+        with _served(registry, [ref]) as coming_s:
+            unserved = _unserved(registry, found, path, force, coming_s)
+            registry.make_current(ref)
         _finish(registry, [_switched(registry, found, before, unserved)], False, as_json)
 
 
@@ -175,17 +182,40 @@ def _checked(file: str, overrides: dict[str, str]) -> Pipeline:
     return pipeline
 
 
-def _unserved(registry: Registry, pipeline: Pipeline, path: str, force: bool) -> list[str]:
+@contextmanager
+def _served(registry: Registry, refs: Sequence[str]) -> Iterator[float]:
+    """The leader, where there is one, gives these versions workers meanwhile; gives how long they may take to come."""
+    records = FleetRecords(registry.client, registry.control)
+    view = records.view()
+    asked = [ref for ref in refs if view.leader and any(ref in host.refs for host in view.hosts)]
+    for ref in asked:
+        records.wish_serve(ref, _LOADING_S + _COMING_S)
+    try:
+        yield _COMING_S if len(asked) == len(refs) else 0.0
+    finally:
+        for ref in asked:
+            records.wish_serve(ref, 0)
+
+
+def _unserved(registry: Registry, pipeline: Pipeline, path: str, force: bool, coming_s: float) -> list[str]:
     """Stages without a live worker: none, unless `force`. Raises NoWorkers with the commands that start them."""
     stages = [n.name for n in pipeline.graph.nodes]
-    missing = operate.wait_loaded(registry, pipeline.ref, stages, 0.0 if force else _LOADING_S)
+    limits = (0.0, 0.0) if force else (_LOADING_S, coming_s)
+    missing = operate.wait_loaded(registry, pipeline.ref, stages, *limits)
     if missing and not force:
         commands = "; ".join(operate.worker_command(f":{path}" if path else "", s) for s in missing)
         raise NoWorkers(
             f"no live worker serves {', '.join(missing)} of {pipeline.ref}; nothing was changed. Start one, which does "
-            f"not switch, and come again, or pass --force: {commands}"
+            f"not switch, and come again, or pass --force: {commands}{_refused(registry, pipeline.ref)}"
         )
     return missing
+
+
+def _refused(registry: Registry, ref: str) -> str:
+    """Why the leader found no place for it."""
+    told = FleetRecords(registry.client, registry.control).view().reasons.get("refused")
+    mine = [one for one in told if isinstance(one, dict) and one.get("ref") == ref] if isinstance(told, list) else []
+    return "".join(f"; the coordinator found no place for {one.get('stage')}: {one.get('why')}" for one in mine[:1])
 
 
 def _switched(registry: Registry, pipeline: Pipeline, before: str | None, unserved: list[str]) -> dict[str, Any]:

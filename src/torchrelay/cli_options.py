@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +34,15 @@ SetOption = Annotated[
 CpuOption = Annotated[
     bool, typer.Option("--allow-cpu", help="Run `device: gpu` stages on the CPU where there is no GPU.")
 ]
+
+SlotsOption = Annotated[
+    str, typer.Option(metavar="auto|cpu=4,cuda:0", help="What this host offers; auto is all that there is.")
+]
+
+
+def host_name() -> str:
+    """This machine's name, as a fleet may have it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:100] or "host"
 
 
 def overrides_of(values: Sequence[str] | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -30,11 +30,13 @@ from torchrelay.cli_options import (
 )
 from torchrelay.cli_runs import When
 from torchrelay.cli_runs import detach as ask_agents
+from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import InputError, NoWorkers
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs.pace import Progress as Standing
 from torchrelay.producer.runs.run import Run
+from torchrelay.queues.registry import Registry
 from torchrelay.run_here import workers_here
 from torchrelay.up import Fleet
 
@@ -43,7 +45,7 @@ __all__ = ["run_app"]
 run_app = typer.Typer()
 _LINE_EVERY_S = 5.0
 _LOOK_S = 0.2
-_WAIT_FOR_WORKERS_S = 5.0
+_WAIT_FOR_WORKERS_S, _WAIT_FOR_READERS_S = 5.0, 15.0
 
 
 @run_app.command()
@@ -65,11 +67,25 @@ def run(
     keep: Annotated[
         list[str] | None, typer.Option("--keep", metavar="COLUMN,..", help="Columns that the output repeats.")
     ] = None,
+    keep_types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-types", metavar="COLUMN=TYPE,..", help="Of kept columns where no file says it: float64, str, json.."
+        ),
+    ] = None,
+    input_format: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Of the input, where names do not tell: csv, image, parquet..")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(metavar="CHAR", help="Of CSV; by default, its header tells.")] = None,
     format: Annotated[str, typer.Option(help="parquet, jsonl, npy or file.py:Writer.")] = "parquet",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Go on, and try rows that failed once more.")
     ] = False,
+    accept_version: Annotated[
+        bool, typer.Option("--accept-version", help="Go on though the pipeline's version changed; keep what is there.")
+    ] = False,
+    into_existing: Annotated[bool, typer.Option("--into-existing", help="The folder may hold other files.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Stop after so many rows.")] = None,
     max_errors: Annotated[int | None, typer.Option(metavar="N", help="Stop when more rows than that fail.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write one file, in the order of the input.")] = False,
@@ -89,6 +105,9 @@ def run(
     retries: Annotated[
         int, typer.Option(metavar="N", help="With --detach: how often a run that failed is taken up again.")
     ] = 3,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="With --detach: look at the input and the output from here.")
+    ] = True,
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -111,26 +130,31 @@ def run(
     Example: [bold]torchrelay run embed -i s3://bucket/docs/ -o s3://bucket/vectors/ --redis redis://host:6379/0[/bold]
     """
     options: dict[str, Any] = {
-        "columns": _pairs(columns),
+        "columns": _pairs("--columns", "MINE=THEIRS, for example text=body", columns),
         "key": key,
         "keep": _names(keep),
         "format": format,
         "resume": resume,
         "retry_errors": retry_errors,
+        "accept_version": accept_version,
+        "into_existing": into_existing,
         "limit": limit,
         "max_errors": max_errors,
         "merge": merge,
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
-    given = (("chunk_rows", chunk_rows), ("image_side", image_side), ("tenant", tenant))
-    options |= {k: v for k, v in given if v is not None}
+    more = {"chunk_rows": chunk_rows, "image_side": image_side, "input_format": input_format, "delimiter": delimiter}
+    more["tenant"] = tenant
+    options |= {k: v for k, v in more.items() if v is not None}
+    if keep_types:
+        options["keep_types"] = _pairs("--keep-types", "COLUMN=TYPE, for example price=float64", keep_types)
     if (at or every) and not detach:
         raise InputError(f"--{'at' if at else 'every'} is for a run that an agent drives; add --detach")
     if detach:
         if set_ or allow_cpu:
             raise InputError("--set and --allow-cpu go with the agent that drives a detached run; start it with them")
         with open_relay(redis, namespace) as relay:
-            ask_agents(relay, pipeline, (input, output), options, When(at, every, retries), as_json=as_json)
+            ask_agents(relay, pipeline, (input, output), options, When(at, every, retries, check), as_json=as_json)
         return
     overrides = overrides_of(set_)
     with ExitStack() as stack:
@@ -138,12 +162,14 @@ def run(
         relay = stack.enter_context(open_relay(redis, namespace))
         target = _target(relay, pipeline, overrides)
         # Before any model is loaded: what cannot be run is refused at once.
-        prepared = relay.prepare_run(target, input=input, output=output, **options)
-        stack.callback(_leave, prepared)
+        checked = relay.check_run(target, input=input, output=output, **options)
         look: Callable[[], None] = _nothing
         if isinstance(target, Pipeline):
             fleet = _fleet(redis, namespace, allow_cpu, format)
             look = stack.enter_context(workers_here(fleet, relay.registry, target, overrides))
+        # After that: where a stage does not load, no folder is made.
+        prepared = checked.open()
+        stack.callback(_leave, prepared)
         summary = _follow(prepared.start(), look)
         if as_json:
             terminal.print_json(summary)
@@ -172,13 +198,23 @@ def _target(relay: Relay, text: str, overrides: dict[str, str]) -> str | Pipelin
         relay.registry.register(pipeline, current=False)
         return pipeline
     found = relay.registry.find(text).pipeline
-    missing = relay.registry.wait_served(found.for_runs(), _WAIT_FOR_WORKERS_S)
+    missing = _wait_served(relay.registry, found.for_runs())
     if missing:
         raise NoWorkers(
             f"no live worker serves {', '.join(missing)} of {found.ref}; start one with: torchrelay worker FILE "
             f"--stage {missing[0]}, or give the pipeline's FILE in place of its name"
         )
     return found.ref
+
+
+def _wait_served(registry: Registry, twin: Pipeline) -> Sequence[str]:
+    """Waits for workers; longer for those that read and write, which `up` starts when they are wanted."""
+    missing = registry.wait_served(twin, 0)
+    registry.want(f"{twin.ref}/{name}" for name in missing if is_runs(name))
+    missing = registry.wait_served(twin, _WAIT_FOR_WORKERS_S)
+    if missing and all(map(is_runs, missing)):
+        missing = registry.wait_served(twin, _WAIT_FOR_READERS_S)
+    return missing
 
 
 @contextmanager
@@ -195,14 +231,14 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _pairs(values: list[str] | None) -> dict[str, str]:
+def _pairs(option: str, how: str, values: list[str] | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in _names(values):
         mine, equals, theirs = item.partition("=")
         if not (mine and equals and theirs):
-            raise InputError(f"--columns {item!r:.80}: write it as MINE=THEIRS, for example text=body")
+            raise InputError(f"{option} {item!r:.80}: write it as {how}")
         if mine in found:
-            raise InputError(f"--columns names {mine!r:.60} twice")
+            raise InputError(f"{option} names {mine!r:.60} twice")
         found[mine] = theirs
     return found
 
@@ -287,6 +323,10 @@ def _print_summary(run: Run, summary: dict[str, Any]) -> None:
     terminal.out.print(f"{summary['status']}: {rows}, {speed}, in {terminal.clean(run.output)}", soft_wrap=True)
     if merged := summary.get("merged"):
         terminal.out.print(f"merged into {terminal.clean(merged)}", soft_wrap=True)
+    if twice := summary.get("duplicate_keys"):
+        such = terminal.clean(", ".join(map(repr, summary["duplicate_key_examples"])))
+        text = f"{twice:,} rows have a key that a row before them has, such as {such}"
+        terminal.err.print(f"[yellow]{text}[/yellow]", soft_wrap=True)
     if summary["error_lines"]:
         failed = f"{summary['errors']} rows and {summary['failed_chunks']} chunks failed"
         terminal.err.print(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rq.worker import BaseWorker
 
 from torchrelay import terminal
 from torchrelay.agent import Loaded, RunsAgent
@@ -18,20 +18,28 @@ from torchrelay.cli_options import (
     NamespaceOption,
     RedisOption,
     SetOption,
+    SlotsOption,
+    host_name,
     is_file,
     open_relay,
     overrides_by_file,
 )
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.errors import InputError
+from torchrelay.errors import ConfigError, InputError
+from torchrelay.host_service import HostService
 from torchrelay.producer.relay import Relay
 from torchrelay.producer.runs import timetable
 from torchrelay.producer.runs.detached import LEVELS, RunRequest, enqueue, runs_queues
 from torchrelay.producer.runs.manifest import new_run_id
 from torchrelay.producer.runs.overview import Overview, RunView
+from torchrelay.queues.connection import open_broker
+from torchrelay.queues.fleet import check_host_name
+from torchrelay.queues.registry import Registry
 from torchrelay.up import Fleet
+from torchrelay.workers.host_agent import Host, HostAgent, Servable
 from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.slots import SlotReader, open_nvml
 
 __all__ = ["When", "agent_app", "detach", "runs_app"]
 
@@ -50,13 +58,17 @@ def agent(
     namespace: NamespaceOption = None,
     set_: SetOption = None,
     allow_cpu: CpuOption = False,
+    slots: SlotsOption = "auto",
+    name: Annotated[str, typer.Option(help="The host's name in the fleet; default its own.")] = "",
+    label: Annotated[list[str] | None, typer.Option(help="What `hosts:` of a stage may ask for. Repeatable.")] = None,
 ) -> None:
-    """Drive detached runs on this host, one at a time, until SIGTERM or Ctrl-C, which give back what it drives.
+    """Serve stages on this host as a coordinator decides, and drive detached runs, until SIGTERM or Ctrl-C: they drain.
 
-    It drives runs of the pipelines in these FILES, and of these versions alone. Stages that nobody serves get a worker
-    on this host while a run lasts, as with `torchrelay run`.
+    It serves the pipelines in these FILES, and these versions alone. Start it on each host, and a coordinator anywhere
+    (`torchrelay coordinator`). It drives one run at a time, and gives it back when it ends. Stages that nobody serves
+    get a worker on this host while a run lasts, as with `torchrelay run`.
 
-    Example: [bold]torchrelay agent embed.yaml ocr.yaml --redis redis://host:6379/0[/bold]
+    Example: [bold]torchrelay agent embed.yaml ocr.yaml --redis redis://host:6379/0 --slots cpu=4,cuda:0[/bold]
     """
     levels = list(dict.fromkeys(name for name in runs.split(",") if name))
     if not levels or not set(levels) <= set(LEVELS):
@@ -67,23 +79,39 @@ def agent(
     ]
     for one in loaded:
         one.pipeline.for_runs()  # says why a pipeline cannot be run
-    set_up_logs(Settings.load().log)
-    with open_relay(redis, namespace) as relay:
+    settings = Settings.load(url=redis, namespace=namespace)
+    set_up_logs(settings.log)
+    reader = SlotReader(slots, open_nvml())
+    me = Host(check_host_name(name or host_name()), reader, tuple(label or ()), allow_cpu)
+    with open_relay(redis, namespace) as relay, closing(open_broker(settings.url)) as broker:
+        registry = Registry(broker.client, settings.namespace, settings.lanes)
+        servable = {one.pipeline.ref: Servable(one.pipeline, one.overrides) for one in loaded}
+        host = HostService(HostAgent(registry, broker.address, settings, me, servable), registry)
         made = RunsAgent(
             relay, loaded, levels, lambda: Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
         )
         where = f"{relay.url}, namespace {relay.registry.control.namespace}"
         refs = ", ".join(one.pipeline.ref for one in loaded)
-        terminal.err.print(f"agent {made.worker.name} on {where}: {', '.join(levels)} runs of {refs}", soft_wrap=True)
-        made.serve()
+        terminal.err.print(
+            f"agent {made.worker.name} of host {me.name} on {where}: {', '.join(levels)} runs of {refs}", soft_wrap=True
+        )
+        made.worker.on_stop = host.stop
+        host.start()
+        try:
+            made.serve()
+        finally:
+            host.stop()
+            host.join()
 
 
 class When(NamedTuple):
-    """`--at`, `--every` and `--retries` as they were written."""
+    """`--at`, `--every`, `--retries` and `--check` as they were written."""
 
     at: str | None
     every: str | None
     retries: int
+    check: bool = True
+    """Whether what the run reads and writes is looked at from here."""
 
 
 def detach(
@@ -103,10 +131,12 @@ def detach(
     due = None if when.at is None else timetable.moment(when.at, now)
     registry = relay.registry
     client, control = registry.client, registry.control
-    if is_file(target):
-        ref = registry.register(Pipeline.load(target), current=False).pipeline.ref
+    pipeline: str | Pipeline = Pipeline.load(target) if is_file(target) else registry.find(target).pipeline.ref
+    ref = pipeline if isinstance(pipeline, str) else registry.register(pipeline, current=False).pipeline.ref
+    if when.check:
+        _check(relay, pipeline, data, _first_folder(output, rule, due or now), options)
     else:
-        ref = registry.find(target).pipeline.ref
+        registry.find(ref).pipeline.for_runs()  # says why there are none
     run = new_run_id()
     if rule is None:
         folder = timetable.with_started(output, now if due is None else due)
@@ -124,10 +154,22 @@ def detach(
     time_of_it = "" if view.due is None else f", {'first ' if rule else ''}at {terminal.when(view.due)}"
     terminal.out.print(f"{run} {view.state} on {queue.name}{time_of_it}", soft_wrap=True)
     terminal.out.print(f"look at it with: torchrelay runs show {run}", soft_wrap=True)
-    if not BaseWorker.count(queue=queue):
-        terminal.err.print(
-            f"no agent takes {request.level} runs yet; start one with: torchrelay agent FILE", soft_wrap=True
-        )
+    if view.waits_for:
+        terminal.err.print(view.waits_for, soft_wrap=True)
+
+
+def _first_folder(output: str, rule: int | str | None, at: float) -> str:
+    return timetable.with_started(output if rule is None else timetable.folders(output), at)
+
+
+def _check(relay: Relay, target: str | Pipeline, data: Sequence[str], output: str, options: Mapping[str, Any]) -> None:
+    """As for a run in the foreground, and in the same words."""
+    try:
+        relay.check_run(target, input=list(data), output=output, **options)
+    except ConfigError:
+        hint = "paths are looked at from here; if the agent's host alone has them, or later, add --no-check"
+        terminal.err.print(hint, soft_wrap=True)
+        raise
 
 
 @runs_app.command("list")
@@ -153,6 +195,7 @@ def _cells(view: RunView) -> tuple[str, ...]:
     seconds = "" if view.seconds is None else f"{view.seconds:,.0f}"
     driver = view.driver or ("an agent" if view.detached else "")
     state = view.state if view.due is None else f"{view.state}, {terminal.when(view.due)}"
+    state += ", no agent" if view.waits_for else ""
     return view.id, state, view.pipeline, rows, speed, errors, seconds, view.output, driver
 
 

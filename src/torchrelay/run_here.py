@@ -15,7 +15,7 @@ from torchrelay.up import Fleet
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.patience import Every
 
-__all__ = ["missing_stages", "workers_here"]
+__all__ = ["missing_stages", "readers", "workers_here"]
 
 _LOAD_S = 600.0
 _LOOK_S = 0.05
@@ -55,7 +55,7 @@ def workers_here(
             group = pipeline.group_of(name)
             if not fleet.nodes.isdisjoint(f"{pipeline.ref}/{mine}" for mine in group.names):
                 continue  # its worker is here, and comes back by itself
-            for _ in range(_readers() if name in (READ, WRITE) else group.replicas):
+            for _ in range(readers() if name in (READ, WRITE) else group.replicas):
                 fleet.add(pipeline, overrides, stage=name)
         fleet.launch()
 
@@ -81,6 +81,6 @@ def _await(fleet: Fleet, look: Callable[[], None], tick: Callable[[], None]) -> 
         time.sleep(_LOOK_S)
 
 
-def _readers() -> int:
+def readers() -> int:
     """How many processes read, and how many write."""
     return min(max((os.cpu_count() or 1) // _PROCESSORS_PER_READER, 1), _MOST_READERS)

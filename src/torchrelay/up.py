@@ -50,6 +50,7 @@ class Fleet:
         self._make_current = make_current
         self.output = output
         self._pipelines: list[Pipeline] = []
+        self._registered: set[str] = set()
         self._plans: list[WorkerPlan] = []
         self.supervisors: list[Supervisor] = []
         self._threads: list[threading.Thread] = []
@@ -105,13 +106,21 @@ class Fleet:
     def launch(self) -> None:
         """Starts what was added since; once it was started itself."""
         for pipeline in self._pipelines:
-            self.registry.register(pipeline, current=self._make_current)
+            # Once: somebody may have made another version current since.
+            if pipeline.ref not in self._registered:
+                self.registry.register(pipeline, current=self._make_current)
+                self._registered.add(pipeline.ref)
         for plan in self._plans[len(self.supervisors) :]:
             supervisor = Supervisor(plan, self.registry, self._broker.address, self.settings, self.output)
             thread = threading.Thread(target=self._run, args=(supervisor,), name=supervisor.name)
             self.supervisors.append(supervisor)
             self._threads.append(thread)
             thread.start()
+
+    def pipelines(self) -> list[tuple[Pipeline, dict[str, str]]]:
+        """Each with what `--set` says of it."""
+        overrides = {plan.pipeline.ref: plan.overrides for plan in self._plans}
+        return [(p, overrides.get(p.ref, {})) for p in {p.ref: p for p in self._pipelines}.values()]
 
     @property
     def nodes(self) -> set[str]:
@@ -157,8 +166,9 @@ class Fleet:
         self._broker.close()
 
 
-def run_fleet(fleet: Fleet, *, live: bool) -> int:
-    """Runs until SIGINT or SIGTERM, or until a worker gives up; returns the exit status."""
+def run_fleet(fleet: Fleet, *, live: bool, tick: Callable[[], object] = int) -> int:
+    """Runs until SIGINT or SIGTERM, or until a worker gives up; returns the exit status. `tick` is called twice a
+    second."""
     if live:
         fleet.output = terminal.above_the_table()
     set_up_logs(fleet.settings.log, fleet.output)
@@ -176,12 +186,14 @@ def run_fleet(fleet: Fleet, *, live: bool) -> int:
         if live:
             with Live(console=terminal.out, auto_refresh=False) as view:
                 while not stop.is_set() and fleet.running() and not fleet.failed():
+                    _unless_away(tick)
                     view.update(_or_away(lambda: terminal.status_view(fleet.registry)), refresh=True)
                     stop.wait(_REFRESH_S)
         else:
             next_line = time.monotonic() + _LINE_EVERY_S
             while not stop.is_set() and fleet.running() and not fleet.failed():
                 stop.wait(_REFRESH_S)
+                _unless_away(tick)
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + _LINE_EVERY_S
                     terminal.err.print(_or_away(lambda: _status_line(fleet)), soft_wrap=True)
@@ -197,6 +209,13 @@ def _status_line(fleet: Fleet) -> str:
     mine = fleet.nodes
     rows = [r for r in terminal.status_of(fleet.registry, 1)["nodes"] if r["node"] in mine]
     return "; ".join(f"{r['node']} {r['waiting_rows']} waiting {r['running_rows']} running" for r in rows)
+
+
+def _unless_away(tick: Callable[[], object]) -> None:
+    try:
+        tick()
+    except (redis.RedisError, BrokerError, OSError) as away:
+        log.info("the server is away: %s", away)
 
 
 def _or_away(show: Callable[[], RenderableType]) -> RenderableType:

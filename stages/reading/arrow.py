@@ -53,7 +53,7 @@ def column_of_arrow(column: Any) -> Column:
     if types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view":
         return _texts(array)
     if types.is_temporal(kind) and not types.is_duration(kind) and not str(kind).endswith("interval"):
-        return [None if v is None else v.isoformat() for v in _without_nanoseconds(pa, array).to_pylist()]
+        return _iso(pa, array)
     if types.is_decimal(kind):
         return [None if v is None else str(v) for v in array.to_pylist()]
     if types.is_duration(kind):
@@ -135,10 +135,21 @@ def _text(value: bytes | None) -> str | Unreadable | None:
         return Unreadable.of(error)
 
 
-def _without_nanoseconds(pa: Any, array: Any) -> Any:
-    """Python's datetime holds microseconds; the digits behind them are cut off."""
-    if pa.types.is_timestamp(array.type) and array.type.unit == "ns":
-        return array.cast(pa.timestamp("us", array.type.tz), safe=False)
-    if pa.types.is_time64(array.type) and array.type.unit == "ns":
-        return array.cast(pa.time64("us"), safe=False)
-    return array
+def _iso(pa: Any, array: Any) -> list[str | None]:
+    """Times in ISO 8601. Python's hold microseconds: the three digits behind them are put in where they are not 0."""
+    kind = array.type
+    if not (pa.types.is_timestamp(kind) or pa.types.is_time64(kind)) or kind.unit != "ns":
+        return [None if v is None else v.isoformat() for v in array.to_pylist()]
+    coarse = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else pa.time64("us")
+    counts = array.cast(pa.int64()).to_pylist()
+    # Rounded down, so that the digits go on from there before 1970 too.
+    whole = pa.array([None if n is None else n // 1000 for n in counts], pa.int64()).cast(coarse).to_pylist()
+    texts: list[str | None] = []
+    for value, count in zip(whole, counts, strict=True):
+        rest = 0 if count is None else count % 1000
+        text = None if value is None else value.isoformat(**({"timespec": "microseconds"} if rest else {}))
+        if text is not None and rest:
+            end = text.index(".") + 7
+            text = f"{text[:end]}{rest:03}{text[end:]}"
+        texts.append(text)
+    return texts

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchrelay.config.types import COLUMN_NAME, ColumnType
 from torchrelay.errors import InputError
 from torchrelay.stages.reading.arrays import ARRAY_COLUMN
 from torchrelay.stages.reading.images import IMAGE_COLUMN, decode_column
+from torchrelay.stages.reading.kept import kept_names, kept_table
 from torchrelay.stages.reading.raw import MISSING, BadRow, Ids, Raw, Unreadable
 from torchrelay.stages.reading.texts import TEXT_COLUMN
 
@@ -30,7 +32,6 @@ MAIN_COLUMN: Final = {"text": TEXT_COLUMN, "npy": ARRAY_COLUMN, "image": IMAGE_C
 OPEN_FORMATS: Final = frozenset({"jsonl", "tar", "memory"})
 """Formats in which each row says itself which columns it has."""
 _OR = ";"
-_KEY = "\0key"
 _WORDS: Final = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -44,9 +45,8 @@ class ReadResult:
     """Per row, the number of its source: int64 `[N]`."""
     rows: Ids
     """Per row, where it stands in its source: int64 `[N]`."""
-    key: Column | None = None
-    keep: dict[str, Column] = field(default_factory=dict)
-    """The columns that the output repeats, under the dataset's names."""
+    kept: Any = None
+    """A pyarrow.Table of the key and the columns that the output repeats, under the dataset's names; None for none."""
     bad: tuple[BadRow, ...] = ()
     nbytes: int = 0
     """Bytes that were read."""
@@ -91,9 +91,16 @@ def resolve(format: str, available: Iterable[str] | None, options: ReadOptions, 
     if missing:
         raise InputError(
             f"the dataset has no column {missing[0]!r:.60}; it has {', '.join(known)[:300]}; "
-            "say which column is meant: columns={pipeline column: dataset column}"
+            f"say which column is meant: columns={{pipeline column: dataset column}}{_looks_like(missing[0], known)}"
         )
     return {n: c for n, c in chosen.items() if n not in lost or c == main}
+
+
+def _looks_like(name: str, known: Iterable[str]) -> str:
+    """A hint where a column's name only looks the same: accents may be spelled as one character or as two."""
+    plain = unicodedata.normalize("NFC", name)
+    other = next((n for n in known if n != name and unicodedata.normalize("NFC", n) == plain), None)
+    return "" if other is None else f"; {other!a:.80} there is spelled in the other Unicode form, {name!a:.80} came"
 
 
 def _optional(types: Types | None, name: str) -> bool:
@@ -127,21 +134,22 @@ def choose(raw: Raw, format: str, options: ReadOptions, types: Types | None) -> 
         kind = (types or {}).get(name)
         values = _prepared(name, kind, _pick(raw, column, rows), raw, column, options.image_side)
         table[name] = _filled(values, kind, f"column {column!r:.60}", strict, failed)
-    others = {} if options.key is None else {_KEY: _pick(raw, options.key, rows)}
-    others |= {name: _pick(raw, name, rows) for name in options.keep}
-    for name, values in others.items():
-        what = f"key column {options.key!r:.60}" if name == _KEY else f"column {name!r:.60}"
-        others[name] = _filled(values, None, what, name == _KEY, failed)
+    names = kept_names(options)
+    kept = kept_table({n: _as_it_is(raw, n, rows) for n in names}, options, rows, failed) if names else None
     good = _rest(rows, failed)
     table = {name: take_rows(column, good) for name, column in table.items()} if failed else table
     if types:
         table, good = _checked(types, table, good, failed)
-    if failed:
-        others = {name: take_rows(column, good) for name, column in others.items()}
+    if failed and kept is not None:
+        kept = kept.take(good)
     bad = [BadRow(int(raw.sources[i]), int(raw.rows[i]), f.error, f.text) for i, f in failed.items()]
     bad = sorted([*raw.bad, *bad], key=lambda b: (b.source, b.row))
-    key = others.pop(_KEY, None)
-    return ReadResult(table, raw.sources[good], raw.rows[good], key, others, tuple(bad), raw.nbytes)
+    return ReadResult(table, raw.sources[good], raw.rows[good], kept, tuple(bad), raw.nbytes)
+
+
+def _as_it_is(raw: Raw, column: str, rows: int) -> Any:
+    known = raw.arrow is not None and column in raw.arrow.column_names
+    return raw.arrow.column(column) if known else _pick(raw, column, rows)
 
 
 def _rest(rows: int, failed: Mapping[int, Unreadable]) -> Ids:

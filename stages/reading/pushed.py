@@ -7,6 +7,7 @@ from typing import Any
 
 from torchrelay.errors import DecodeError
 from torchrelay.stages.reading.choosing import ReadResult
+from torchrelay.stages.reading.kept import pack_table, unpack_table
 from torchrelay.stages.reading.raw import BadRow
 
 __all__ = ["as_columns", "from_columns"]
@@ -18,8 +19,7 @@ def as_columns(found: ReadResult) -> dict[str, Any]:
         "table": found.table,
         "sources": found.sources,
         "rows": found.rows,
-        "key": found.key,
-        "keep": found.keep,
+        "kept": None if found.kept is None else pack_table(found.kept),
         "bad": [[bad.source, bad.row, bad.error, bad.text] for bad in found.bad],
     }
 
@@ -30,6 +30,8 @@ def from_columns(values: Any) -> ReadResult:
         raise DecodeError("a chunk of rows in memory came without its rows")
     try:
         bad = tuple(BadRow(*fields) for fields in values["bad"])
-        return ReadResult(values["table"], values["sources"], values["rows"], values["key"], values["keep"], bad)
+        kept = values["kept"]
+        table = None if kept is None else unpack_table(kept)
+        return ReadResult(values["table"], values["sources"], values["rows"], table, bad)
     except (KeyError, TypeError) as error:
         raise DecodeError(f"the rows of a chunk are not readable: {error!r:.100}") from error

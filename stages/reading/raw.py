@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -55,7 +55,7 @@ class Raw:
 
     sources: Ids
     rows: Ids
-    columns: dict[str, Column]
+    columns: Mapping[str, Column]
     bad: list[BadRow] = field(default_factory=list)
     nbytes: int = 0
     """Bytes that were read for it, by estimate where the file is packed."""
@@ -63,6 +63,8 @@ class Raw:
     """Columns whose values are the bytes of image files."""
     as_text: bool = False
     """Whether numbers stand as text, as in CSV."""
+    arrow: Any = None
+    """The same rows as a pyarrow.Table, where they come from one."""
 
 
 def ids(values: Sequence[int] | range) -> Ids:

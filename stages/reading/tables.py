@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from torchrelay.config.columns import Column
 from torchrelay.config.runs import Chunk
 from torchrelay.errors import InputError
 from torchrelay.stages.reading.arrow import IMAGE_KEYS, column_of_arrow, holds_images
@@ -175,12 +176,37 @@ def _read(chunk: Chunk, wanted: frozenset[str] | None, begin: Any) -> Raw:
 
 def raw_of_arrow(table: Any, source: int, first: int, folder: str | None = None) -> Raw:
     """An Arrow table as rows `first`, `first + 1` ... of a source. `folder` is where image files that it names lie."""
-    images = [f.name for f in table.schema if holds_images(f.type)]
-    columns = {name: column_of_arrow(table.column(name)) for name in table.column_names}
-    for name in images:
-        columns[name] = [None if v is None else _image_bytes(v, folder) for v in columns[name]]
+    columns = _Columns(table, folder)
     rows = ids(range(first, first + table.num_rows))
-    return Raw(ids([source] * table.num_rows), rows, columns, nbytes=table.nbytes, images=frozenset(images))
+    sources = ids([source] * table.num_rows)
+    return Raw(sources, rows, columns, nbytes=table.nbytes, images=columns.images, arrow=table)
+
+
+class _Columns(Mapping[str, Column]):
+    """A table's columns, each made when it is asked for: what is only kept stays Arrow's."""
+
+    def __init__(self, table: Any, folder: str | None) -> None:
+        self.images = frozenset(f.name for f in table.schema if holds_images(f.type))
+        self._table = table
+        self._folder = folder
+        self._made: dict[str, Column] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.column_names)
+
+    def __len__(self) -> int:
+        return len(self._table.column_names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table.column_names
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self._made:
+            column = column_of_arrow(self._table.column(name))
+            if name in self.images:
+                column = [None if v is None else _image_bytes(v, self._folder) for v in column]
+            self._made[name] = column
+        return self._made[name]
 
 
 def _image_bytes(value: Any, folder: str | None) -> Any:

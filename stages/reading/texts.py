@@ -16,7 +16,7 @@ from torchrelay.stages.reading.files import open_file, shown
 from torchrelay.stages.reading.raw import MISSING, BadRow, Raw, ids, plain_numbers
 from torchrelay.stages.reading.records import MOST_RECORD_BYTES, Record, Records, lines_of
 
-__all__ = ["DELIMITERS", "TEXT_COLUMN", "csv_header", "delimiter_of", "read_text", "records_of"]
+__all__ = ["DELIMITERS", "TEXT_COLUMN", "csv_header", "delimiter_of", "other_delimiter", "read_text", "records_of"]
 
 TEXT_COLUMN = "text"
 """The one column of a text file."""
@@ -127,9 +127,21 @@ def _delimiter(chunk: Chunk) -> str:
 
 
 def delimiter_of(format: str, head: bytes) -> str:
-    """What separates the fields of a CSV or TSV file that begins so: of CSV, `;` where its header has no comma."""
+    """What separates the fields of a CSV or TSV file that begins so: of CSV, `;` or tabs where its header has those and
+    no comma."""
     line = head.partition(b"\n")[0]
-    return ";" if format == "csv" and b";" in line and b"," not in line else DELIMITERS[format]
+    if format == "csv" and b"," not in line:
+        return next((mark for mark in ";\t" if mark.encode() in line), ",")
+    return DELIMITERS[format]
+
+
+def other_delimiter(header: list[str], delimiter: str, wanted: Iterable[str]) -> str | None:
+    """What separates the fields of a header more likely, where the given delimiter leaves columns unnamed."""
+    line, names = delimiter.join(header), set(wanted)
+    for mark in [m for m in ",;\t|:" if m != delimiter and m in line]:
+        if names & {name.strip().strip('"') for name in line.split(mark)}:
+            return mark
+    return next((m for m in ",;\t|" if m in line), None) if len(header) == 1 else None
 
 
 def _header_of(chunk: Chunk) -> list[str]:

@@ -5,6 +5,7 @@ fixed            fixed-size lists where a row has one axis, else Arrow's fixed_s
 ragged           lists, nested as deep as a row has axes
 text bytes json  string, binary, string
 null             string
+arrow            as the dataset has it
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from torchrelay.config.columns import Column
 from torchrelay.errors import ConfigError, DecodeError, InputError
 from torchrelay.stages.writing.layout import (
+    ARROW,
     Array,
     Layout,
     as_flat,
@@ -28,7 +30,7 @@ from torchrelay.stages.writing.layout import (
     restore,
 )
 
-__all__ = ["LAYOUT_KEY", "from_arrow", "need_arrow", "to_field", "to_table"]
+__all__ = ["LAYOUT_KEY", "from_arrow", "layout_in", "need_arrow", "to_field", "to_table"]
 
 LAYOUT_KEY = b"torchrelay.column"
 _MOST_ITEMS = 2**31 - 1
@@ -43,13 +45,15 @@ def need_arrow() -> Any:
     return pyarrow
 
 
-def to_table(columns: Mapping[str, Column], layouts: Mapping[str, Layout]) -> Any:
-    """A pyarrow.Table of columns of one length; raises InputError naming the column that Arrow does not take."""
+def to_table(columns: Mapping[str, Any], layouts: Mapping[str, Layout]) -> Any:
+    """A pyarrow.Table of columns of one length, some of which may be Arrow's; raises InputError naming the column that
+    Arrow does not take."""
     pa = need_arrow()
     arrays, fields = [], []
     for name, column in columns.items():
         try:
-            array = _to_arrow(column, layouts[name])
+            is_arrow = isinstance(column, pa.Array | pa.ChunkedArray)
+            array = column if is_arrow else _to_arrow(column, layouts[name])
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise InputError(f"column {name!r} cannot be written as {layouts[name].kind}: {error}") from error
         arrays.append(array)
@@ -59,6 +63,12 @@ def to_table(columns: Mapping[str, Column], layouts: Mapping[str, Layout]) -> An
 
 def to_field(name: str, layout: Layout, kind: Any) -> Any:
     return need_arrow().field(name, kind, metadata={LAYOUT_KEY: layout.encode()})
+
+
+def layout_in(field: Any) -> Layout:
+    """How the values of a field are to be read: its own layout, or as Arrow has them."""
+    packed = (field.metadata or {}).get(LAYOUT_KEY)
+    return ARROW if packed is None else Layout.decode(packed)
 
 
 def _to_arrow(column: Column, layout: Layout) -> Any:
@@ -122,6 +132,8 @@ def from_arrow(array: Any, layout: Layout) -> Column:
 
 
 def _from_arrow(array: Any, layout: Layout) -> Column:
+    if layout.kind == "arrow":
+        return _as_python(array)
     if layout.kind in ("text", "bytes", "null"):
         values: list[Any] = array.to_pylist()
         return values
@@ -136,6 +148,18 @@ def _from_arrow(array: Any, layout: Layout) -> Column:
     flat = array if not layout.shape and not pairs else array.flatten()
     present = restore(_numbers(flat).reshape(len(array), *layout.shape, *pairs), layout)
     return present if missing is None else _with_nulls(list(present), missing)
+
+
+def _as_python(array: Any) -> list[Any]:
+    """Python's values; without pandas, nobody holds nanoseconds, and times are given in microseconds."""
+    pa = need_arrow()
+    try:
+        values: list[Any] = array.to_pylist()
+    except ValueError:
+        kind = array.type
+        coarse = pa.timestamp("us", kind.tz) if pa.types.is_timestamp(kind) else pa.time64("us")
+        values = array.cast(coarse, safe=False).to_pylist()
+    return values
 
 
 def _numbers(array: Any) -> Array:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchrelay.config.columns import Column
 from torchrelay.config.runs import WriteOptions
 from torchrelay.errors import DecodeError, RunConflict
 from torchrelay.stages.writing.formats import Format, read_footer
-from torchrelay.stages.writing.layout import Array
+from torchrelay.stages.writing.layout import Array, Layout
 from torchrelay.stages.writing.record import PartId, PartName, PartRecord, parse_name
 from torchrelay.stages.writing.stores import EMPTY, RECORDS, LocalStore, Store
 from torchrelay.stages.writing.table import ID_COLUMNS
@@ -197,7 +198,20 @@ def _sort_in(result: Scan, run: str, found: Found, parsed: PartName) -> None:
 def _light(found: Found) -> Found:
     # Of ten thousand parts the counts are kept; errors and places are read again when they are wanted.
     record = found.record
-    return found._replace(record=PartRecord(record.part, record.fence, record.rows, record.failed, {}, record.files))
+    layouts = _shared(tuple((name, _alike(layout)) for name, layout in record.layouts.items()))
+    return found._replace(
+        record=PartRecord(record.part, record.fence, record.rows, record.failed, layouts, record.files)
+    )
+
+
+@lru_cache(256)
+def _shared(layouts: tuple[tuple[str, Layout], ...]) -> Mapping[str, Layout]:
+    return dict(layouts)
+
+
+def _alike(layout: Layout) -> Layout:
+    """The same for parts whose rows only differ in their lengths."""
+    return Layout("ragged", layout.dtype, (None,) * len(layout.shape)) if layout.kind == "ragged" else layout
 
 
 def choose(parts: Iterable[Found], winner: str | None) -> Found:

@@ -6,6 +6,7 @@ reading gives back the dtype and shape that were written.
 
 number   one number a row                     fixed   arrays of one shape
 ragged   arrays of one dtype and ndim         text, bytes, json (as text), null (no row has a value)
+arrow    a kept column, which has its type from the dataset and is no column of ours
 """
 
 from __future__ import annotations
@@ -24,11 +25,22 @@ from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import NUMERIC, ColumnType
 from torchrelay.errors import DecodeError
 
-__all__ = ["Array", "Layout", "as_elements", "as_flat", "as_stack", "carried", "json_text", "layout_of", "restore"]
+__all__ = [
+    "ARROW",
+    "Array",
+    "Layout",
+    "as_elements",
+    "as_flat",
+    "as_stack",
+    "carried",
+    "json_text",
+    "layout_of",
+    "restore",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _NAMES = {dtype: name for name, dtype in NUMERIC.items()}
-_KINDS: Final = ("number", "fixed", "ragged", "text", "bytes", "json", "null")
+_KINDS: Final = ("number", "fixed", "ragged", "text", "bytes", "json", "null", "arrow")
 _EXACT_FLOAT = 2**53
 # float16 holds all values of the 8-bit floats but those of e8m0, whose exponents need float32.
 _CARRIED: Final[dict[str, str]] = {
@@ -74,6 +86,9 @@ class Layout:
         if layout.kind not in _KINDS or not whole or (layout.dtype not in NUMERIC) != (layout.kind in _KINDS[3:]):
             raise DecodeError(f"a column's layout {text!r:.100} is unknown; is this file of a newer torchrelay?")
         return layout
+
+
+ARROW: Final = Layout("arrow")
 
 
 def carried(layout: Layout) -> np.dtype[Any]:
@@ -139,6 +154,8 @@ def _inferred(values: Sequence[Any], kinds: set[type]) -> Layout:
         return Layout("number", "bool")
     if kinds == {int} and all(-(2**63) <= v < 2**63 for v in values if v is not None):
         return Layout("number", "int64")
+    if kinds == {int} and all(0 <= v < 2**64 for v in values if v is not None):
+        return Layout("number", "uint64")
     if kinds == {float}:
         return Layout("number", "float64")
     if kinds == {int, float} and all(abs(v) <= _EXACT_FLOAT for v in values if isinstance(v, int)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from torchrelay.config.columns import Column
 from torchrelay.config.runs import WriteOptions
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import ConfigError, InputError
+from torchrelay.stages.writing.arrow import layout_in
 from torchrelay.stages.writing.layout import Array, Layout, layout_of
+from torchrelay.stages.writing.plain import plain_column
 from torchrelay.stages.writing.record import RowError, pack_places
 
 __all__ = ["ID_COLUMNS", "PartRows", "PartTable", "assemble", "check_names"]
@@ -31,7 +33,9 @@ class PartRows:
     Args:
         columns: the pipeline's result.
         sources, rows, parts: int64 [N], the id of each row.
-        extra: the key column, where the run has one, and the kept columns, by their names in the dataset.
+        kept: the key column, where the run has one, and the kept columns, by their names in the dataset; a
+            pyarrow.Table.
+        extra: the same as columns, where they are no table.
         errors: rows of the chunk that failed; they are not among the N.
         types: declared types of result columns, as far as there are any.
     """
@@ -40,15 +44,17 @@ class PartRows:
     sources: Array
     rows: Array
     parts: Array
+    kept: Any = None
     extra: Mapping[str, Column] = field(default_factory=dict)
     errors: Sequence[RowError] = ()
     types: Mapping[str, ColumnType] = field(default_factory=dict)
 
 
 class PartTable(NamedTuple):
-    """Columns as they are written, each with its layout. `places` is for the record, where no column holds the ids."""
+    """Columns as they are written, each with its layout; in Parquet, kept ones are pyarrow's. `places` is for the
+    record, where no column holds the ids."""
 
-    columns: dict[str, Column]
+    columns: dict[str, Any]
     layouts: dict[str, Layout]
     rows: int
     places: str
@@ -79,18 +85,29 @@ def assemble(given: PartRows, options: WriteOptions) -> PartTable:
     """
     check_names(given.columns, options.key, options.keep)
     ids = [np.asarray(a, np.int64) for a in (given.sources, given.rows, given.parts)]
-    columns: dict[str, Column] = {}
+    columns: dict[str, Any] = {}
+    layouts: dict[str, Layout] = {}
     if options.key is None:
         columns.update(zip(ID_COLUMNS, ids, strict=True))
     wanted = [*([options.key] if options.key is not None else ()), *options.keep]
     for name in wanted:
-        if name not in given.extra:
+        if given.kept is not None and name in given.kept.column_names:
+            columns[name], layouts[name] = _of_kept(given.kept, name, options.format)
+        elif name in given.extra:
+            columns[name] = given.extra[name]
+        else:
             raise InputError(f"column {name!r} did not come along with the chunk's rows")
-        columns[name] = given.extra[name]
     columns.update(given.columns)
     rows = len(ids[1])
     for name, column in [*columns.items(), *zip(ID_COLUMNS, ids, strict=True)]:
         if len(column) != rows:
             raise InputError(f"column {name!r} has {len(column)} rows, {rows} are to be written")
-    layouts = {name: layout_of(column, given.types.get(name)) for name, column in columns.items()}
+    for name, column in columns.items():
+        if name not in layouts:
+            layouts[name] = layout_of(column, given.types.get(name))
     return PartTable(columns, layouts, rows, "" if options.key is None else pack_places(ids))
+
+
+def _of_kept(table: Any, name: str, format: str) -> tuple[Any, Layout]:
+    layout = layout_in(table.schema.field(name))
+    return (table.column(name), layout) if format == "parquet" else plain_column(table.column(name), layout)

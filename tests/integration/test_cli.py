@@ -93,6 +93,27 @@ def test_check_tells_every_problem_with_its_place(folder: Path, tmp_path: Path) 
     assert second["pipeline"].startswith("echo@")
 
 
+def test_check_shows_where_workers_would_run(folder: Path, tmp_path: Path) -> None:
+    """On this machine the small pipeline has a place; on hosts that are described, status 4 says that one has none."""
+    here = run_cli("check", "echo.yaml", cwd=folder)
+    assert (here.returncode, "this machine" in here.stdout) == (0, True), here.stderr
+    (tmp_path / "large.yaml").write_text(
+        "pipeline: large\nstages:\n  - {name: a, use: 'stages.py:Echo', device: gpu, resources: {memory: 40GiB}}\n"
+    )
+    (tmp_path / "stages.py").write_text("def Echo(batch):\n    return {}\n")
+    fits = run_cli("check", "large.yaml", "--on", "2*2xL4:24GiB", "--on", "1xH100:80GiB,cpu=4", "--json", cwd=tmp_path)
+    assert fits.returncode == 0, fits.stderr
+    [[found]] = lines(fits)
+    [placed] = found["allocation"]
+    assert (placed["host"], placed["slot"], placed["need"]["memory"]) == ("host3", "cuda:0", 40 << 30)
+    short = run_cli("check", "large.yaml", "--on", "2*2xL4:24GiB", cwd=tmp_path)
+    assert short.returncode == 4
+    text = " ".join(short.stdout.split())
+    assert "needs 40 GiB of a GPU; the freest, host1 cuda:0, has 24 GiB: 16 GiB short" in text
+    wrong = run_cli("check", "large.yaml", "--on", "8H100", cwd=tmp_path)
+    assert (wrong.returncode, "write it like 4*8xH100:80GiB" in wrong.stderr) == (2, True)
+
+
 def test_submit_prints_ids_or_with_wait_the_results(cli: Cli, near: Relay) -> None:
     """One row or JSON lines; a file becomes a registered pipeline."""
     one = cli("submit", "echo", '{"n": "a"}')

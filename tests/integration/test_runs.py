@@ -169,6 +169,68 @@ def test_a_chunk_of_which_every_row_fails_costs_its_rows_and_no_more(cli: Cli, t
     assert cli.numbers() == list(range(40, 60))
 
 
+def test_rows_that_kill_their_worker_cost_those_rows_alone(cli: Cli, log: ForwardLog, tmp_path: Path) -> None:
+    """Each is charged; neighbours are in the chunk's one part, in order, and no row is tried without end."""
+    fatal = {7: "die", 33: "die", 34: "die"}
+    cli.data = dataset(tmp_path / "fatal.parquet", [fatal.get(n, "raise" if n == 8 else "") for n in range(60)])
+    status, summary, said = cli.run("--merge", "--keep", "n")
+    assert (status, summary["status"], summary["failed_chunks"]) == (1, "done", 0), said
+    assert (summary["rows"], summary["errors"], summary["chunks_done"]) == (56, 4, 3)
+    good = [n for n in range(60) if n not in (*fatal, 8)]
+    assert cli.numbers() == good
+    assert [p.name for p in cli.parts()] == [f"part-{n:08}.parquet" for n in range(3)]
+    assert pq.read_table(f"{cli.out}.parquet")["out"].to_pylist() == [f"{n}!" for n in good]
+    errors = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert [(e["_row"], e["stage"], e["error"]) for e in errors if e["error"] != "ValueError"] == [
+        (n, "work", "WorkerDied") for n in fatal
+    ]
+    assert {e["attempts"] for e in errors if e["error"] == "WorkerDied"} == {3}
+    # Three strikes and once as a suspect, in the chunk and in each of five halves.
+    assert max(log.runs()[str(n)] for n in fatal) <= 4 * 6
+    # It has been done, until somebody asks for more.
+    before = sum(log.runs().values())
+    assert cli.run("--resume", "--keep", "n")[1]["errors"] == 4
+    assert sum(log.runs().values()) == before
+
+
+@pytest.mark.parametrize("forwards", [6, 13])
+def test_a_driver_that_is_killed_while_it_searches_costs_no_row(
+    cli: Cli, log: ForwardLog, tmp_path: Path, forwards: int
+) -> None:
+    """The run that goes on searches anew."""
+    cli.data = dataset(tmp_path / "fatal.parquet", ["die" if n == 27 else "" for n in range(60)])
+    driver = cli.start()
+    wait_until(lambda: len(log.pids("27")) >= forwards, 60.0)
+    driver.kill()
+    driver.wait()
+    assert not (cli.out / "part-00000001.parquet").exists()
+    status, summary, said = cli.run("--resume")
+    assert (status, summary["rows"], summary["errors"], summary["failed_chunks"]) == (1, 59, 1, 0), said
+    assert cli.numbers() == [n for n in range(60) if n != 27]
+    (error,) = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert (error["_row"], error["error"]) == (27, "WorkerDied")
+
+
+def test_a_row_that_hangs_costs_that_row_alone(
+    server_url: str, namespace: str, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also of lines, whose number only reading tells; with the key of the row. Once mended, it is tried again."""
+    path = obey("batch: {max_rows: 4}", "timeout_s: 0.5", "replicas: 2")
+    for stage in (None, "@read", "@write"):
+        workers.start(path, stage=stage, lease_ms=3000)
+    mended, data = tmp_path / "mended", tmp_path / "d.jsonl"
+    rows = [{"n": f"r{n}", "do": f"hang-until {mended}" if n == 5 else ""} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli = Cli(server_url, namespace, tmp_path, data)
+    status, summary, said = cli.run("--key", "n")
+    assert (status, summary["rows"], summary["errors"], summary["failed_chunks"]) == (1, 5, 1, 0), said
+    (error,) = pq.read_table(cli.out / "_run" / "errors.parquet").to_pylist()
+    assert (error["key"], error["stage"], error["error"]) == ("r5", "work", "WorkerDied")
+    mended.touch()
+    status, summary, said = cli.run("--key", "n", "--retry-errors")
+    assert (status, summary["rows"], summary["errors"]) == (0, 6, 0), said
+
+
 def test_too_many_errors_stop_it(cli: Cli) -> None:
     dataset(cli.data, ["raise"] * 40 + ["sleep 0.004"] * 400)
     status, summary, _ = cli.run("--max-errors", "10")
@@ -258,7 +320,8 @@ def test_a_file_is_run_with_workers_of_this_machine(obey: Callable[..., Path], t
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[..., Path], tmp_path: Path) -> None:
-    """No worker is started for it; a run that was only prepared can go on."""
+    """No worker is started for it. Where a stage does not load no folder is made, so that nothing is in the way of the
+    next try."""
     path = obey()
     dataset(tmp_path / "d.parquet", [""] * 3)
     (tmp_path / ".torchrelay").mkdir(mode=0o700)
@@ -267,10 +330,37 @@ def test_what_cannot_be_run_is_refused_before_anything_is_loaded(obey: Callable[
     assert (done.returncode, "ready on" in done.stderr) == (2, False)
     done = run_cli(*arguments, "-i", "d.parquet", "--key", "id", cwd=tmp_path)
     assert (done.returncode, "ready on" in done.stderr, "'id'" in done.stderr) == (2, False, True)
-    broken = tmp_path / "stages.py"
-    broken.write_text(broken.read_text() + "\nraise OSError('no weights')\n")
+    stages = tmp_path / "stages.py"
+    good = stages.read_text()
+    stages.write_text(good + "\nraise OSError('no weights')\n")
     done = run_cli(*arguments, "-i", "d.parquet", cwd=tmp_path)
-    assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, True)
+    assert (done.returncode, "gave up" in done.stderr, "--resume" in done.stderr) == (1, True, False)
+    assert not (tmp_path / "out").exists()
+    stages.write_text(good + "\n# mended\n")
+    done = run_cli(*arguments, "-i", "d.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_that_failed_are_tried_again_by_a_stage_that_was_mended(obey: Callable[..., Path], tmp_path: Path) -> None:
+    """Which is another version: refused with the way on, done where that is accepted, and the folder says so."""
+    path = obey("batch: {max_rows: 4}", "retry: {attempts: 1}")
+    dataset(tmp_path / "d.parquet", ["raise" if n == 7 else "" for n in range(20)])
+    (tmp_path / ".torchrelay").mkdir(mode=0o700)
+    arguments = ["run", str(path), "-o", "out", "-i", "d.parquet", "--json"]
+    done = run_cli(*arguments, cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["errors"]) == (1, 1), done.stderr
+    before = json.loads((tmp_path / "out/_run/manifest.json").read_text())["version"]
+    stages = tmp_path / "stages.py"
+    stages.write_text(stages.read_text().replace('verb == "raise"', 'verb == "never"'))
+    done = run_cli(*arguments, "--retry-errors", cwd=tmp_path)
+    assert (done.returncode, "--accept-version" in done.stderr) == (2, True), done.stderr
+    done = run_cli(*arguments, "--accept-version", cwd=tmp_path)
+    assert (done.returncode, "goes on" in done.stderr) == (2, True), done.stderr
+    done = run_cli(*arguments, "--retry-errors", "--accept-version", cwd=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["rows"]) == (0, 20), done.stderr
+    manifest = json.loads((tmp_path / "out/_run/manifest.json").read_text())
+    assert [e["version"] for e in manifest["earlier_versions"]] == [before]
+    assert manifest["version"] != before
 
 
 def test_a_run_goes_on_a_moment_after_everything_of_it_was_killed(
@@ -299,3 +389,38 @@ def test_a_name_that_nobody_serves_needs_workers(
     assert status == 4
     assert "no live worker serves work, @read, @write" in said
     assert not cli.out.exists()
+
+
+def test_up_reads_and_writes_for_whoever_names_its_pipeline(
+    server_url: str, namespace: str, registry: Registry, obey: Callable[..., Path], tmp_path: Path, data: Path
+) -> None:
+    """From the command line and from Python; before that nothing of it is there, and asking costs next to nothing."""
+    path = obey("batch: {max_rows: 4}")
+    where = ["--redis", server_url, "--namespace", namespace]
+    with (tmp_path / "up.log").open("wb") as log:
+        command = [sys.executable, "-m", "torchrelay.cli", "up", str(path), *where]
+        up = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: children(registry, "work"), 30.0)
+        assert [w.node.rpartition("/")[2] for w in registry.workers()] == ["work"]
+        cli = Cli(server_url, namespace, tmp_path, dataset(tmp_path / "small.parquet", [""] * 60))
+        status, summary, said = cli.run()
+        assert (status, summary["rows"]) == (0, 60), said
+        assert children(registry, "@read")
+        assert children(registry, "@write")
+    finally:
+        up.terminate()
+        assert up.wait(30) == 0, (tmp_path / "up.log").read_text()
+    assert registry.workers() == []
+    with (tmp_path / "up.log").open("wb") as log:
+        up = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: children(registry, "work"), 30.0)
+        with Relay(server_url, namespace=namespace) as relay:
+            run = relay.run(
+                "obey", input=tmp_path / "small.parquet", output=tmp_path / "python", chunk_rows=20, wait=False
+            )
+            assert run.wait(60).summary()["rows"] == 60
+    finally:
+        up.terminate()
+        assert up.wait(30) == 0, (tmp_path / "up.log").read_text()

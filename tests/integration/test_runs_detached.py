@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -259,7 +260,6 @@ def test_what_else_lies_in_a_queue_is_refused_and_called_by_nobody(agents: Agent
         put(queue, "kinds", run_with(options={"columns": 5})): "a run's options",
         put(queue, "status", run_with(), status="\udcff".encode("utf-8", "surrogateescape")): "malformed",
         put(queue, "retries", run_with(), retries_left=10**9): "times more",
-        put(queue, "unknown", run_with()): "the run needs obey@00000000",
         put(
             queue,
             "callbacks",
@@ -276,6 +276,7 @@ def test_what_else_lies_in_a_queue_is_refused_and_called_by_nobody(agents: Agent
     client.rpush(queue.key, "a-string")
     client.rpush(queue.intermediate_queue_key, b"\xff")
     client.set(f"rq:queue:{queue_of(agents.namespace, 'medium')}", "no list")
+    unknown = put(queue, "unknown", run_with())
     agents.start()
     wait_until(lambda: client.smembers("rq:workers"))
     client.publish(f"rq:pubsub:{next(iter(client.smembers('rq:workers'))).decode().partition('worker:')[2]}", b"junk")
@@ -290,6 +291,7 @@ def test_what_else_lies_in_a_queue_is_refused_and_called_by_nobody(agents: Agent
         assert reason in job.meta["error"], (job_id, job.meta)
     assert sorted(agents.numbers()) == list(range(30))
     assert agents.state(run) == "done"
+    assert agents.status(unknown) == JobStatus.QUEUED
 
 
 def test_runs_that_fail_are_taken_up_again_and_those_that_were_stopped_are_not(agents: Agents, tmp_path: Path) -> None:
@@ -335,20 +337,67 @@ def test_an_agent_waits_for_a_server_that_is_away(
             assert agent.wait(30) == 0, agents.log()
 
 
-def test_another_version_is_refused_with_both(agents: Agents, tmp_path: Path, data: Path) -> None:
-    """And not tried again, though three retries were given."""
-    run = agents.detach(data)["id"]
-    version = agents.runs("show", run)["pipeline"]
+def test_what_can_be_told_at_once_is_refused_before_anything_is_queued(agents: Agents, tmp_path: Path) -> None:
+    """With the words of a run in the foreground; what only the agent's host has can be asked for all the same."""
+    data = dataset(tmp_path / "small.parquet", [""] * 10)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    out = ["-o", str(agents.out)]
+    wrong = [
+        (["-i", str(tmp_path / "none"), *out], "none"),
+        (["-i", str(data), *out, "--key", "id"], "'id'"),
+        (["-i", str(data), *out, "--keep", "url"], "'url'"),
+        (["-i", str(data), *out, "--columns", "n=body"], "'body'"),
+        (["-i", str(data), *out, "--format", "xml"], "none of parquet, jsonl, npy"),
+        (["-i", str(data), "-o", str(taken)], "notes.txt"),
+        (["-i", str(data), "-o", str(data)], "is a file where a folder is needed"),
+    ]
+    for arguments, says in wrong:
+        told = []
+        for how in (["--detach"], []):
+            done = run_cli("run", str(agents.path), *arguments, *how, *agents.where)
+            assert (done.returncode, says in done.stderr) == (2, True), (arguments, done.stderr)
+            told.append([line for line in done.stderr.splitlines() if "--no-check" not in line])
+        assert told[0] == told[1]
+    assert agents.runs("list") == []
+    assert not agents.out.exists()
+    elsewhere = agents.detach(tmp_path / "there" / "d.parquet", "--no-check")
+    assert elsewhere["state"] == "queued"
+
+
+def test_a_run_waits_for_an_agent_that_has_its_version(agents: Agents, tmp_path: Path, data: Path) -> None:
+    """Who asks is told; an agent without it takes what lies behind, asks the server seldom, and charges nothing."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "stages.py").write_text((tmp_path / "stages.py").read_text() + "\n# changed\n")
-    (other / "pipeline.yaml").write_text(agents.path.read_text().replace("[out]", "[out, n]"))
-    agents.start(other / "pipeline.yaml")
-    wait_until(lambda: agents.status(run) == JobStatus.FAILED, 30.0)
-    view = agents.runs("show", run)
-    assert view["state"] == "failed"
-    assert f"the run needs {version}, and this agent has obey@" in view["error"]
-    assert not agents.out.exists()
+    path = other / "pipeline.yaml"
+    path.write_text(agents.path.read_text().replace("[out]", "[out, n]"))
+    agents.start(path)
+    # One that an agent waits for when it comes, and one that lies there before.
+    small = dataset(tmp_path / "small.parquet", [""] * 30)
+    run, first = agents.detach(small, "--priority", "high"), agents.detach(small, output=str(tmp_path / "first"))
+    lacks = f"no agent that takes high runs has {run['pipeline']}; start one with its files: torchrelay agent FILE"
+    assert (run["state"], run["waits_for"]) == ("queued", lacks)
+    paths = ["-i", str(small), "-o", str(tmp_path / "behind"), "--priority", "high"]
+    done = run_cli("run", str(path), *paths, "--detach", "--json", *agents.where)
+    assert done.returncode == 0, done.stderr
+    behind = json.loads(done.stdout)["id"]
+    wait_until(lambda: agents.status(behind) == JobStatus.FINISHED, 60.0)
+    assert (agents.state(run["id"]), agents.job(run["id"]).retries_left) == ("queued", 3)
+    assert (agents.runs("show", first["id"])["state"], agents.out.exists()) == ("queued", False)
+    shown = run_cli("runs", "list", *agents.where).stdout
+    assert shown.count("no agent") == 2
+    began, before = time.monotonic(), agents.client.info("stats")["total_commands_processed"]
+    wait_until(lambda: time.monotonic() - began > 3.0)
+    spent = agents.client.info("stats")["total_commands_processed"] - before
+    # Its timetable, its record, and a look at four queues, once a second; its host's report every two.
+    assert spent / 3.0 < 60.0
+    agents.start()
+    wait_until(lambda: agents.status(run["id"]) == agents.status(first["id"]) == JobStatus.FINISHED, 60.0)
+    assert agents.numbers() == list(range(30))
+    assert agents.job(run["id"]).retries_left == 3
+    assert agents.runs("show", run["id"])["waits_for"] == ""
 
 
 def test_runs_are_repeated_each_into_a_folder_of_its_own(agents: Agents, tmp_path: Path) -> None:

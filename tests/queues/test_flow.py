@@ -167,6 +167,21 @@ def test_a_reaper_on_time_does_reap(lane, chain):
     assert lane.run(lane.t.reap())[:2] == [3, 0]
 
 
+def test_a_reaper_leaves_a_lane_alone_that_somebody_keeps(lane, chain):
+    """Workers look whether the lane was kept a moment ago; a clock that went back or an outage is no such moment."""
+    lane.submit(chain, 3)
+    grant = lane.worker(chain).claim(1, lease_ms=1)
+    lane.until(lambda: lane.server_ms() > grant.expires_ms)
+    lane.redis.hset(lane.keys.meta, "tick", int(lane.server_ms()))
+    before = lane.redis.hget(lane.keys.meta, "tick")
+    assert lane.run(lane.t.reap(unless_kept_ms=60_000)) == [0, 0, 0, 0, 0]
+    assert lane.redis.hget(lane.keys.meta, "tick") == before
+    lane.redis.hset(lane.keys.meta, "tick", int(lane.server_ms() + 1_000))
+    assert lane.run(lane.t.reap(unless_kept_ms=60_000))[:2] == [0, 1]
+    lane.until(lambda: lane.server_ms() > lane.redis.zscore(lane.keys.lease, grant.fence))
+    assert lane.run(lane.t.reap(unless_kept_ms=0))[0] == 3
+
+
 def test_reap_tells_what_else_is_due(lane, chain):
     """The reaper says whether promote, expire and sweep have work."""
     assert lane.run(lane.t.reap()) == [0, 0, 0, 0, 0]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchrelay.workers.progress import PAGE_BYTES, Progress, ProgressPage
+from torchrelay.queues.histogram import service_bucket
+from torchrelay.workers.progress import PAGE_BYTES, Progress, ProgressPage, Tallies
 
 FENCES = st.lists(st.text("abcXYZ019-", min_size=1, max_size=12), max_size=8).map(tuple)
 NUMBERS = st.integers(0, 2**63)
@@ -90,3 +91,20 @@ def test_a_state_that_does_not_fit_is_refused(page: ProgressPage) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         page.write(Progress(jobs=2, started=b"x" * PAGE_BYTES))
     assert page.read().jobs == 1
+
+
+def test_tallies_stand_beside_what_is_written(page: ProgressPage) -> None:
+    """Forwards are counted by their time and fill, and memory is told, whatever else the page says meanwhile."""
+    reader = ProgressPage(page.path)
+    assert reader.tallies() == Tallies()
+    page.tally(0.010, 32, 32)
+    page.write(Progress(state=1, jobs=5, fences=("f-1",), started=b"entry"))
+    page.tally(0.011, 3, 32)
+    page.tell_memory(1 << 30, 2 << 30, 80 << 30)
+    found = reader.tallies()
+    assert found.service[service_bucket(0.010)] == 2
+    assert sum(found.service) == 2
+    assert found.fills == (1, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+    assert found.memory == (1 << 30, 2 << 30, 80 << 30)
+    assert reader.read() == Progress(state=1, jobs=5, fences=("f-1",), started=b"entry")
+    reader.close()

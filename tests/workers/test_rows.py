@@ -125,7 +125,7 @@ def test_a_table_that_keeps_what_it_can_loses_only_the_rows_that_fail(
     first, second = future.errors[1], future.errors[2]
     assert (first.stage, first.error_type, first.message) == ("words", "Rejected", "row 1 holds what is refused")
     assert (second.stage, second.error_type, second.message) == ("shout", "ValueError", "not so loud")
-    assert second.attempts > 1
+    assert second.attempts == 1
     again = relay.submit_table("texts", {"text": lines}, on_error="keep", key="k", keep_s=60)
     again.result(20)
     elsewhere = relay.job(again.id)

@@ -261,27 +261,44 @@ def test_branches_end_in_one_part(
         assert recounted(registry.client, lane.recount()) == []
 
 
+def test_the_summary_counts_all_that_workers_did(
+    relay: Relay, workers: Workers, obey: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also what they had not told of when the last chunk was done, and how long rows waited; rates are of a session."""
+    path = obey("batch: {max_rows: 4}", "retry: {attempts: 1}")
+    for name in (None, "@read", "@write"):
+        workers.start(path, stage=name)
+    data = dataset(tmp_path / "d.parquet", 80, **{f"r{i}": "raise" if i == 5 else "sleep 0.02" for i in range(80)})
+    first = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=8, limit=80).summary()
+    stages = first["stages"]
+    # Rows that are looked for by halving are computed again.
+    assert 80 <= stages["work"]["rows"] <= 90
+    assert (stages["@read"]["rows"], stages["@write"]["rows"]) == (10, 10)
+    assert 10.0 < stages["work"]["service_s"] < 60.0
+    # The chunks of a second or two wait for one worker: the last of them for most of that.
+    assert 0.1 < stages["work"]["wait_s"] < first["seconds"]
+    assert all(stages[name]["wait_s"] is not None for name in stages)
+    (error,) = pq.read_table(tmp_path / "out" / "_run" / "errors.parquet").to_pylist()
+    assert error["attempts"] == 1
+    again = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=8, limit=80, resume=True).summary()
+    assert (again["rows"], again["rows_now"], again["rows_per_s"]) == (79, 0, 0.0)
+
+
 def test_a_chunk_that_kills_its_workers_costs_no_other(
     relay: Relay, registry: Registry, workers: Workers, obey: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """It ends after its strikes and is told of, not among the dead letters; once mended, going on does it alone."""
+    """The row alone is charged and told of, not among the dead letters."""
     path = obey("batch: {max_rows: 4}")
     for name in (None, "@read", "@write"):
         workers.start(path, stage=name)
     data = dataset(tmp_path / "d.parquet", 40, r13="die")
     run = relay.run("obey", input=data, output=tmp_path / "out", chunk_rows=10)
     summary = run.summary()
-    assert (run.status, summary["rows"], summary["failed_chunks"], summary["chunks_done"]) == ("failed", 30, 1, 3)
+    assert (run.status, summary["rows"], summary["failed_chunks"], summary["chunks_done"]) == ("done", 39, 0, 4)
     (line,) = pq.read_table(tmp_path / "out" / "_run" / "errors.parquet").to_pylist()
-    assert (line["chunk"], line["_row"], line["rows"], line["error"], line["stage"]) == (
-        1,
-        None,
-        10,
-        "WorkerDied",
-        "work",
-    )
+    assert (line["chunk"], line["_row"], line["error"], line["stage"]) == (1, 13, "WorkerDied", "work")
     assert not list(dead.scan(registry))
-    assert [r["_row"] for r in run.rows()] == [i for i in range(40) if not 10 <= i < 20]
+    assert [r["_row"] for r in run.rows()] == [i for i in range(40) if i != 13]
 
 
 def test_status_shows_a_run_under_its_stages_and_cancel_ends_it(

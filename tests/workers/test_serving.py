@@ -17,6 +17,7 @@ from tests.workers.support import ForwardLog, WorkerProcess, assert_settled
 from torchrelay import Relay
 from torchrelay.errors import JobFailed
 from torchrelay.queues import dead
+from torchrelay.queues.histogram import service_quantile
 from torchrelay.queues.registry import Registry
 
 Obey = Callable[..., Path]
@@ -281,3 +282,24 @@ def test_logs_are_lines_of_json_with_worker_and_stage(
     assert all(line["time"] > 0 and line["level"] for line in lines)
     [failed] = [line for line in ours if line["message"].startswith("job failed")]
     assert (failed["job"], failed["attempt"], failed["error"]) == (future.id, 1, "ValueError")
+
+
+def test_a_worker_reports_how_long_forwards_took_and_how_full_they_were(
+    relay: Relay, registry: Registry, workers: Workers, obey: Obey
+) -> None:
+    """What the child counts stands in the supervisor's heartbeats: forwards by time, batches by fill, time to load."""
+    path = obey("batch: {max_rows: 4}")
+    relay.register(path)
+    futures = relay.submit_many("obey", [{"n": str(i), "do": "sleep 0.05" if i == 0 else ""} for i in range(4)])
+    workers.start(path)
+    for future in futures:
+        future.result(10)
+    wait_until(lambda: any(r.batches for r in registry.workers()))
+    (report,) = registry.workers()
+    assert report.fills == [0] * 9 + [1]
+    median_s = service_quantile(report.service, 0.5)
+    assert median_s is not None
+    assert 0.05 / 1.42 <= median_s <= report.busy_s * 1.42
+    assert 0.0 < report.load_s < 60.0
+    assert report.sent_at > report.started_at
+    assert (report.memory, report.assignment) == ([0, 0, 0], "")

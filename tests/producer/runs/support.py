@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.runs import ReadOptions, Source, WriteOptions
-from torchrelay.producer.runs.folder import RunFolder, open_run
+from torchrelay.producer.runs.folder import Entering, RunFolder, open_run
 from torchrelay.producer.runs.manifest import RunPlan
 from torchrelay.stages.writing import PartRows, RowError, Written, write_part
 
@@ -26,7 +26,7 @@ def plan_for(folder: object, given: Sequence[Source] = (), **more: Any) -> RunPl
 
 
 def opened(folder: object, given: Sequence[Source] = (), *, resume: bool = False, **more: Any) -> RunFolder:
-    return open_run(plan_for(folder, given, **more), resume=resume)
+    return open_run(plan_for(folder, given, **more), Entering(resume))
 
 
 def put(

@@ -199,6 +199,14 @@ def test_what_a_stage_refuses_is_not_tried_again(drive: Any) -> None:
     assert (client.sent[4], len(folder.committed)) == (1, 9)
 
 
+def test_a_stage_that_kills_whatever_it_gets_is_not_searched_for_rows_without_end(drive: Any) -> None:
+    """Of the first chunk a few halves are tried; no other chunk is searched, and all of them fail."""
+    made, client, folder = drive(lambda chunk, times: failed("WorkerDied"), chunks=20, in_flight=1)
+    assert made.run() == "failed"
+    assert (len(made.failures), folder.committed) == (20, {})
+    assert sum(client.sent.values()) <= 20 + 16
+
+
 def test_a_job_that_was_there_before_and_whose_part_is_gone_is_sent_anew(drive: Any) -> None:
     made, client, folder = drive(lambda chunk, times: 10)
     client.joined = {2}

@@ -25,6 +25,7 @@ from tests.stages.writing.support import unfinished, visible
 from torchrelay.config.runs import WriteOptions
 from torchrelay.errors import ConfigError, DecodeError, InputError
 from torchrelay.producer import runs
+from torchrelay.producer.runs import keys as keys_of
 from torchrelay.producer.runs.finishing import ChunkFailure, RunSummary, finish
 from torchrelay.producer.runs.folder import RunFolder
 from torchrelay.producer.runs.merging import merge
@@ -327,3 +328,24 @@ def test_merging_and_reading_take_no_more_memory_for_more_parts(tmp_path: Path, 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 90 << 10  # KiB
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "npy"])
+def test_keys_that_several_rows_have_are_counted(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fits in memory at a time; rows that a stage made of one row have one key."""
+    folder = opened(tmp_path / "out", format=format, key="id")
+    for chunk in range(4):
+        numbers = np.repeat(np.arange(100), 2)
+        keys = [f"k{(100 * chunk + n) % 350}" for n in numbers.tolist()]
+        rows = PartRows({"x": numbers}, numbers * 0, numbers, np.tile([0, 1], 100), extra={"id": keys})
+        assert write_part(folder.output, folder.part(chunk), "w-1", rows, lambda: True) is not None
+    folder.look()
+    for most in (1000, 30):
+        monkeypatch.setattr(keys_of, "MOST_KEYS", most)
+        found = keys_of.duplicates(folder)
+        assert found is not None
+        assert found.rows == 50
+        assert set(found.examples) < {f"k{n}" for n in range(50)}
+        assert len(found.examples) == 3
+    assert finish(folder, RunSummary("done", 1.0))["duplicate_keys"] == 50
+    folder.close()

@@ -26,7 +26,7 @@ from torchrelay.config.runs import ChunkSize, ReadOptions
 from torchrelay.errors import ConfigError, DecodeError, RunConflict
 from torchrelay.producer import runs
 from torchrelay.producer.runs import holding
-from torchrelay.producer.runs.folder import open_existing, open_run
+from torchrelay.producer.runs.folder import Entering, check_folder, open_existing, open_run
 from torchrelay.producer.runs.manifest import read_manifest
 from torchrelay.producer.runs.reading import rows
 from torchrelay.stages import writing
@@ -46,6 +46,7 @@ def test_a_fresh_run_is_empty_and_is_refused_a_second_time(folder: str) -> None:
     with opened(folder) as run:
         assert run.done() == set()
         assert [[s.path for s in batch] for batch in run.batches] == [["/data/a", "/data/b"]]
+        put(run, 1, [0])
     with pytest.raises(RunConflict, match=rf"holds run {run.run} of embed .*--resume, or choose another folder"):
         opened(folder)
     with opened(folder, resume=True) as again:
@@ -97,7 +98,8 @@ def test_what_would_give_other_results_is_refused_by_name(folder: str, change: d
 
 def test_all_that_differs_is_listed_at_once(tmp_path: Path) -> None:
     """A user need not find out one by one."""
-    opened(tmp_path, sources(*(f"f{i}" for i in range(20)))).close()
+    with opened(tmp_path, sources(*(f"f{i}" for i in range(20)))) as run:
+        put(run, 0, [0])
     with pytest.raises(RunConflict) as caught:
         opened(tmp_path, sources("new"), resume=True, version="f" * 8, limit=1)
     text = str(caught.value)
@@ -124,16 +126,84 @@ def test_added_files_come_behind_in_a_batch_of_their_own(folder: str) -> None:
     assert batches == [[(0, "/data/b"), (1, "/data/d")], [(2, "/data/a"), (3, "/data/c")], [(4, "/data/e")]]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("change", [{"version": "ffffffff"}, {"size": ChunkSize(5, 10)}, {"format": "jsonl"}])
+def test_a_run_without_any_part_is_begun_anew(folder: str, resume: bool, change: dict) -> None:
+    """Its first try failed, perhaps as a stage did not load: nothing of it is worth to be kept, nor in the way."""
+    opened(folder).close()
+    with opened(folder, resume=resume, **change) as run:
+        assert run.manifest.plan.version == change.get("version", "0a1b2c3d")
+        put(run, 0, [0])
+    with pytest.raises(RunConflict, match="--resume, or choose"):
+        opened(folder)
+    with opened(folder, resume=True, **change) as again:
+        assert (again.run, again.done()) == (run.run, {0})
+
+
+def test_the_same_run_without_any_part_stays_the_same(folder: str) -> None:
+    """Its jobs may still be under way, and what they write counts."""
+    with opened(folder) as first:
+        pass
+    with opened(folder) as second:
+        assert second.run == first.run
+
+
+def test_another_version_does_what_is_left_where_that_is_accepted(folder: str) -> None:
+    """The manifest tells of both; nothing else may differ."""
+    with opened(folder) as run:
+        put(run, 0, [0], failed=[1])
+    with pytest.raises(RunConflict, match="add --accept-version"):
+        opened(folder, resume=True, version="ffffffff")
+    accept = Entering(resume=True, accept_version=True)
+    with pytest.raises(RunConflict, match="limit was none, and is 5 now") as caught:
+        open_run(plan_for(folder, version="ffffffff", limit=5), accept)
+    assert "accept-version" not in str(caught.value)
+    with open_run(plan_for(folder, version="ffffffff"), accept) as again:
+        assert (again.run, again.done(), [r.rows for r in again.retries()]) == (run.run, {0}, [((0, 1),)])
+    with opened(folder, resume=True, version="ffffffff") as again:
+        assert again.manifest.plan.version == "ffffffff"
+        assert [version for version, _ in again.manifest.earlier] == ["0a1b2c3d"]
+    with pytest.raises(RunConflict, match="version of the pipeline was"):
+        opened(folder, resume=True)
+
+
 def test_a_folder_with_files_of_others_is_refused(tmp_path: Path) -> None:
-    """Their rows would mix with those of the run. Files that readers of the format skip may stay."""
-    (tmp_path / "README.md").write_text("")
-    (tmp_path / "_SUCCESS").write_text("")
-    opened(tmp_path).close()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/mine.parquet").write_text("")
-    with pytest.raises(RunConflict, match=r"holds 'mine.parquet' and no run"):
-        opened(tmp_path / "other")
-    assert not (tmp_path / "other/_run/manifest.json").exists()
+    """It is not meant, most likely. If that is said they may stay, but for those whose rows would mix with a run's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".DS_Store").write_text("")
+    opened(out).close()
+    other = tmp_path / "other"
+    (other / "notes").mkdir(parents=True)
+    for n in range(6):
+        (other / f"a{n}.md").write_text("")
+    with pytest.raises(RunConflict, match=r"holds 'a0.md', .*'a4.md' and 2 more, and no run; .* --into-existing"):
+        opened(other)
+    assert not (other / "_run").exists() or not (other / "_run/manifest.json").exists()
+    open_run(plan_for(other), Entering(into_existing=True)).close()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/mine.parquet").write_text("")
+    for how in (Entering(), Entering(into_existing=True)):
+        with pytest.raises(RunConflict, match=r"holds 'mine.parquet' and no run"):
+            open_run(plan_for(tmp_path / "mixed"), how)
+    assert not (tmp_path / "mixed/_run/manifest.json").exists()
+
+
+def test_what_a_folder_would_be_refused_for_is_told_without_touching_it(tmp_path: Path) -> None:
+    """A run that is there, files of others, a file in its place: and nothing is made."""
+    new = tmp_path / "new" / "out"
+    check_folder(plan_for(new))
+    assert not new.parent.exists()
+    with opened(tmp_path / "run") as run:
+        put(run, 0, [0])
+        with pytest.raises(RunConflict, match="drives a run there now"):
+            check_folder(plan_for(tmp_path / "run"), Entering(resume=True))
+    check_folder(plan_for(tmp_path / "run"), Entering(resume=True))
+    with pytest.raises(RunConflict, match="--resume, or choose"):
+        check_folder(plan_for(tmp_path / "run"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file where a folder is needed"):
+        check_folder(plan_for(tmp_path / "file" / "out"))
 
 
 DRIVER = """
@@ -435,11 +505,12 @@ def drivers_die(base: str) -> None:
 
 def test_opening_a_folder_that_cannot_be_used_gives_it_free(tmp_path: Path) -> None:
     """A refused start leaves no lock behind."""
-    opened(tmp_path).close()
+    with opened(tmp_path) as run:
+        put(run, 0, [0])
     for _ in range(2):
         with pytest.raises(RunConflict, match="holds run"):
             open_run(plan_for(tmp_path))
-    run = open_run(replace(plan_for(tmp_path), input="elsewhere"), resume=True)
+    run = open_run(replace(plan_for(tmp_path), input="elsewhere"), Entering(resume=True))
     assert isinstance(run.output.store, LocalStore)
     run.close()
     run.close()

@@ -198,7 +198,7 @@ def test_names_of_values_and_tuples():
     options = ReadOptions({"n": "1"}, keep=("0",))
     ((_, read),) = push_chunks(Pairs(2), options, types_of(n="int64"), SIZE)
     assert read.table["n"].tolist() == [0, 1]
-    assert np.asarray(read.keep["0"]).tolist() == [[0, 0], [1, 1]]
+    assert read.kept.column("0").to_pylist() == [[0, 0], [1, 1]]
 
 
 def test_images_and_tensors_become_arrays():
@@ -208,7 +208,10 @@ def test_images_and_tensors_become_arrays():
     out = io.BytesIO()
     image.save(out, "PNG")
     assert gathered([out.getvalue()], types_of(image="uint8[H, W, 3]"))[2]["image"][0].shape == (2, 3, 3)
-    bad = gathered([torch.zeros(2, dtype=torch.bfloat16)], types_of(x="float32[2]"))[3]
+    halves = [torch.tensor([0.5, -3.0], dtype=torch.bfloat16)]
+    for kind in ("bfloat16[2]", "float32[2]"):
+        assert [v.tolist() for v in gathered(halves, types_of(x=kind))[2]["x"]] == [[0.5, -3.0]]
+    bad = gathered([torch.zeros(2).to_sparse()], types_of(x="float32[2]"))[3]
     assert "convert it in the dataset" in bad[0].text
     needs_grad = torch.ones(2, requires_grad=True)
     assert gathered([needs_grad], types_of(x="float32[2]"))[2]["x"][0].tolist() == [1, 1]

@@ -77,9 +77,9 @@ def test_figures_are_of_the_run_and_of_both_graphs() -> None:
         worker("2", "p@v/a", "p@v+run/a", rows=20, busy_s=0.5, batches=5, max_rows=8),
     ]
     loads = {"p@v/a.ready_rows": 3, "p@v+run/a.ready_rows": 40, "p@v+run/a.held_rows": 8}
-    (found,) = stage_figures(["a"], refs, loads, now, before, seconds=2.0)
-    assert found == StageFigures("a", 43, 8, 2, 1.5 / 4.0, 60, 1000 * 1.5 / 60, 60 / (15 * 8), 7)
-    (idle,) = stage_figures(["@read"], refs, {}, [], {}, seconds=2.0)
+    (found,) = stage_figures(["a"], refs, loads, now, before, 2.0, {"a": 36.0})
+    assert found == StageFigures("a", 43, 8, 2, 1.5 / 4.0, 60, 1000 * 1.5 / 60, 60 / (15 * 8), 7, pytest.approx(0.5))
+    (idle,) = stage_figures(["@read"], refs, {}, [], {}, 2.0, {"@read": 1.0})
     assert idle == StageFigures("@read", 0, 0, 0)
 
 

@@ -80,7 +80,7 @@ def test_globs_files_and_several_inputs(tmp_path, monkeypatch):
         ("nothing", "does not exist; is the path right"),
         ("*.parquet", r"'.*\*\.parquet' matches no file"),
         ("empty", "holds no files"),
-        ("mixed", "several formats, 1 csv, 1 text; give a glob"),
+        ("mixed", "several formats, 1 csv, 1 text; give a glob, or .* --input-format csv"),
         ("strange", "'x.bin' tells no format; known are .parquet"),
         ("partly", "'x.bin' tells no format"),
         ("packed.parquet.gz", "tells no format"),
@@ -122,6 +122,21 @@ def test_what_lies_beside_data_is_no_data(tmp_path):
     """README, LICENSE, checksums and the like are passed over without a word."""
     write(tmp_path, "a.jsonl", "README.md", "LICENSE", "dataset_infos.json", "a.jsonl.md5", "_SUCCESS")
     assert names_of(find_sources(tmp_path), tmp_path) == ["a.jsonl"]
+
+
+def test_photos_lie_beside_what_file_managers_leave(tmp_path):
+    """Hidden files and what only tells of the others are passed over; of strangers the first are named, and a way."""
+    photos = ["a.jpg", "b/c.png"]
+    write(tmp_path, *photos, "README.txt", ".DS_Store", "b/Thumbs.db", "b/desktop.ini", "b/._c.png", "LICENSE.txt")
+    assert names_of(find_sources(tmp_path), tmp_path) == photos
+    # Alone, such a file is what is meant.
+    assert names_of(find_sources(tmp_path / "README.txt"), tmp_path) == ["README.txt"]
+    write(tmp_path, "b/1.xmp", "b/2.xmp", "b/3.xmp", "b/4.aae", "b/5.aae")
+    with pytest.raises(
+        ConfigError, match=r"'1.xmp', '2.xmp', '3.xmp' and 2 more tell no .*--input-format image, which"
+    ):
+        find_sources(tmp_path)
+    assert names_of(find_sources(tmp_path, "image"), tmp_path) == photos
 
 
 def test_a_fifo_in_place_of_a_planned_file_does_not_hang(tmp_path):

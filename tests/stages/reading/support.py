@@ -53,11 +53,13 @@ def read_chunks(chunks: Iterator[Chunk], types: Any = None, options: ReadOptions
         for name, column in read.table.items():
             assert len(column) == len(read)
             out.columns.setdefault(name, []).extend(column)
-        if read.key is not None:
-            assert len(read.key) == len(read)
-            out.key += list(read.key)
-        for name, column in read.keep.items():
-            assert len(column) == len(read)
-            out.keep.setdefault(name, []).extend(column)
+        if read.kept is not None:
+            assert read.kept.num_rows == len(read)
+            asked = options or ReadOptions()
+            for name, column in read.kept.to_pydict().items():
+                if name == asked.key:
+                    out.key += column
+                if name in asked.keep:
+                    out.keep.setdefault(name, []).extend(column)
         out.bad += read.bad
     return out

@@ -124,7 +124,7 @@ def test_arrow_types_as_columns():
     assert column_of_arrow(pa.array([decimal.Decimal("1.50")])) == ["1.50"]
     moment = datetime.datetime(2024, 5, 6, 7, 8, 9, tzinfo=datetime.UTC)
     assert column_of_arrow(pa.array([moment, None])) == ["2024-05-06T07:08:09+00:00", None]
-    assert column_of_arrow(pa.array([1_000_001], pa.timestamp("ns"))) == ["1970-01-01T00:00:00.001000"]
+    assert column_of_arrow(pa.array([1_000_001], pa.timestamp("ns"))) == ["1970-01-01T00:00:00.001000001"]
     assert column_of_arrow(pa.array([datetime.date(2024, 1, 2)])) == ["2024-01-02"]
     assert column_of_arrow(pa.array([datetime.timedelta(seconds=2)], pa.duration("ms"))).tolist() == [2000]
     assert column_of_arrow(pa.array([], pa.string())) == []

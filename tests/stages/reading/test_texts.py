@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.stages.reading.support import read_all, types_of
 from torchrelay.config.runs import ChunkSize, ReadOptions
-from torchrelay.errors import InputError
+from torchrelay.errors import ConfigError, InputError
 from torchrelay.producer.runs.planning import check_columns, find_sources, plan_chunks
 from torchrelay.stages.reading import read_chunk
 
@@ -186,6 +186,31 @@ def test_csv_with_semicolons(tmp_path):
         read = read_all(tmp_path / name, types_of(id="int64", text="str"), size=ChunkSize(rows=1))
         assert read.columns == {"id": [1, 2], "text": ["a;b,c", "1,5"]}
         check_columns(find_sources(tmp_path / name), ReadOptions(key="id"), TEXT)
+
+
+@pytest.mark.parametrize(
+    ("content", "used", "other"),
+    [("id|text\n1|a\n", ",", "|"), ("id;text;a,b\n1;x;y\n", ",", ";"), ("id,te\txt\n", ",", None)],
+)
+def test_a_wrong_delimiter_is_named(tmp_path, content, used, other):
+    """With the one that was taken, the one that is meant, and the option; which then reads the file."""
+    (tmp_path / "a.csv").write_text(content)
+    sources = find_sources(tmp_path / "a.csv")
+    with pytest.raises(ConfigError, match="has no column 'text'") as caught:
+        check_columns(sources, ReadOptions(), TEXT)
+    hint = f"separated by {used!r}; if {other!r} separates it, say --delimiter {other!r}"
+    assert (hint in str(caught.value)) == (other is not None)
+    if other is not None:
+        options = ReadOptions(delimiter=other, key="id")
+        check_columns(sources, options, TEXT)
+        (chunk,) = plan_chunks(sources, delimiter=other)
+        assert read_chunk(chunk, options, TEXT).kept.column("id").to_pylist() == ["1"]
+
+
+def test_tabs_in_a_csv_file(tmp_path):
+    """A header with tabs and without a comma tells that they separate."""
+    (tmp_path / "a.csv").write_text("id\ttext\n1\ta,b\n")
+    assert read_all(tmp_path / "a.csv", types_of(id="int64", text="str")).columns == {"id": [1], "text": ["a,b"]}
 
 
 def test_a_csv_field_may_be_large(tmp_path):

@@ -1,6 +1,7 @@
 """Keeps the lanes: expired leases, due jobs, deadlines and old results, each second, by whoever is there.
 
-Every supervisor runs one. Each transition is safe to run twice and at once (rule 14 of the transport).
+The leading coordinator does it twice a second. Every supervisor looks, and does it where nobody did for a while. Each
+transition is safe to run twice and at once (rule 14 of the transport).
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ from torchrelay.queues.registry import Registry, run
 
 log = logging.getLogger("torchrelay.upkeep")
 TICK_S = 1.0
+_UNLESS_KEPT_MS = 900
 
 
 class Upkeep:
-    """Call `tick()` often; it acts once a second."""
+    """Call `tick()` often; it acts once a second, or every `each_s`. With `leading` False it leaves lanes alone that
+    somebody kept within the last second."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, each_s: float = TICK_S, *, leading: bool = False) -> None:
         self._registry = registry
+        self._each_s = each_s
+        self._unless_kept_ms = 0 if leading else _UNLESS_KEPT_MS
         self._next = 0.0
 
     def tick(self) -> None:
         now = time.monotonic()
         if now < self._next:
             return
-        self._next = now + TICK_S
+        self._next = now + self._each_s
         client = self._registry.client
         for lane in self._registry.lanes:
             try:
-                back, moved, delayed, late, old = run(client, lane.reap())
+                back, moved, delayed, late, old = run(client, lane.reap(unless_kept_ms=self._unless_kept_ms))
                 if back:
                     log.warning("took back %d jobs whose lease ran out", back)
                 if moved:
