@@ -71,7 +71,10 @@ class Spiller:
         """Waits for the round that is under way, and does one more."""
         self._stopping.set()
         with contextlib.suppress(redis.RedisError, OSError):
-            self._registry.client.pipeline().rpush(self._wakes[0], 1).ltrim(self._wakes[0], -1, -1).execute()
+            with self._registry.client.pipeline() as pipe:
+                pipe.rpush(self._wakes[0], 1)
+                pipe.ltrim(self._wakes[0], -1, -1)
+                pipe.execute()
         self._thread.join(10.0)
 
     def _run(self) -> None:
