@@ -32,6 +32,7 @@ from torchrelay.queues.transitions import Asked, Copied, Transitions
 
 log = logging.getLogger("torchrelay.arena")
 ANSWERS_MS = 6_000
+_LEAVES_MS = 2_000
 AGED_MS = 60_000
 _WAIT_S = 1.0
 _OVERDUE_MS = 2_500
@@ -110,7 +111,8 @@ class Spiller:
             try:
                 due_s = min([self._copy_asked(lane, reader) for lane in self._registry.lanes])
                 if last and not instead:
-                    self._leave()
+                    # Time for the next one: else others take the host's jobs meanwhile, and find them lost.
+                    self._answers_for(_LEAVES_MS)
                 if last or instead:
                     return
                 self._ask_for_aged()
@@ -129,9 +131,10 @@ class Spiller:
         else:
             self._registry.client.blpop(self._wakes, timeout=due_s)
 
-    def _leave(self) -> None:
+    def _answers_for(self, ttl_ms: int) -> None:
+        """Says so, in all lanes: a round may take longer than what each of its looks says."""
         for lane in self._registry.lanes:
-            run(self._registry.client, lane.spilling(self._host, 0, 0))
+            run(self._registry.client, lane.spilling(self._host, 1, ttl_ms))
 
     def _copy_asked(self, lane: Transitions, reader: ArenaReader) -> float:
         """Does what is due; returns the seconds until more is, at most a second."""
@@ -144,7 +147,8 @@ class Spiller:
                 size += len(copy.data or b"")
             # Between two jobs: what is asked for of one is recorded together.
             if size >= _GROUP_BYTES:
-                self._record(lane, group)
+                if not self._record(lane, group):
+                    return 0.0
                 group, size = [], 0
         self._record(lane, group)
         if asked:
@@ -161,9 +165,11 @@ class Spiller:
             ref = refs.get(name)
             yield _Copy(job.member, name, None if ref is None else _read(reader, ref))
 
-    def _record(self, lane: Transitions, group: list[_Copy]) -> None:
+    def _record(self, lane: Transitions, group: list[_Copy]) -> bool:
+        """False when the server's memory is full, after a while."""
         if not group:
-            return
+            return True
+        self._answers_for(ANSWERS_MS)
         token = new_token(8)
         named = [(copy, "" if copy.data is None else f"spill.{token}.{n}") for n, copy in enumerate(group)]
         try:
@@ -171,11 +177,12 @@ class Spiller:
         except QueueFull:
             # The workers of this host go on with their part of the jobs, and drain it.
             self._stopping.wait(_WAIT_S)
-            return
+            return False
         done = [Copied(c.member, c.name, blob, Ref.of(c.name, len(c.data or b"")).chunks) for c, blob in named]
         answers = run(self._registry.client, lane.spill(self._host, done))
         if missing := answers.count("u"):
             log.info("%d columns that are waited for are gone; their jobs restart", missing)
+        return True
 
     def _ask_for_aged(self) -> None:
         """Has what lay here for long copied too: a host's memory is for what is handed on soon."""

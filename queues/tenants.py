@@ -13,7 +13,7 @@ from typing import Any
 from torchrelay.errors import InputError
 from torchrelay.queues.registry import Registry
 
-MAX_WEIGHT = 1000.0
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 _TENANT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._@-]{0,63}")
 
 
@@ -33,8 +33,8 @@ def share_of(tenant: str, priority: int) -> str:
 
 def set_weight(registry: Registry, tenant: str, weight: float) -> None:
     """Gives a tenant so many times the share of one with weight 1. Raises InputError."""
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MAX_WEIGHT:
-        raise InputError(f"weight {weight!r:.60} must be a number above 0, and {MAX_WEIGHT:g} at most")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise InputError(f"weight {weight!r:.60} must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
     name = parse_tenant(tenant)
     if not name:
         raise InputError("a weight is of a tenant; give its name")

@@ -30,6 +30,7 @@ _IDLE_PATIENCE_MS, _BUSY_PATIENCE_MS = 10, 50
 # A worker that found only such jobs lets theirs have the next wakes, and looks again after a while: whoever was to copy
 # them may have died.
 _ASIDE_S, _LOOK_AGAIN_S = 0.005, 0.25
+_ASK_NOTHING = -1
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class Claimer:
         self._wakes = [wake(key) for wake in wakes for key in self._keys] + own
         self._aside_until = 0.0
         self._look_at = math.inf
+        self._ask_others_at = -math.inf
         self._lanes = deque(range(len(context.lanes)))
         self._found_empty: set[int] = set()
         self._channel = channel
@@ -115,7 +117,9 @@ class Claimer:
         context = self._context
         fence = f"{context.incarnation}-{next(self._numbers):x}"
         places = [self._place(number) for number in range(len(self._entrances))]
-        reader = Reader(self._host, _IDLE_PATIENCE_MS if idle else _BUSY_PATIENCE_MS)
+        patience_ms = _IDLE_PATIENCE_MS if idle else _BUSY_PATIENCE_MS
+        # What it asked for once may take long to copy. Each look would ask for the next, up to all that lies there.
+        reader = Reader(self._host, patience_ms if time.monotonic() >= self._ask_others_at else _ASK_NOTHING)
         call = context.lanes[lane].claim_any(
             self._session, fence, context.incarnation, places, context.lease_ms, better_than=better_than, reader=reader
         )
@@ -175,10 +179,13 @@ class Claimer:
         self.in_hand.took(rows)
         if grant.entries:
             self._found_empty.clear()
+            self._ask_others_at = -math.inf
         elif asked.all:
             self._found_empty.add(asked.lane)
             if grant.elsewhere:
-                self._aside_until, self._look_at = now + _ASIDE_S, now + _LOOK_AGAIN_S
+                if asked.at >= self._ask_others_at:
+                    self._ask_others_at = now + _LOOK_AGAIN_S
+                self._aside_until, self._look_at = now + _ASIDE_S, self._ask_others_at
         return bool(grant.entries)
 
     def top_up(self) -> bool:

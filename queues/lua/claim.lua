@@ -5,7 +5,8 @@
 -- KEYS[12] the worker's session
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] worker incarnation  ARGV[4] max inline bytes  ARGV[5] lease_ms
 -- ARGV[6] '' or a rank: only jobs that are better, those of a lower one, are given
--- ARGV[7] the worker's host, '' where it reads no shared memory  ARGV[8] ms that others' hosts have to find a worker
+-- ARGV[7] the worker's host, '' where it reads no shared memory  ARGV[8] ms that others' hosts have to find a worker,
+--   -1 where they are to be asked for nothing: the worker did a moment ago
 -- ARGV[9..] per entrance: pipeline number, node, last node that the worker runs (as for commit: what stands behind that
 --   one is what gates), the node's key, '' where the graph is to tell, max jobs, max rows
 -- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left,
@@ -135,7 +136,7 @@ local function ask_for(e, skipped, jobs, rows, behind)
   local hosts, more = {}, false
   for _, s in ipairs(skipped) do
     for at in pairs(s.hosts) do hosts[at] = true end
-    if not behind or s.rank + 1000 < behind then
+    if patience_ms >= 0 and (not behind or s.rank + 1000 < behind) then
       if jobs <= 0 or rows <= 0 then more = true; break end
       local news = false
       for at in pairs(s.hosts) do news = ask_host(at, s.id, e.at.index, e.bits, NOW + patience_ms) or news end

@@ -170,9 +170,13 @@ end
 -- fair:<ref> HASH: v the largest tag that was claimed; c ms per row; since, rows: what was claimed since when, to measure
 -- c; b<class> boost of a class; F<priority>:<tenant> where the tenant's next tag begins.
 -- tenants HASH: tenant -> weight.
-local FIRST_COST, MOST_TENANTS, MOST_BEHIND, FAIR_TTL = 10, 1024, 600000, 86400000
+local FIRST_COST, MOST_TENANTS, MOST_BEHIND, FAIR_TTL, LEAST_WEIGHT = 10, 1024, 600000, 86400000, 0.001
 local function fair_key(g) return T .. 'fair:' .. g.ref end
-local function number_of(x) return tonumber(x or 0) or 0 end
+-- 0 for what is no number near those of ranks: one that is written into a sorted set stays there.
+local function number_of(x)
+  local n = tonumber(x or 0)
+  return n and math.abs(n) < 2 ^ 60 and n or 0
+end
 
 -- Forgets tenants whose turn is over: they would begin at the virtual time anyway.
 local function forget_tenants(key, v, most)
@@ -205,7 +209,7 @@ local function fair_share(g, priority, tenant, boost)
   end
   v = tag < NOW and math.max(tag, NOW - MOST_BEHIND) or math.max(v, NOW)
   if c <= 0 then c = FIRST_COST end
-  if weight <= 0 then weight = 1 end
+  weight = weight > 0 and math.max(LEAST_WEIGHT, math.min(weight, 1 / LEAST_WEIGHT)) or 1
   local share = {}
   function share.take(rows)
     local tag = math.max(at, v)

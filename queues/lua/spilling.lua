@@ -34,8 +34,9 @@ local function waiting(id, index, bits)
   if not node then return nil end
   if not waits(node, id) then return nil, node end
   local job = {'', needed(h.refs, bits), h.payload}
-  for _, p in ipairs(node.preds) do
-    local s = p > 0 and not g.linear and fork_state(id, g.nodes[p])
+  -- Of all nodes that are done: what is asked for may be read behind this one, of another branch.
+  for _, n in ipairs(g.linear and {} or g.nodes) do
+    local s = band(h.mask, n.bit) > 0 and fork_state(id, n)
     if s then job[#job + 1] = s.payload end
   end
   return job

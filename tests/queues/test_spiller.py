@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
 import torchrelay.queues
+import torchrelay.queues.spiller as spilling
 from tests.conftest import wait_until
 from tests.dying import deaths, die
 from tests.queues.conftest import Lane
@@ -165,7 +168,7 @@ def test_one_of_a_host_is_at_work_and_the_next_takes_over(lane: Lane, chain: int
     finally:
         for spiller in spillers:
             spiller.stop()
-    assert not lane.redis.exists(lane.keys.present(host.name))
+    lane.until(lambda: not lane.redis.exists(lane.keys.present(host.name)), 5.0)
 
 
 def test_what_lay_there_for_long_is_copied_unasked(lane: Lane, chain: int, host: Host) -> None:
@@ -197,3 +200,49 @@ def test_one_that_has_the_lock_and_is_stopped_is_stood_in_for(lane: Lane, chain:
     finally:
         spiller.stop()
         lock.give(remove=True)
+
+
+def test_a_host_that_copies_for_long_goes_on_answering(
+    lane: Lane, chain: int, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large columns and a slow server: else others would take it for dead in the middle, and restart its jobs."""
+    write = spilling.write_blobs
+    unanswered: list[bool] = []
+
+    def slowly(*args: Any, **more: Any) -> None:
+        time.sleep(0.3)
+        unanswered.append(not lane.redis.exists(lane.keys.present(host.name)))
+        write(*args, **more)
+
+    monkeypatch.setattr(spilling, "write_blobs", slowly)
+    monkeypatch.setattr(spilling, "ANSWERS_MS", 1000)
+    monkeypatch.setattr(spilling, "_GROUP_BYTES", 1)
+    host.answers()
+    lane.submit(chain, 6)
+    for _ in range(6):
+        host.makes(chain)
+    asked_for_from_elsewhere(lane, chain)
+    host.one_round()
+    assert host.copies() == [DATA] * 6
+    assert unanswered == [False] * 6
+
+
+def test_a_supervisor_that_leaves_others_behind_lets_nobody_take_their_jobs(lane: Lane, chain: int, host: Host) -> None:
+    """The host answers until the next one copies: its jobs are not claimed elsewhere meanwhile and found lost."""
+    spillers = [Spiller(host.registry, host.home) for _ in range(3)]
+    spillers[0].start()
+    lane.until(lambda: lane.redis.exists(lane.keys.present(host.name)))
+    for spiller in spillers[1:]:
+        spiller.start()
+    try:
+        spillers[0].stop()
+        gaps = 0
+        deadline = time.monotonic() + 3.0
+        while time.monotonic() < deadline:
+            gaps += not lane.redis.exists(lane.keys.present(host.name))
+            time.sleep(0.005)
+        assert gaps == 0
+    finally:
+        for spiller in spillers[1:]:
+            spiller.stop()
+    lane.until(lambda: not lane.redis.exists(lane.keys.present(host.name)), 5.0)

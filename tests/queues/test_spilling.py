@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.queues.conftest import Lane, Worker
-from torchrelay.queues.job import HEAD, refs_of
+from torchrelay.queues.job import HEAD, decode_payload, refs_of, split_refs
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.transitions import ClaimLimits, Copied, Output
 
@@ -242,3 +242,18 @@ def test_the_rank_is_kept(lane, chain, answer):
     [asked] = answer()
     lane.run(lane.t.spill(HERE, [copied(lane, asked.member, name)]))
     assert HEAD.unpack_from(lane.record(job))[:-1] == before[:-1]
+
+
+def test_of_a_fork_it_is_told_where_each_column_lies(lane, answer):
+    """An old column that two nodes read is asked for at the first of them, and with it what the second reads of another
+    branch. The payload of that branch comes too, else its bytes would be taken for gone."""
+    answer()
+    sides = lane.define({"a": (0,), "b": (1,), "c": (0,), "d": (2, 3)})
+    lane.submit(sides)
+    here = lane.worker(sides, HERE)
+    [first] = made_here(lane, here, 1, 0b1010)
+    [other] = made_here(lane, here, 3, 0b1000)
+    assert lane.run(lane.t.aged(HERE, [first])) == 1
+    [asked] = answer()
+    assert set(split_refs(asked.refs)) == {first, other}
+    assert {name for p in asked.payloads for name in decode_payload(p).columns} >= {"o1", "o3"}

@@ -153,7 +153,7 @@ def test_weights_and_names_are_checked(registry):
     for wrong in ("", "a b", "-a", "a" * 65, "ä", 3, "a\n"):
         with pytest.raises(InputError, match="tenant"):
             parse_tenant(wrong)
-    for weight in (0, -1, float("nan"), float("inf"), MAX_WEIGHT + 1, True, "3"):
+    for weight in (0, -1, float("nan"), float("inf"), MAX_WEIGHT + 1, 1e-300, 5e-324, True, "3"):
         with pytest.raises(InputError, match="weight"):
             set_weight(registry, "a", weight)  # type: ignore[arg-type]
 
@@ -168,3 +168,15 @@ def test_what_a_row_costs_follows_the_measured_pace(lane, chain):
         since = lane.redis.hget(key, "since")
         lane.redis.hset(key, "since", float(since) - 1000.0)  # as if a second had passed
     assert 100 < float(lane.redis.hget(key, "c")) < 180
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf", "1e-320", "-5", "x", "1e308"])
+def test_a_weight_that_no_client_would_write_harms_nobody(lane, chain, weight):
+    """Ranks stay numbers near the clock, for its tenant and, once its jobs were claimed, for the others."""
+    lane.redis.hset(lane.keys.tenants, "odd", weight)
+    submit(lane, chain, "odd", 3)
+    submit(lane, chain, "even", 3)
+    serve(lane, chain, 4)
+    [late] = submit(lane, chain, "even")
+    ranks = [HEAD.unpack_from(lane.record(job))[0] for job in (*lane.ready(chain, 1), late)]
+    assert all(abs(rank - lane.server_ms()) < 60_000 for rank in ranks)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import redis
 
+from tests.queues.conftest import Lane
 from torchrelay.config.spec import BatchSpec
-from torchrelay.queues.transitions import Entrance, Grant
+from torchrelay.queues.channel import Channel
+from torchrelay.queues.keys import new_token
+from torchrelay.queues.transitions import Entrance, Grant, Session
 from torchrelay.workers import claimer as claiming
 from torchrelay.workers.claimer import Claimer
 
@@ -120,3 +125,35 @@ def test_rows_that_are_sorted_are_taken_by_the_quarter_of_a_second(
     claims = claimer(server)
     claims.rows_per_s = rows_per_s
     assert claims.rows_at_once() == at_once
+
+
+def test_an_idle_worker_asks_another_host_for_what_it_can_take(redis_client: redis.Redis) -> None:
+    """However long the copy of large columns takes: it does not ask for all that lies there meanwhile."""
+    lane = Lane(redis_client, "q" + new_token(10))
+    chain = lane.define(Lane.CHAIN)
+    there, spiller = "b" * 16, lane.t.spilling("b" * 16, 64, 60_000)
+    lane.run(spiller)
+    lane.submit(chain, 200)
+    maker = lane.worker(chain, there)
+    grant = maker.claim(1)
+    outputs = [
+        o._replace(refs=f"{e.job_id}.1.{grant.fence}.y:0:5:2:{there},")
+        for o, e in zip(maker.outputs(1, grant.entries), grant.entries, strict=True)
+    ]
+    lane.run(lane.t.commit(maker.session, grant.fence, chain, 1, outputs))
+    entrance = SimpleNamespace(
+        number=chain, nodes=(2, 2), key=lane.node_key(chain, 2), spec=SimpleNamespace(batch=BatchSpec(max_rows=1))
+    )
+    context: Any = SimpleNamespace(
+        incarnation="w", lease_ms=60_000, lanes=(lane.t,), spec=entrance.spec, entrances=lambda: (entrance,)
+    )
+    channel = Channel(redis_client, patience_s=10.0)
+    claims = Claimer(context, channel, Session("w"), lambda held: None, host="a" * 16)
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        while not claims.idle():
+            assert not claims.top_up()
+        claims.wait(0.05)
+    channel.close()
+    lane.channel.close()
+    assert redis_client.zcard(lane.keys.spill(there)) <= 8
