@@ -117,8 +117,8 @@ class ClaimLimits:
 
 
 class Reader(NamedTuple):
-    """Which host's shared memory a worker reads ('' for none), and how long jobs in that of others are left to them; -1:
-    they are asked for nothing."""
+    """Which host's shared memory a worker reads ('' for none), and how long jobs in that of others are left to them;
+    -1: they are asked for nothing."""
 
     host: str
     patience_ms: int
