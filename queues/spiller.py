@@ -24,6 +24,7 @@ from torchrelay.queues.arena.pool import now_ms
 from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.arena.segment import KIND_ONLY, READY, SLOT_WORDS, OwnerLock, Segment, segments_in
 from torchrelay.queues.blobs import write_blobs
+from torchrelay.queues.codec import HostMessage
 from torchrelay.queues.job import Ref, decode_payload, host_text, split_refs
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry, run
@@ -33,6 +34,7 @@ from torchrelay.queues.transitions import Asked, Copied, Transitions
 log = logging.getLogger("torchrelay.arena")
 ANSWERS_MS = 6_000
 _LEAVES_MS = 2_000
+_FULL_S = 5.0
 AGED_MS = 60_000
 _WAIT_S = 1.0
 _OVERDUE_MS = 2_500
@@ -61,6 +63,7 @@ class Spiller:
         self._host = host_text(home.host)
         self._aged_ms = aged_ms
         self._aged_at = time.monotonic() + _ASK_AGED_S
+        self._full_since: float | None = None
         self._stopping = threading.Event()
         self._wakes = [lane.keys.wake(f"@{self._host}") for lane in registry.lanes]
         self._thread = threading.Thread(target=self._run, name="torchrelay-spiller", daemon=True)
@@ -74,6 +77,7 @@ class Spiller:
         with contextlib.suppress(redis.RedisError, OSError), self._registry.client.pipeline() as pipe:
             pipe.rpush(self._wakes[0], 1)
             pipe.ltrim(self._wakes[0], -1, -1)
+            pipe.pexpire(self._wakes[0], 2 * ANSWERS_MS)
             pipe.execute()
         self._thread.join(10.0)
 
@@ -172,16 +176,23 @@ class Spiller:
         token = new_token(8)
         named = [(copy, "" if copy.data is None else f"spill.{token}.{n}") for n, copy in enumerate(group)]
         try:
-            write_blobs(self._registry.client, lane, {blob: copy.data for copy, blob in named if copy.data is not None})
+            blobs: dict[str, HostMessage] = {blob: copy.data for copy, blob in named if copy.data is not None}
+            write_blobs(self._registry.client, lane, blobs, must_pass=self._full_for_long())
         except QueueFull:
-            # The workers of this host go on with their part of the jobs, and drain it.
+            # The workers of this host go on with their part of the jobs, and drain it, if there are any.
+            self._full_since = self._full_since or time.monotonic()
             self._stopping.wait(_WAIT_S)
             return False
+        self._full_since = None
         done = [Copied(c.member, c.name, blob, Ref.of(c.name, len(c.data or b"")).chunks) for c, blob in named]
         answers = run(self._registry.client, lane.spill(self._host, done))
         if missing := answers.count("u"):
             log.info("%d columns that are waited for are gone; their jobs restart", missing)
         return True
+
+    def _full_for_long(self) -> bool:
+        """Whether to write all the same, once: who could drain the server may wait for this."""
+        return self._full_since is not None and time.monotonic() - self._full_since > _FULL_S
 
     def _ask_for_aged(self) -> None:
         """Has what lay here for long copied too: a host's memory is for what is handed on soon."""

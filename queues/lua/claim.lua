@@ -144,7 +144,7 @@ local function ask_for(e, skipped, jobs, rows, behind)
     end
   end
   -- The token that woke this worker may have been meant for one of theirs.
-  for at in pairs(hosts) do wake(e.key .. '@' .. at) end
+  for at in pairs(hosts) do wake_host(e.key, at) end
   return more
 end
 

@@ -151,6 +151,11 @@ local function wake(key)
   local k = T .. 'wake:' .. key
   if redis.pcall('LLEN', k) == 0 then call('RPUSH', k, 1) end
 end
+-- The workers of one host at a node ('': who copies its memory). Hosts come and go, and take their keys along.
+local function wake_host(key, host)
+  wake(key .. '@' .. host)
+  redis.pcall('PEXPIRE', T .. 'wake:' .. key .. '@' .. host, 3600000)
+end
 local function make_ready(node, id, rank, rows, bytes)
   local z = readies[node.key]
   if not z then z = {}; readies[node.key] = z; ready_order[#ready_order + 1] = node.key end
@@ -205,7 +210,7 @@ local function fair_share(g, priority, tenant, boost)
   if #head == 0 then
     -- Nobody waits: who came before has no more claim, and no more debt.
     v, at = 0, 0
-    call('DEL', key)
+    call('UNLINK', key)
   end
   v = tag < NOW and math.max(tag, NOW - MOST_BEHIND) or math.max(v, NOW)
   if c <= 0 then c = FIRST_COST end
@@ -297,7 +302,7 @@ local function ask_host(host, id, index, bits, at)
   local news = redis.pcall('ZADD', key, 'LT', 'CH', at, id .. '|' .. index .. '|' .. bits) == 1
   if news then
     call('PEXPIRE', key, 3600000)
-    wake('@' .. host)
+    wake_host('', host)
   end
   return news
 end

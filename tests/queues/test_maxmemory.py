@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import redis
 
 from tests.conftest import private_server
 from tests.queues.conftest import Lane
+from tests.queues.test_spiller import Host
 from torchrelay.config import Pipeline
 from torchrelay.errors import QueueFull
 from torchrelay.queues.blobs import read_blobs, write_blobs
@@ -18,6 +20,7 @@ from torchrelay.queues.job import FLAG_UNTIL_ACK, Ref, encode_payload
 from torchrelay.queues.keys import ControlKeys, new_token
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import Call, script
+from torchrelay.queues.spiller import Spiller
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +154,32 @@ def test_a_full_server_drains_and_takes_jobs_again(full_lane):
     lane.redis.delete(lane.keys.reply(lane.ids.client))
     assert lane.push(pipeline, [lane.job()]).statuses == "n"
     assert lane.load("results.bytes") == 0
+
+
+def test_what_only_another_host_can_do_is_copied_out_of_memory_too(
+    full_lane: Lane, small_server: str, arena_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host without a worker any more has the first 128 jobs, and what Redis is full of stands behind them: who could
+    drain it gets to it only once they are copied."""
+    monkeypatch.setattr("torchrelay.queues.spiller._FULL_S", 0.5)
+    lane = full_lane
+    chain = lane.define(lane.CHAIN)
+    host = Host(lane, small_server, arena_dir)
+    client = redis.Redis.from_url(small_server)
+    spiller = Spiller(Registry(client, lane.keys.namespace, 1), host.home)
+    spiller.start()
+    lane.until(lambda: host.answers() == 0)
+    lane.submit(chain, 128)
+    for _ in range(128):
+        host.makes(chain, b"small")
+    lane.submit(chain, 4)
+    there = lane.worker(chain, "f" * 16)
+    there.step(1)
+    with out_of_memory(lane):
+        assert there.claim(2, 4).entries == []
+        found = lane.until(lambda: there.step(2, 4), 20.0)
+    assert found
+    spiller.stop()
+    host.writer._wanted = lambda number, names: [False] * len(names)
+    host.writer.close()
+    client.close()

@@ -109,6 +109,7 @@ def test_wakes_go_to_those_who_may_claim(lane, chain, answer):
     key = lane.node_key(chain, 2)
     assert lane.redis.lpop(lane.keys.wake(key)) is not None
     assert claimed(there, 2) == []
+    assert all(lane.redis.pttl(lane.keys.wake(of)) > 0 for of in (f"{key}@{HERE}", f"@{HERE}"))  # hosts go for good
     assert lane.redis.lpop(lane.keys.wake(f"{key}@{HERE}")) is not None
     assert lane.redis.lpop(lane.keys.wake(f"@{HERE}")) is not None
     assert lane.redis.llen(lane.keys.wake(key)) == 0
