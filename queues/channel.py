@@ -184,7 +184,8 @@ class Channel:
         try:
             return self._connected().read_response()
         except ResponseError as refusal:
-            return refusal
+            # Its traceback would hold all callers' frames in a circle with this value, and what they have in hand.
+            return refusal.with_traceback(None)
 
     def _resend(self, pending: Pending[Any]) -> None:
         self._flight.append(pending)

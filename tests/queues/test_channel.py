@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import select
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -216,6 +219,26 @@ def test_scripts_flushed_with_a_window_in_flight(lane, chain):
         assert [p.result() for p in commits] == ["kk"] * 5
         seen += [e.job_id for g in grants for e in g.entries]
     assert sorted(seen) == jobs
+
+
+def test_a_script_that_was_missing_keeps_nothing_that_its_caller_has(lane, chain):
+    """A worker that is idle from then on runs no collector: a dead worker's device memory stayed in use as long."""
+
+    class Rows:
+        pass
+
+    def step() -> Any:
+        rows = Rows()
+        lane.run(lane.t.reap())
+        return weakref.ref(rows)
+
+    lane.run(lane.t.reap())
+    lane.redis.script_flush()
+    gc.disable()
+    try:
+        assert step()() is None
+    finally:
+        gc.enable()
 
 
 def test_refusals_reach_their_own_caller(lane, chain):
