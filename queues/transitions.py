@@ -118,7 +118,7 @@ class ClaimLimits:
 
 class Reader(NamedTuple):
     """Which host's shared memory a worker reads ('' for none), and how long jobs in that of others are left to them;
-    -1: they are asked for nothing."""
+    negative, if it asked for such jobs a moment ago."""
 
     host: str
     patience_ms: int

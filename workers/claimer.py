@@ -30,7 +30,6 @@ _IDLE_PATIENCE_MS, _BUSY_PATIENCE_MS = 10, 50
 # A worker that found only such jobs lets theirs have the next wakes, and looks again after a while: whoever was to copy
 # them may have died.
 _ASIDE_S, _LOOK_AGAIN_S = 0.005, 0.25
-_ASK_NOTHING = -1
 
 
 @dataclass(slots=True)
@@ -119,7 +118,7 @@ class Claimer:
         places = [self._place(number) for number in range(len(self._entrances))]
         patience_ms = _IDLE_PATIENCE_MS if idle else _BUSY_PATIENCE_MS
         # What it asked for once may take long to copy. Each look would ask for the next, up to all that lies there.
-        reader = Reader(self._host, patience_ms if time.monotonic() >= self._ask_others_at else _ASK_NOTHING)
+        reader = Reader(self._host, patience_ms if time.monotonic() >= self._ask_others_at else -patience_ms)
         call = context.lanes[lane].claim_any(
             self._session, fence, context.incarnation, places, context.lease_ms, better_than=better_than, reader=reader
         )

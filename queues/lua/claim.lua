@@ -6,7 +6,7 @@
 -- ARGV[1] operation  ARGV[2] fence  ARGV[3] worker incarnation  ARGV[4] max inline bytes  ARGV[5] lease_ms
 -- ARGV[6] '' or a rank: only jobs that are better, those of a lower one, are given
 -- ARGV[7] the worker's host, '' where it reads no shared memory  ARGV[8] ms that others' hosts have to find a worker,
---   -1 where they are to be asked for nothing: the worker did a moment ago
+--   negative where the worker asked a moment ago: what is asked for already then counts as what it has room for
 -- ARGV[9..] per entrance: pipeline number, node, last node that the worker runs (as for commit: what stands behind that
 --   one is what gates), the node's key, '' where the graph is to tell, max jobs, max rows
 -- Returns {fence or '', lease expiry ms, entries, records, ms until the next delayed entry or -1, entries left,
@@ -24,7 +24,7 @@ if bad then return bad end
 local SESS = KEYS[12]
 local seq, fence = tonumber(ARGV[1]), ARGV[2]
 local max_bytes, lease_ms, better = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local host, patience_ms = ARGV[7], tonumber(ARGV[8])
+local host, patience_ms, again = ARGV[7], math.abs(tonumber(ARGV[8])), tonumber(ARGV[8]) < 0
 local MOST_SKIPPED = 128
 
 -- What the graph says of an entrance; of most, only whether anything is ready is ever asked.
@@ -136,9 +136,10 @@ local function ask_for(e, skipped, jobs, rows, behind)
   local hosts, more = {}, false
   for _, s in ipairs(skipped) do
     for at in pairs(s.hosts) do hosts[at] = true end
-    if patience_ms >= 0 and (not behind or s.rank + 1000 < behind) then
-      if jobs <= 0 or rows <= 0 then more = true; break end
-      local news = false
+    if not behind or s.rank + 1000 < behind then
+      -- Who finds the token of its own claim is alone: all others that wait were there first.
+      if jobs <= 0 or rows <= 0 then more = not again; break end
+      local news = again
       for at in pairs(s.hosts) do news = ask_host(at, s.id, e.at.index, e.bits, NOW + patience_ms) or news end
       if news then jobs, rows = jobs - 1, rows - s.rows end
     end
