@@ -19,7 +19,7 @@ from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.arena.segment import OwnerLock
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
-from torchrelay.queues.blobs import fetch_blobs
+from torchrelay.queues.blobs import fetch_blobs, write_blobs
 from torchrelay.queues.job import Place, Ref, encode_payload, host_text
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import wanted_by
@@ -206,7 +206,7 @@ def test_a_host_that_copies_for_long_goes_on_answering(
     lane: Lane, chain: int, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large columns and a slow server: else others would take it for dead in the middle, and restart its jobs."""
-    write = spilling.write_blobs
+    write = write_blobs
     unanswered: list[bool] = []
 
     def slowly(*args: Any, **more: Any) -> None:
