@@ -29,7 +29,7 @@ _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
 # What catching up may add to what comes: workers that load for long would be idle soon after. So much where that takes
 # no longer than _CATCH_UP_S, and in proportion less else.
-_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.3
+_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.8
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
