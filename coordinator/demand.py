@@ -33,8 +33,8 @@ _MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.8
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
-# A change of the need by so much is noise.
-_MORE, _LESS = 0.95, 1.08
+# A change of the need by so much is noise, and by so much of a need that was alike for long.
+_MORE, _LESS, _CLEARLY_LESS = 0.95, 1.08, 1.13
 _MOST_SPREAD = 50.0
 
 
@@ -76,7 +76,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below.
+    """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below;
+    of a number that stands for long already, `less` if there are more than `slack`.
 
     `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that leave if it
     gets them, None while unknown. `behind` is the class of priority whose jobs wait longer than they should, and
@@ -85,6 +86,7 @@ class Demand:
 
     more: int
     less: int
+    slack: int = 0
     need: float = 0.0
     late: float = 0.0
     flow: float | None = None
@@ -134,7 +136,7 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: f
         return Demand(0, 0, flow=0.0, known=row_s > 0, why="nothing to do")
     if row_s <= 0:
         # One tells what a row costs; until then more would be a guess, and so would less.
-        return Demand(1, max(current, 1), known=False, why="what a row costs is not known yet")
+        return Demand(1, max(current, 1), max(current, 1), known=False, why="what a row costs is not known yet")
     load_s = sane(first.load_s, 3600.0) or LOAD_S
     delay_s = _slowest_s(limits)
     horizon_s = load_s + _LOOK_S
@@ -150,14 +152,16 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: f
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)
     spread = (max(sane(first.dispersion), 1.0) + sane(first.cv2)) / 2.0
-    more, enough, less = (
-        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1) for sure in (_MORE, 1.0, _LESS)
+    more, enough, less, slack = (
+        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1)
+        for sure in (_MORE, 1.0, _LESS, _CLEARLY_LESS)
     )
     if more > current:
         more = enough
     return Demand(
         more=more,
         less=less,
+        slack=slack,
         need=need,
         late=late,
         flow=min(max(now + rise, arrivals), limits.most / row_s),

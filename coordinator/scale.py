@@ -21,6 +21,9 @@ __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
 # Fewer must have been enough for so long, and for so much of the time that a worker loads.
 _KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 1.0, 10.0
+# The highest of a few noisy looks is low by chance now and then: a number that stands for so long falls only to a need
+# that is clearly less.
+_STANDS_S = 120.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
@@ -41,13 +44,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What is remembered of one group, watched since `since_s`. `enough` are, newest last, the numbers that would have
-    been enough, of which none is below a later one. `floor` holds until `floor_until_s`, while the need is not far
-    below `floor_need`."""
+    """What is remembered of one group, watched since `since_s`, whose number changed at `changed_s`.
+
+    `enough` are, newest last, the numbers that would have been enough, each with the one that is clearly too many; none
+    is below a later one in both. `floor` holds until `floor_until_s`, while the need is not far below `floor_need`.
+    """
 
     replicas: int
     since_s: float
-    enough: tuple[tuple[float, int], ...] = ()
+    changed_s: float = -1e18
+    enough: tuple[tuple[float, int, int], ...] = ()
     lowered_s: float = -1e18
     lowered_need: float = 0.0
     floor: int = 0
@@ -68,7 +74,7 @@ class State:
     @classmethod
     def of(cls, replicas: Mapping[Node, int], now_s: float) -> State:
         """Where these numbers of workers were wanted before, by a leader that is gone."""
-        return cls({key: Group(count, now_s) for key, count in replicas.items()})
+        return cls({key: Group(count, now_s, now_s) for key, count in replicas.items()})
 
 
 def limits_of(pipeline: Pipeline, pinned: Mapping[str, int] | None = None, *, old: bool = False) -> tuple[Limits, ...]:
@@ -115,7 +121,7 @@ def decide(
     found = {one.key: one for one in limits}
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
-        group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s)
+        group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
         coming, gain = _coming(one, nodes[0], group, loads, demands, found)
         demand = demand_of(one, nodes, group.replicas, coming)
         wanted, group = _over_time(one, demand, replace(group, gain=gain), nodes[0], now_s)
@@ -175,8 +181,9 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)
     enough = max(one.clamp(demand.less), min(group.floor, one.most))
-    kept = [(at, n) for at, n in group.enough if now_s - keep_s <= at < now_s and n > enough]
-    group = replace(group, enough=(*kept, (now_s, enough)))
+    slack = max(one.clamp(demand.slack), enough)
+    kept = [(at, n, m) for at, n, m in group.enough if now_s - keep_s <= at < now_s and (n > enough or m > slack)]
+    group = replace(group, enough=(*kept, (now_s, enough, slack)))
     more = one.clamp(demand.more)
     since_s = group.behind_since_s
     if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
@@ -188,7 +195,9 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         if now_s - group.lowered_s < _REGRET_S and demand.need - demand.late < group.lowered_need / _ALIKE:
             group = _held(replace(group, lowered_s=-1e18), wanted, demand, now_s)
         return wanted, group
-    most = max(n for _, n in group.enough)
+    most = max(n for _, n, _ in group.enough)
+    if now_s - group.changed_s > _STANDS_S and current <= max(m for *_, m in group.enough):
+        most = current
     # Of a group that was not watched for long enough, it is not known what it needed.
     if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
         return current, group
@@ -215,7 +224,7 @@ def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:
 def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:
     if count < group.replicas:
         group = replace(group, lowered_s=now_s, lowered_need=demand.need)
-    return replace(group, replicas=count)
+    return replace(group, replicas=count, changed_s=now_s if count != group.replicas else group.changed_s)
 
 
 def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchrelay.config.pipeline import Pipeline
@@ -134,6 +134,7 @@ def test_steady_load_moves_nothing_once_settled(seed: int, delay_ms: dict[str, f
     load_s=st.sampled_from([1.0, 10.0, 60.0]),
     seed=st.integers(0, 1000),
 )
+@example(speeds=[6.0], begin=[1, 1, 1, 1], load_s=10.0, seed=248)
 def test_it_converges_from_any_start(speeds: list[float], begin: list[int], load_s: float, seed: int) -> None:
     """Whatever there was: after ten minutes every stage has enough and nothing much idles, and it stays so."""
     named = {f"s{i}": speed for i, speed in enumerate(speeds)}
