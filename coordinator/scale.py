@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.coordinator.demand import LOAD_S, Demand, Limits, demand_of
+from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
 from torchrelay.coordinator.sharing import Fits, Wish, share
 from torchrelay.coordinator.signals import sane
@@ -28,6 +28,9 @@ _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
 _ALIKE = 0.75
+# What comes to a group may be so many times what comes to those before it, before it is taken for their catching up.
+_ALIKE_FLOW = 1.1
+_GAIN_KEPT = 0.99
 # Jobs wait too long, though there should be workers enough: for so long, it may be a burst.
 _BEHIND_S = 6.0
 _BEHIND_STEP = 0.1
@@ -62,7 +65,8 @@ class Group:
     hold_s: float = 0.0
     behind_since_s: float | None = None
     behind_rows: float = 0.0
-    gain: float = 0.0
+    came: float = 0.0
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +126,9 @@ def decide(
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
         group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
-        coming, gain = _coming(one, nodes[0], group, loads, demands, found)
+        coming, group = _coming(one, nodes[0], group, loads, demands, found)
         demand = demand_of(one, nodes, group.replicas, coming)
-        wanted, group = _over_time(one, demand, replace(group, gain=gain), nodes[0], now_s)
+        wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
         spare = max(wanted - max(one.clamp(demand.less), one.least), 0) if demand.known else 0
         wishes.append(Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, 1e-3)))
@@ -156,20 +160,23 @@ def _coming(
     loads: Loads,
     demands: Mapping[Node, Demand],
     limits: Mapping[Node, Limits],
-) -> tuple[float, float]:
-    """Rows per second that the groups before it will send once they have the workers that they want, where that is
-    clearly more than now; and how many rows come of one that they do."""
+) -> tuple[Coming, Group]:
+    """What the groups before it will send once they have the workers that they want.
+
+    How many rows come of one that they do is taken over minutes: the two rates do not move in the same moment.
+    """
     before = [(one.ref, a) for a in one.after if (one.ref, a) in limits]
     done = sum(sane(loads.nodes[k].rows_per_s) for k in before if k in loads.nodes)
-    gain = group.gain
-    if done > 0 and load.arrivals_per_s > 0:
-        now = min(sane(load.arrivals_per_s) / done, 1e6)
-        gain = now if not gain else gain + 0.1 * (now - gain)
+    group = replace(
+        group, came=_GAIN_KEPT * group.came + sane(load.arrivals_per_s), sent=_GAIN_KEPT * group.sent + done
+    )
+    gain = min(group.came / group.sent, 1e6) if group.sent > 0 else 0.0
     flows = [demands[k].flow for k in before if k in demands]
     flow = sum(f for f in flows if f is not None)
-    if not before or not gain or any(f is None for f in flows) or flow <= 1.15 * done:
-        return 0.0, gain
-    return gain * flow, gain
+    if not before or not gain or any(f is None for f in flows):
+        return Coming(), group
+    queued = gain * sum(demands[k].queued for k in before if k in demands)
+    return Coming(gain * flow if flow > 1.15 * done else 0.0, _ALIKE_FLOW * gain * flow, queued), group
 
 
 def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s: float) -> tuple[int, Group]:
