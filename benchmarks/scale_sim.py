@@ -11,7 +11,7 @@ load, and the same slots.
     fixed, same cost          as many slots as ours used on average, shared by the stages' need
     queue N/60s               replicas = ceil(rows waiting and running / (N batches)), as KEDA does on a list's length:
                               10 % tolerance; fewer only when the highest of the last 60 s (or 300 s, HPA's default)
-                              says so
+                              says so; its maximum is the plan for the highest rate, which nobody else is told
 
 A *miss* is a row that waits at a stage longer than its class may: 500 ms high (a fifth of the rows), 2 s the others.
 Slot-seconds count from a worker's start, loading and draining included. Lines: `name ours alternative ratio`.
@@ -43,7 +43,7 @@ from torchrelay.coordinator.sharing import slots as slots_of
 TRACES = ("steady", "step", "burst", "diurnal", "mix")
 RULES = ("fixed", "queue")
 FIXED = ("fixed mean", "fixed peak", "fixed, same cost")
-QUEUE_RULES = [(0.5, 60.0), (1.0, 60.0), (0.5, 300.0), (1.0, 300.0), (2.0, 300.0), (4.0, 300.0)]
+QUEUE_RULES = [(1.0, 300.0), (4.0, 300.0), (16.0, 300.0), (64.0, 300.0), (16.0, 60.0)]
 _BUSY = 0.8
 
 
@@ -165,7 +165,9 @@ def _placing(case: Scenario) -> Callable[[Mapping[str, int]], dict[str, int]]:
 
 
 def queue_rule(case: Scenario, batches: float, keep_s: float) -> Rule:
-    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of `keep_s` counts."""
+    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of `keep_s` counts.
+    Never more than the trace's highest rate needs."""
+    most = case.plan(float(case.rates.max()))
     history: dict[str, list[tuple[float, int]]] = {s.name: [] for s in case.shapes}
     now: dict[str, int] = {}
 
@@ -176,7 +178,7 @@ def queue_rule(case: Scenario, batches: float, keep_s: float) -> Rule:
             rows = counters[f"{node}.ready_rows"] + counters[f"{node}.held_rows"]
             exact = rows / (shape.max_rows * batches)
             current = now.get(shape.name)
-            wanted = max(math.ceil(exact), 1)
+            wanted = min(max(math.ceil(exact), 1), most[shape.name])
             if current and abs(exact / current - 1.0) <= 0.1:
                 wanted = current
             recent = [(t, n) for t, n in history[shape.name] if t > view.at_s - keep_s] + [(view.at_s, wanted)]

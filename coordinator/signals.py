@@ -52,6 +52,7 @@ class Level:
     # Discounted sums over samples: 1, t, t * t, x, t * x, with t seconds before now. Of those since the last jump, and
     # of those that the two sums below are made of.
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _before: list[float] = field(default_factory=lambda: [0.0, 0.0])
     _sides: list[list[float]] = field(default_factory=lambda: [[0.0] * 5, [0.0] * 5])
     # Of the sum above and the one below: how much, over how many seconds, and how many events.
     _runs: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
@@ -71,16 +72,20 @@ class Level:
         self.noise += step * (min(change, 4.0 * self._scatter(seconds, grain)) - self.noise)
         self._last = rate
         self._age_s += seconds
-        off = (rate - self.now) / self._scatter(seconds, grain)
+        off = (rate - self.value) / self._scatter(seconds, grain)
         self._sums = _with_sample(self._sums, rate, seconds)
         for i, side in enumerate((off, -off)):
             run = self._runs[i]
             run[0] = max(run[0] + min(side, _MOST_OFF) - 0.5, 0.0)
             # The newer ones count more: what began the sum may have been chance.
             run[1:] = [run[1] / 2.0 + seconds, run[2] / 2.0 + rate * seconds] if run[0] else [0.0, 0.0]
+            if run[0] and not self._sides[i][0]:
+                self._before[i] = self.trend
             self._sides[i] = _with_sample(self._sides[i], rate, seconds) if run[0] else [0.0] * 5
             if run[0] > _JUMP:
-                self.value, self._sums, self._age_s = run[2] / run[1], self._sides[i], 0.0
+                self.value, self._age_s = run[2] / run[1], 0.0
+                if self._before[i] * (1, -1)[i] <= 0:
+                    self._sums = self._sides[i]
                 self._runs, self._sides = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0] * 5, [0.0] * 5]
                 self._follow(seconds, grain)
                 return self.value
