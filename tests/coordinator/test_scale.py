@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.coordinator.demand import demand_of, staff
+from torchrelay.coordinator.demand import Coming, demand_of, staff
 from torchrelay.coordinator.loads import Loads, NodeLoad, Waiting
 from torchrelay.coordinator.scale import Limits, Plan, State, decide, limits_of
 from torchrelay.coordinator.sharing import slots
@@ -168,6 +168,18 @@ def test_the_next_stages_load_at_the_same_time() -> None:
     world.rate = 600.0
     world.run(20.0)
     assert min(len(here) for here in world.workers.values()) >= 6
+
+
+def test_what_is_caught_up_before_is_no_rate_that_lasts() -> None:
+    """Twice of what comes to the pipeline arrives, while the stage before clears its backlog: the flow that is told on
+    is what lasts, and no more workers come than for a rate of that."""
+    load = NodeLoad(REF, "b", arrivals_per_s=200.0, seconds_per_row=0.1, ready=13, load_s=30.0, held_rows=10)
+    one = limits("a", "b")[1]
+    alone, behind = demand_of(one, [load], 13), demand_of(one, [load], 13, Coming(0.0, 100.0, 50.0))
+    assert alone.flow == 200.0
+    assert alone.more > 20
+    assert behind.flow == 100.0
+    assert behind.more <= 13 <= behind.less  # neither more nor fewer
 
 
 def test_idle_workers_leave_down_to_the_least() -> None:
