@@ -70,11 +70,10 @@ class Spiller:
     def stop(self) -> None:
         """Waits for the round that is under way, and does one more."""
         self._stopping.set()
-        with contextlib.suppress(redis.RedisError, OSError):
-            with self._registry.client.pipeline() as pipe:
-                pipe.rpush(self._wakes[0], 1)
-                pipe.ltrim(self._wakes[0], -1, -1)
-                pipe.execute()
+        with contextlib.suppress(redis.RedisError, OSError), self._registry.client.pipeline() as pipe:
+            pipe.rpush(self._wakes[0], 1)
+            pipe.ltrim(self._wakes[0], -1, -1)
+            pipe.execute()
         self._thread.join(10.0)
 
     def _run(self) -> None:
