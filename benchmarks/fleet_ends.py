@@ -83,6 +83,14 @@ def scaled(url: str, namespace: str, path: Path) -> Iterator[int]:
         yield running["coordinator"].pid
 
 
+@contextmanager
+def coordinator(url: str, namespace: str, folder: Path) -> Iterator[int]:
+    """A coordinator alone; its process id."""
+    line = ["torchrelay.cli", "coordinator", "--redis", url, "--namespace", namespace]
+    with processes(folder, {"coordinator": line}) as running:
+        yield running["coordinator"].pid
+
+
 class Demand(threading.Thread):
     """Keeps `in_flight` jobs under way, and notes when each is done."""
 
