@@ -116,7 +116,7 @@ class Coordinator:
         (plan, self._scaling), allocation, self._bounds = agree(propose, place, bounds, at_s)
         reasons = {
             "versions": {ref: why for ref, (why, _) in served.items()},
-            "stages": {f"{ref}/{stage}": why for (ref, stage), why in told(plan, self._bounds).items()},
+            "stages": {f"{ref}/{stage}": why for (ref, stage), why in told(plan, self._bounds, limits).items()},
             "refused": [_refusal(one) for one in allocation.refused],
         }
         self._write(seen.view, number, allocation, aside, reasons)
@@ -259,12 +259,17 @@ def room_for(
     return fits
 
 
-def told(plan: Plan, bounds: Bounds) -> dict[Node, str]:
-    """Why each stage has so many workers, and why it cannot have more."""
+def told(plan: Plan, bounds: Bounds, limits: Sequence[Limits]) -> dict[Node, str]:
+    """Why each stage has so many workers, between which numbers, and why it cannot have more."""
     found = dict(plan.reasons)
+    for limit in limits:
+        if limit.pinned is None and limit.key in found:
+            found[limit.key] += f"; replicas: {limit.least}" + (f" to {limit.most}" if limit.most > limit.least else "")
     for key, one in bounds.found.items():
         if key in found and plan.replicas[key] >= one.workers:
-            found[key] += f"; {one.workers or 'none'} {'has' if one.workers == 1 else 'have'} a place: {one.why}"
+            why = one.why.removeprefix(f"stage {key[1]} of {key[0]} ")
+            have, more = ("has", " more") if one.workers == 1 else ("have", " more" if one.workers else "")
+            found[key] += f"; {one.workers or 'none'} {have} a place: one{more} {why}"
     return found
 
 
