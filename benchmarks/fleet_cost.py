@@ -41,17 +41,21 @@ def steady(url: str, path: Path, seconds: float, *, decided: bool) -> float:
     half = {"first": SLOTS // 2, "second": SLOTS // 2}
     with Relay(url, namespace=namespace) as relay:
         relay.register(path)
+        records = FleetRecords(relay.registry.client, relay.registry.control)
         with scaled(url, namespace, path) if decided else fixed(url, namespace, path, half):
             wait_for(lambda: len(serving(relay)) == 2, "a worker of each stage")
             with Demand(relay, IN_FLIGHT) as demand:
                 wait_for(lambda: serving(relay).total() == SLOTS, "workers on all slots")
                 time.sleep(SETTLE_S)
-                began = time.monotonic()
+                before, began = records.view().desired, time.monotonic()
                 time.sleep(seconds)
-                rate = demand.rate(began, began + seconds)
+                rate, after = demand.rate(began, began + seconds), records.view().desired
                 workers = serving(relay)
+    changes = sum(before[host].number != after[host].number for host in after if host in before)
     print(
-        f"# {'decided' if decided else 'fixed'}: {rate:.1f} jobs/s, {workers['first']}+{workers['second']}", flush=True
+        f"# {'decided' if decided else 'fixed'}: {rate:.1f} jobs/s, {workers['first']}+{workers['second']}, "
+        f"{changes} hosts given other workers meanwhile",
+        flush=True,
     )
     return rate
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.fleet_ends import Demand, fixed, scaled, serving, wait_for, workplace, write_pipeline
 from benchmarks.harness import BenchServer, parse, parser, ratio_line
 from torchrelay import Relay
+from torchrelay.queues.fleet import FleetRecords
 from torchrelay.testing.serving import fresh_namespace
 
 STAGES = {"first": (0.2, 0.05), "second": (0.05, 0.2)}
@@ -35,18 +37,22 @@ def ours(url: str, path: Path, flag: Path, seconds: float, enough: float) -> tup
     namespace = fresh_namespace()
     with Relay(url, namespace=namespace) as relay, scaled(url, namespace, path):
         relay.register(path)
+        records = FleetRecords(relay.registry.client, relay.registry.control)
         wait_for(lambda: len(serving(relay)) == 2, "a worker of each stage")
         with Demand(relay, IN_FLIGHT) as demand:
             wait_for(lambda: serving(relay) == BEFORE, f"workers as for the old mix, not {serving(relay)}")
             time.sleep(seconds / 2)
             flag.touch()
             changed = time.monotonic()
-            shown = []
+            shown, decided = [], []
             while time.monotonic() < changed + BACK_S + seconds:
                 time.sleep(1.0)
                 workers = serving(relay)
                 shown.append(f"{workers['first']}+{workers['second']}")
+                given = Counter(one.stage for state in records.view().desired.values() for one in state.workers)
+                decided.append(f"{given['first']}+{given['second']}")
             end = changed + BACK_S + seconds
+            print(f"# decided by the second: {' '.join(decided)}", flush=True)
             print(f"# workers by the second: {' '.join(shown)}", flush=True)
             rates = [f"{demand.rate(changed + i, changed + i + 1):.0f}" for i in range(int(BACK_S + seconds))]
             print(f"# jobs by the second: {' '.join(rates)}", flush=True)
