@@ -33,6 +33,7 @@ from torchrelay.queues.job import (
 from torchrelay.queues.placement import readers_of
 from torchrelay.queues.priority import Priority, parse_priority
 from torchrelay.queues.registry import Registered
+from torchrelay.queues.tenants import parse_tenant, share_of
 from torchrelay.queues.transitions import NewJob
 
 DEFAULT_KEEP_S = 3600
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     wait_s: float
     meta: Mapping[str, Any] | None
     durable: bool
+    tenant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,12 @@ class SubmitOptions:
     meta: bytes = b""
     wait_s: float = 0.0
     durable: bool = True
+    tenant: str = ""
+
+    @property
+    def share(self) -> str:
+        """Whose turn the jobs take, as a submit names it."""
+        return share_of(self.tenant, self.priority)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> SubmitOptions:
@@ -87,6 +95,7 @@ class SubmitOptions:
             _packed_meta(options.get("meta")),
             _wait(options.get("wait_s", 0.0)),
             durable,
+            parse_tenant(options.get("tenant")),
         )
 
 

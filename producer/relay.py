@@ -83,6 +83,8 @@ class Relay:
         - `meta`: a small mapping that travels with the job to `batch.meta`
         - `durable`: False lets columns over 4 KiB lie in this host's shared memory alone, where every worker that reads
           them is on this host; such a job fails with BytesLost if it has to start anew and the memory is gone
+        - `tenant`: who it is for. Within a priority, tenants whose jobs wait share a pipeline's entry by weight,
+          however many each has submitted; jobs without one go by their time alone
 
         Raises InputError for a row that does not fit, QueueFull when the entry queue stays full for `wait_s` seconds,
         RunConflict for a key that was used with another row, PipelineNotFound.
@@ -260,6 +262,7 @@ class Relay:
         - `image_side`: JPEG files may come smaller, no side below so many pixels: decoding takes less time
         - `chunk_rows`, `chunk_bytes`: how much one job takes; default about a second's work, where that is known
         - `priority`: of its jobs, default "low": at every stage, jobs of higher priority overtake them
+        - `tenant`: who it is for, as for `submit`; its chunks then share with those of other tenants' runs
         - `in_flight`: chunks under way; default what keeps the workers busy
         - `run_id`: what names a new run; a folder that holds the run of this id goes on without `resume`
         - `on_progress`: called about twice a second, in another thread, with a `Progress`

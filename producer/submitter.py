@@ -244,7 +244,8 @@ class Submitter:
         if parcel.options.deadline_s is not None and waited_s > _STALE_S:
             jobs = [job._replace(deadline_ms=max(job.deadline_ms - waited_s * 1000.0, 1.0)) for job in jobs]
         number = parcel.encoder.registered.number
-        call = lane.submit(self._sessions[parcel.lane], number, jobs, self._results_max_bytes)
+        share = parcel.options.share
+        call = lane.submit(self._sessions[parcel.lane], number, jobs, self._results_max_bytes, share)
         parcel.pending = self._channel.send(call)
 
     def settle(self, parcel: Parcel, *, again: bool = False) -> list[Outcome]:

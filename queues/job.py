@@ -46,6 +46,11 @@ _ENTRY = re.compile(rb"([0-9A-Za-z~]+)([\x80-\xff])")
 M = TypeVar("M", bound=Message)
 
 
+def host_text(host: int) -> str:
+    """How reports and job records write a host's id."""
+    return f"{host:016x}"
+
+
 class Place(NamedTuple):
     """A block of shared memory: in which arena of which host, and the generation in which it holds what is meant."""
 
@@ -91,8 +96,14 @@ class Ref:
         """Whether these are bytes that the client sent, which no restart brings back."""
         return self.maker == 0
 
+    @property
+    def as_copied(self) -> Ref:
+        """The ref of the copy in Redis, which there is once it was spilled: payloads are not told of it."""
+        return self if self.chunks else Ref(self.name, _chunks_of(self.nbytes), self.nbytes)
+
     def text(self, consumers: int) -> str:
-        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result.
+        """The ref as job records list it; `consumers` is a mask of nodes, 0 for a column of the result. What lies in
+        the memory of one host alone says of which.
 
         Raises InputError for a name that the list cannot hold.
         """
@@ -100,7 +111,8 @@ class Ref:
             raise InputError(
                 f"column of {self.name[:100]!r} is too large to travel inline, and its name has one of : , ;"
             )
-        return f"{self.name}:{self.chunks}:{self.nbytes}:{consumers},"
+        at = f":{host_text(self.place.host)}" if self.place is not None and not self.chunks else ""
+        return f"{self.name}:{self.chunks}:{self.nbytes}:{consumers}{at},"
 
 
 Packed = bytes | Ref
@@ -319,7 +331,12 @@ def decode_records(tokens: list[bytes], records: list[Any]) -> Iterator[Entry]:
         except struct.error as error:
             raise DecodeError("job record is cut off", length=len(main)) from error
         keep = flags & FLAG_KEEP > 0
-        yield Entry(token, rank, deadline, rows, attempts, strikes, bool(suspect), keep, payloads)
+        yield Entry(token, rank, deadline, rows, attempts, strikes, bool(suspect & 1), keep, payloads)
+
+
+def split_refs(refs: str) -> list[str]:
+    """The names in a refs text."""
+    return [ref.partition(":")[0] for ref in refs.split(",") if ref]
 
 
 def refs_of(record: bytes) -> str:

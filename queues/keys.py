@@ -69,7 +69,7 @@ class LaneKeys:
         return f"{self.tag}ready:{node_key}"
 
     def wake(self, node_key: str) -> str:
-        """LIST of at most one token."""
+        """LIST of at most one token; `node@host` for workers of that host alone, `@host` for who copies its memory."""
         return f"{self.tag}wake:{node_key}"
 
     def session(self, client: str) -> str:
@@ -88,6 +88,23 @@ class LaneKeys:
     def paused(self) -> str:
         """HASH of paused nodes, and of rules for versions to come; absent while nothing is paused."""
         return self.tag + "paused"
+
+    @property
+    def tenants(self) -> str:
+        """HASH tenant -> weight, where it is not 1."""
+        return self.tag + "tenants"
+
+    def fair(self, ref: str) -> str:
+        """HASH of the virtual times of one pipeline version's tenants; absent while none submits."""
+        return f"{self.tag}fair:{ref}"
+
+    def present(self, host: str) -> str:
+        """STRING that stands while somebody of this host copies what others wait for."""
+        return f"{self.tag}host:{host}"
+
+    def spill(self, host: str) -> str:
+        """ZSET of what others wait for and lies in this host's shared memory: `id|node|mask` -> when it is due."""
+        return f"{self.tag}spill:{host}"
 
     def blob(self, name: str) -> str:
         """HASH of chunks; `name` is `<id>.<node>.<fence>.<column>`."""

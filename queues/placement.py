@@ -1,8 +1,10 @@
-"""Where a large column goes: into shared memory where all its readers are on this host, else to Redis, or to both.
+"""Where a large column goes: into shared memory where its readers are on this host, else to Redis, or to both.
 
 What must survive this host (submitted input, results) is in Redis always; shared memory is a cache beside it. What
-goes between stages lies in shared memory when the workers of all its readers are here, and in Redis when they are not,
-when nobody reads it as a stage does, or when there is no room. Each decision is counted, in bytes.
+goes between stages lies in shared memory when the workers of all its readers are here, and in Redis when those of one
+reader are all elsewhere, when nobody reads it as a stage does, or when there is no room. Where a part of the workers is
+here, so is that part of the jobs: what lies here is claimed here first, and copied to Redis (`spiller`) where somebody
+elsewhere waits for it. Each decision is counted, in bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
+from zlib import crc32
 
 import redis
 
@@ -23,7 +26,7 @@ from torchrelay.queues.arena.home import ArenaHome, unsupported
 from torchrelay.queues.arena.segment import MAX_EDGES
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter, Wanted
 from torchrelay.queues.codec import HostMessage
-from torchrelay.queues.job import Place
+from torchrelay.queues.job import Place, host_text
 from torchrelay.queues.registry import Registry, run
 
 log = logging.getLogger("torchrelay.arena")
@@ -32,8 +35,8 @@ _PAUSE_S = 0.001
 
 Where = Literal["arena", "cache", "result", "remote", "full", "device"]
 """`arena`: shared memory alone; `cache`: beside Redis; `device`: memory of the maker's GPU. To Redis alone: `result` as
-it must last (it is the result's, or of a job that lost bytes before), `remote` as a reader is, or may be, on another
-host, `full` as there was no room."""
+it must last (it is the result's, or of a job that lost bytes before), `remote` as a reader has no worker here, or this
+is another host's part of the jobs, `full` as there was no room."""
 MOVED: tuple[Where, ...] = ("arena", "cache", "result", "remote", "full", "device")
 
 
@@ -88,7 +91,7 @@ class Placer:
         self._registry = registry
         self.before_waiting: Callable[[], object] = int
         self.rest: Callable[[float], object] = time.sleep
-        self._hosts: dict[str, set[str]] = {}
+        self._hosts: dict[str, Counter[str]] = {}
         self._gpus: dict[str, frozenset[str]] = {}
         self._hosts_at = -HOSTS_EVERY_S
         self._impatient_until = 0.0
@@ -115,7 +118,7 @@ class Placer:
         place = None
         if readers and self.writer is not None and len(readers) <= MAX_EDGES:
             where = "remote"
-            if self._all_here(readers):
+            if self._is_for_here(name, readers):
                 place = self._put(name, lane, message, len(readers), cache, patience_s)
                 where = "full" if place is None else "cache" if cache else "arena"
         elif readers:
@@ -153,15 +156,24 @@ class Placer:
             self._impatient_until = time.monotonic() + patience_s
         return place
 
-    def _all_here(self, readers: Sequence[str]) -> bool:
-        """Whether each reader has living workers, and all of them on this host."""
+    def _is_for_here(self, name: str, readers: Sequence[str]) -> bool:
+        """Whether each reader has living workers on this host, and the job is of their part.
+
+        The job's id decides, so that its columns stay together, at this stage and at later ones.
+        """
         assert self.writer is not None  # asked by the caller
         self.look()
-        return self._seen_here(readers, self.writer)
+        part = self._part_here(readers, self.writer)
+        return part == 1.0 or crc32(name.partition(".")[0].encode()) < part * (1 << 32)
 
-    def _seen_here(self, readers: Sequence[str], writer: ArenaWriter) -> bool:
-        mine = {host_text(writer.host)}
-        return all(self._hosts.get(node) == mine for node in readers)
+    def _part_here(self, readers: Sequence[str], writer: ArenaWriter) -> float:
+        """The part of the readers' workers that is here, of the reader with the least."""
+        mine = host_text(writer.host)
+        least = 1.0
+        for node in readers:
+            hosts = self._hosts.get(node)
+            least = min(least, hosts[mine] / hosts.total() if hosts else 0.0)
+        return least
 
     def look(self) -> None:
         """Finds out where the workers of all nodes are, unless it did a moment ago."""
@@ -173,11 +185,11 @@ class Placer:
         except (redis.RedisError, OSError) as error:
             log.info("which hosts the readers are on is not known: %s", error)
             found = []
-        hosts: dict[str, set[str]] = {}
+        hosts: dict[str, Counter[str]] = {}
         gpus: dict[str, frozenset[str]] = {}
         for report in found:
             for node in report.nodes if report.state != "failed" else ():
-                hosts.setdefault(node, set()).add(report.host_id)
+                hosts.setdefault(node, Counter())[report.host_id] += 1
                 gpus[node] = gpus.get(node, frozenset(report.gpus)).intersection(report.gpus)
         self._hosts, self._gpus = hosts, gpus
 
@@ -186,7 +198,7 @@ class Placer:
         if not readers or len(readers) > MAX_EDGES or self.writer is None:
             return False
         wanted = host_text(gpu)
-        return self._seen_here(readers, self.writer) and all(wanted in self._gpus.get(n, ()) for n in readers)
+        return self._part_here(readers, self.writer) == 1.0 and all(wanted in self._gpus.get(n, ()) for n in readers)
 
 
 def readers_of(graph: Graph, ref: str, column: str, maker: int) -> list[str]:
@@ -206,8 +218,3 @@ def edge_of(graph: Graph, column: str, maker: int, reader: int) -> int | None:
     bit = 1 << (reader - 1)
     edge = (consumers & (bit - 1)).bit_count()
     return edge if consumers & bit and edge < MAX_EDGES else None
-
-
-def host_text(host: int) -> str:
-    """How reports write a host's id."""
-    return f"{host:016x}"

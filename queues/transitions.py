@@ -79,7 +79,8 @@ class Grant:
     """What a claim gave: entries under one fence until `expires_ms` (the server's clock).
 
     `next_due_ms` is -1 when nothing is delayed. `gated`: no more is given now, as a successor is full or the node is
-    `paused`. `entrance` is which of the places that the claim named this is about.
+    `paused`. `entrance` is which of the places that the claim named this is about. `elsewhere` jobs were passed over,
+    since their bytes lie in another host's memory.
     """
 
     fence: str
@@ -90,6 +91,7 @@ class Grant:
     gated: bool
     paused: bool = False
     entrance: int = 0
+    elsewhere: int = 0
 
 
 class Entrance(NamedTuple):
@@ -112,6 +114,34 @@ class ClaimLimits:
     rows: int
     nbytes: int
     lease_ms: int
+
+
+class Reader(NamedTuple):
+    """Which host's shared memory a worker reads ('' for none), and how long jobs in that of others are left to them."""
+
+    host: str
+    patience_ms: int
+
+
+NO_READER = Reader("", 10)
+
+
+class Asked(NamedTuple):
+    """A job that is waited for elsewhere: `member` names it and who reads it, `refs` lists what to copy, in the form of
+    job records; `payloads` tell where that lies."""
+
+    member: str
+    refs: str
+    payloads: list[bytes]
+
+
+class Copied(NamedTuple):
+    """A copy of what one ref of an asked job means: a blob of so many chunks, to be renamed; '' where there is none."""
+
+    member: str
+    name: str
+    blob: str
+    chunks: int
 
 
 class Output(NamedTuple):
@@ -154,9 +184,14 @@ def _submitted(value: Any) -> Submitted:
 
 
 def _grant(value: Any) -> Grant:
-    fence, expires, packed, records, next_due, left, gated, entrance = value
+    fence, expires, packed, records, next_due, left, gated, entrance, elsewhere = value
     entries = list(decode_records(split_entries(packed), records))
-    return Grant(_text(fence), int(expires), entries, next_due, left, gated > 0, gated == 2, entrance)
+    return Grant(_text(fence), int(expires), entries, next_due, left, gated > 0, gated == 2, entrance, elsewhere)
+
+
+def _asked(value: Any) -> tuple[int, list[Asked]]:
+    wait, *jobs = value
+    return int(wait), [Asked(_text(member), _text(refs), payloads) for member, refs, *payloads in jobs]
 
 
 def _census(value: Any) -> tuple[int, list[tuple[str, int, int, int]]]:
@@ -184,8 +219,11 @@ class Transitions:
         keys = (*self.keys.fixed, self.keys.paused)
         return Call(script("define"), keys, [number, packed_graph], int)
 
-    def submit(self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int) -> Call[Submitted]:
-        args: list[Arg] = [number, results_max_bytes]
+    def submit(
+        self, session: Session, number: int, jobs: Sequence[NewJob], results_max_bytes: int, share: str = ""
+    ) -> Call[Submitted]:
+        """`share` is `priority:tenant` of all these jobs, or '' for jobs without a tenant."""
+        args: list[Arg] = [number, results_max_bytes, share]
         for job in jobs:
             args += (job.id, job.head(), job.payload)
         return self._operation("submit", session, args, _submitted)
@@ -198,10 +236,11 @@ class Transitions:
         number: int,
         nodes: int | tuple[int, int],
         limits: ClaimLimits,
+        reader: Reader = NO_READER,
     ) -> Call[Grant]:
         """`nodes` is the node to claim at, or with the last one that the worker runs."""
         entrance = Entrance(number, *_first_and_last(nodes), "", limits.jobs, limits.rows)
-        return self.claim_any(session, fence, incarnation, [entrance], limits.lease_ms, limits.nbytes)
+        return self.claim_any(session, fence, incarnation, [entrance], limits.lease_ms, limits.nbytes, reader=reader)
 
     def claim_any(
         self,
@@ -212,9 +251,11 @@ class Transitions:
         lease_ms: int,
         nbytes: int = MAX_BYTES_PER_CALL,
         better_than: float | None = None,
+        reader: Reader = NO_READER,
     ) -> Call[Grant]:
         """At the entrance whose first job is best in rank; with `better_than`, only jobs of a lower rank."""
-        args: list[Arg] = [fence, incarnation, nbytes, lease_ms, "" if better_than is None else repr(better_than)]
+        rank = "" if better_than is None else repr(better_than)
+        args: list[Arg] = [fence, incarnation, nbytes, lease_ms, rank, *reader]
         for entrance in entrances:
             args += entrance
         return self._operation("claim", session, args, _grant)
@@ -298,6 +339,17 @@ class Transitions:
     def holders(self, names: Sequence[str]) -> Call[list[bool]]:
         """Whether a live job still wants each of these blobs, by name; at most 256 at a time."""
         return self._call("holders", list(names), lambda v: [flag == "1" for flag in _text(v)])
+
+    def spilling(self, host: str, most: int, ttl_ms: int) -> Call[tuple[int, list[Asked]]]:
+        """Milliseconds until the next job is due (-1: there is none), and those that are. `ttl_ms` 0: it leaves."""
+        return self._call("spilling", [host, most, ttl_ms], _asked)
+
+    def spill(self, host: str, copies: Sequence[Copied]) -> Call[str]:
+        return self._call("spill", [host, *(value for copy in copies for value in copy)])
+
+    def aged(self, host: str, names: Sequence[str]) -> Call[int]:
+        """At most 256 names of blobs at a time."""
+        return self._call("aged", [host, *names], int)
 
     def redrive(self, ids: Sequence[str]) -> Call[list[str]]:
         return self._call("redrive", ["redrive", *ids], lambda v: [_text(i) for i in v])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torchrelay.queues.channel import Channel, Pending
 from torchrelay.queues.job import Entry
-from torchrelay.queues.transitions import MAX_JOBS_PER_CALL, Entrance, Grant, Session
+from torchrelay.queues.transitions import MAX_JOBS_PER_CALL, Entrance, Grant, Reader, Session
 from torchrelay.workers.node import NodeContext
 from torchrelay.workers.patience import Every
 from torchrelay.workers.rows_in_hand import RowsInHand
@@ -24,6 +24,12 @@ _BETTER_EVERY_S = 0.2
 _WINDOW_S = 0.05
 # Where rows of like length are put together, one that holds more leaves fewer batches half full at its end.
 _SORTED_WINDOW_S = 0.25
+# Jobs whose bytes lie on another host are left to its workers so long; while this worker has something to compute, for
+# about as long as theirs take to come back for more.
+_IDLE_PATIENCE_MS, _BUSY_PATIENCE_MS = 10, 50
+# A worker that found only such jobs lets theirs have the next wakes, and looks again after a while: whoever was to copy
+# them may have died.
+_ASIDE_S, _LOOK_AGAIN_S = 0.005, 0.25
 
 
 @dataclass(slots=True)
@@ -61,14 +67,21 @@ class Claimer:
         session: Session,
         opened: Callable[[Sequence[Held]], object],
         asks: Callable[[], object] = int,
+        host: str = "",
     ) -> None:
         """`opened` hears of jobs that were taken into the window; `asks` is called before each claim is sent, when its
-        fence is known already."""
+        fence is known already. `host` is whose shared memory this worker reads, as refs name it."""
         self._opened = opened
         self._asks = asks
         self._context = context
         self._entrances = context.entrances()
         self._keys = [entrance.key for entrance in self._entrances]
+        self._host = host
+        wakes = [lane.keys.wake for lane in context.lanes]
+        own = [wake(f"{key}@{host}") for wake in wakes for key in self._keys] if host else []
+        self._wakes = [wake(key) for wake in wakes for key in self._keys] + own
+        self._aside_until = 0.0
+        self._look_at = math.inf
         self._lanes = deque(range(len(context.lanes)))
         self._found_empty: set[int] = set()
         self._channel = channel
@@ -91,18 +104,20 @@ class Claimer:
         """The server's clock, as the last claim told it."""
         return time.monotonic() * 1000.0 + self._clock_offset_ms
 
-    def ask_ahead(self) -> None:
-        """Sends a claim unless one is under way or the window holds what is taken next."""
+    def ask_ahead(self, *, idle: bool = False) -> None:
+        """Sends a claim unless one is under way or the window holds what is taken next. `idle`: there is nothing else
+        to do."""
         if self._asked or not 0 < self._missing <= self.in_hand.room:
             return
-        self._ask(self._next_lane())
+        self._ask(self._next_lane(), idle=idle)
 
-    def _ask(self, lane: int, better_than: float | None = None) -> None:
+    def _ask(self, lane: int, better_than: float | None = None, *, idle: bool = False) -> None:
         context = self._context
         fence = f"{context.incarnation}-{next(self._numbers):x}"
         places = [self._place(number) for number in range(len(self._entrances))]
+        reader = Reader(self._host, _IDLE_PATIENCE_MS if idle else _BUSY_PATIENCE_MS)
         call = context.lanes[lane].claim_any(
-            self._session, fence, context.incarnation, places, context.lease_ms, better_than=better_than
+            self._session, fence, context.incarnation, places, context.lease_ms, better_than=better_than, reader=reader
         )
         # Its lease may begin any moment from here on.
         self.asked_fences = (fence,)
@@ -162,11 +177,13 @@ class Claimer:
             self._found_empty.clear()
         elif asked.all:
             self._found_empty.add(asked.lane)
+            if grant.elsewhere:
+                self._aside_until, self._look_at = now + _ASIDE_S, now + _LOOK_AGAIN_S
         return bool(grant.entries)
 
     def top_up(self) -> bool:
         """Asks for more and waits for it; True when jobs came."""
-        self.ask_ahead()
+        self.ask_ahead(idle=not self.window)
         return self.collect()
 
     def expect(self, wait_s: float) -> None:
@@ -185,9 +202,13 @@ class Claimer:
         if self._full:
             self.in_hand.wait(self._missing, _POLL_S if timeout_s is None else min(timeout_s, _POLL_S))
             return
-        keys = [lane.keys.wake(key) for lane in self._context.lanes for key in self._keys]
-        limit = min(self._next_due_s, self._expected_at - time.monotonic())
-        self._channel.block_pop(keys, limit if timeout_s is None else min(timeout_s, limit))
+        now = time.monotonic()
+        limit = min(self._next_due_s, self._expected_at - now, self._look_at - now)
+        limit = limit if timeout_s is None else min(timeout_s, limit)
+        if (aside_s := min(self._aside_until - now, limit)) > 0:
+            time.sleep(aside_s)  # a server that has little to do ends short waits up to 100 ms late
+        self._channel.block_pop(self._wakes, limit - max(aside_s, 0.0))
+        self._look_at = math.inf
         if time.monotonic() >= self._expected_at:
             self._expected_at = math.inf
         self._found_empty.clear()

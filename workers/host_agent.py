@@ -25,8 +25,9 @@ from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.fleet import FleetRecords
+from torchrelay.queues.job import host_text
 from torchrelay.queues.keys import new_token
-from torchrelay.queues.placement import host_text, open_home
+from torchrelay.queues.placement import open_home
 from torchrelay.queues.registry import Registry
 from torchrelay.workers.slots import ORDER, Offer, SlotReader
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan

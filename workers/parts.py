@@ -9,6 +9,7 @@ from typing import NamedTuple
 import redis
 
 from torchrelay.queues.channel import Channel
+from torchrelay.queues.job import host_text
 from torchrelay.queues.scripts import script
 from torchrelay.queues.transitions import Session
 from torchrelay.stages.runner import Runner
@@ -53,7 +54,8 @@ class Parts:
         # Each thread numbers its own operations.
         committing = Session(f"{context.incarnation}o") if threads else session
         self.committer = Committer(context, self.commits, committing, self.custody.settle)
-        self.claimer = Claimer(context, self.claims, session, self.committer.opened, lambda: self.status.report())
+        host = "" if memory.reader is None else host_text(memory.reader.host)
+        self.claimer = Claimer(context, self.claims, session, self.committer.opened, lambda: self.status.report(), host)
         self.storage = Storage(context, around.client, around.memory, self.custody)
         self._entrances = entrances = context.entrances()
         self._assemblers: list[Assembler[Held]] = [self._assembler(entrance) for entrance in entrances]

@@ -46,12 +46,13 @@ class Settler:
         if taken.given_back:
             self._committer.release(taken.given_back)
         # What does not decode may be bytes that were somebody else's by then.
-        gone = [(h, read) for h, _ in taken.bad if (read := self._custody.gone(h))]
-        if len(gone) < len(taken.bad):
-            stale = {id(h) for h, _ in gone}
-            faults = [(h, Failed(e, final=isinstance(e, BytesLost))) for h, e in taken.bad if id(h) not in stale]
-            self._fail([self._charge(h, failed) for h, failed in faults])
-        self._lose([*taken.lost, *((h, makers_of(read)) for h, read in gone)])
+        lost, again = list(taken.lost), list[Held]()
+        sound = [(h, error) for h, error in taken.bad if self._intact(h, lost, again)]
+        if again:
+            self._committer.release(again)
+        if sound:
+            self._fail([self._charge(h, Failed(e, final=isinstance(e, BytesLost))) for h, e in sound])
+        self._lose(lost)
         self._left([*taken.given_back, *(h for h, _ in taken.bad), *(h for h, _ in taken.lost)])
 
     def settle(self, group: Sequence[tuple[Work[Held], Outcome]]) -> None:
@@ -104,12 +105,16 @@ class Settler:
 
     def _intact(self, job: Held, lost: list[tuple[Held, int]], given_up: list[Held]) -> bool:
         """Whether what the job read is still what it was; asked again once its outputs, which may be views of that,
-        were copied."""
+        were copied.
+
+        Else there may be a copy in Redis by now, since somebody waited for it: whoever opens the job next finds it, or
+        finds it lost. Of what lay on a device there is none.
+        """
         gone = self._custody.gone(job)
-        if gone and all(read.durable for read in gone):
-            given_up.append(job)
-        elif gone:
+        if any(read.exporter for read in gone):
             lost.append((job, makers_of(gone)))
+        elif gone:
+            given_up.append(job)
         return not gone
 
     def _fail(self, failed: Sequence[Charge]) -> None:

@@ -169,13 +169,13 @@ class Storage:
 
     def fetch(self, wanted: Sequence[tuple[Held, Ref]]) -> list[bytes | memoryview | DeviceRows | None]:
         """What is behind every ref, None where it is gone: views of shared memory, rows on another device, else bytes
-        for a round trip per lane."""
+        for a round trip per lane. What was in shared memory alone when it was made may have been copied since."""
         found: list[bytes | memoryview | DeviceRows | None] = [self._view(held, ref) for held, ref in wanted]
-        left = [i for i, (_, ref) in enumerate(wanted) if found[i] is None and ref.chunks]
+        left = [i for i, _ in enumerate(wanted) if found[i] is None]
         for number, lane in enumerate(self._context.lanes) if left else ():
             mine = [i for i in left if wanted[i][0].lane == number]
             if mine:
-                refs = [wanted[i][1] for i in mine]
+                refs = [wanted[i][1].as_copied for i in mine]
                 for i, data in zip(mine, patiently(partial(fetch_blobs, self._client, lane, refs)), strict=True):
                     found[i] = data
         return found

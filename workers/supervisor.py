@@ -26,10 +26,11 @@ from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, DeviceError, StageLoadError, WorkerError
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
-from torchrelay.queues.job import Failure
+from torchrelay.queues.job import Failure, host_text
 from torchrelay.queues.keys import new_token
-from torchrelay.queues.placement import MOVED, host_text, open_home, wanted_by
+from torchrelay.queues.placement import MOVED, open_home, wanted_by
 from torchrelay.queues.registry import Registry, WorkerReport, run
+from torchrelay.queues.spiller import Spiller
 from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
@@ -92,6 +93,7 @@ class Supervisor:
         self._upkeep = Upkeep(registry)
         self._home: ArenaHome | None = None
         self._keeper: ArenaKeeper | None = None
+        self._spiller: Spiller | None = None
         self._changed = threading.Event()
         self._stopping = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -162,18 +164,23 @@ class Supervisor:
         return 0
 
     def _open_arena(self) -> None:
-        """Each supervisor also keeps what dead processes of this host left in shared memory."""
+        """Each supervisor also keeps what dead processes of this host left in shared memory. One of them copies what
+        other hosts wait for."""
         try:
             self._home = open_home(self._registry, self._settings)
         except (redis.RedisError, OSError) as error:
             log.warning("large columns go through Redis: %s", error)
         if self._home is not None:
             self._keeper = ArenaKeeper(self._home, wanted_by(self._registry))
+            self._spiller = Spiller(self._registry, self._home)
+            self._spiller.start()
 
     def _keep_arena(self, *, last: bool = False) -> None:
         if self._keeper is None or not (last or time.monotonic() >= self._keep_at):
             return
         self._keep_at = time.monotonic() + _KEEP_S
+        if last and self._spiller is not None:
+            self._spiller.stop()
         try:
             self._keeper.close() if last else self._keeper.tick()
         except (OSError, ConfigError) as error:

@@ -74,7 +74,9 @@ class Driver:
         self._options = options
         self._encoder: JobEncoder = core.encoder(twin.ref)
         # What a job ended with is of no use once its part is there.
-        self._submit = SubmitOptions(priority=options.priority, wait_s=_WAIT_FOR_ROOM_S, keep_s=_KEEP_S)
+        self._submit = SubmitOptions(
+            priority=options.priority, wait_s=_WAIT_FOR_ROOM_S, keep_s=_KEEP_S, tenant=options.tenant
+        )
         self._again: deque[Work] = deque()
         self._flights: list[_Flight] = []
         self._cancelled = threading.Event()

@@ -13,6 +13,7 @@ from torchrelay.config.runs import CHUNK_BYTES, ReadOptions, WriteOptions
 from torchrelay.errors import InputError
 from torchrelay.producer.runs.pace import Progress
 from torchrelay.queues.priority import Priority, parse_priority
+from torchrelay.queues.tenants import parse_tenant
 
 __all__ = ["RunKeywords", "RunOptions"]
 
@@ -65,6 +66,7 @@ class RunKeywords(TypedDict, total=False):
     in_flight: int | None
     on_progress: Callable[[Progress], object] | None
     run_id: str | None
+    tenant: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class RunOptions:
     into_existing: bool = False
     keep_types: Mapping[str, str] = field(default_factory=dict)
     input_format: str | None = None
+    tenant: str = ""
 
     @classmethod
     def parse(cls, output: str | os.PathLike[str], given: Mapping[str, Any]) -> RunOptions:
@@ -136,4 +139,5 @@ class RunOptions:
             bool(given.get("into_existing")),
             _types(given.get("keep_types") or {}),
             given.get("input_format"),
+            parse_tenant(given.get("tenant")),
         )

@@ -50,12 +50,12 @@ for _, n in ipairs(steps) do bits = bor(bits, n.bit) end
 -- that only this record's past can bring back.
 local function next_refs(refs, added, mask)
   local kept, derived = {}, false
-  for name, chunks, bytes, consumers in string.gmatch(refs .. added, REF) do
+  for name, chunks, bytes, consumers, host in string.gmatch(refs .. added, REF) do
     local c = tonumber(consumers)
     if c ~= 0 and band(mask, c) == c and not is_input(name) then
       doomed[#doomed + 1] = T .. 'blob:' .. name
     else
-      kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ','
+      kept[#kept + 1] = ref_text(name, chunks, bytes, consumers, host)
       if not is_input(name) then derived = true end
     end
   end

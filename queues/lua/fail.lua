@@ -38,7 +38,10 @@ for i, e in ipairs(list) do
       put_fields({e.id}, {build(h)})
       if not g.linear then put_fork(e.id, node, s) end
       local delay = tonumber(ARGV[7 + 2 * i - 2])
-      if delay > 0 then call('ZADD', DELAYED, NOW + delay, e.id .. '|' .. node.index)
+      if delay > 0 then
+        call('ZADD', DELAYED, NOW + delay, e.id .. '|' .. node.index)
+        -- What waits so long does not belong in a host's memory.
+        if delay >= 5000 then ask_hosts(h.refs, e.id, node.index, node.bit) end
       else make_ready(node, e.id, h.rank, s.rows, s.bytes) end
     end
   end

@@ -14,7 +14,8 @@ do
 end
 
 -- The job's header: rank, deadline_ms, rows, bytes, done-mask, keep_s, pipeline number, attempts, strikes, releases,
--- generation, flags, suspect, length of the refs text. Refs and payload follow. 42 bytes.
+-- generation, flags, suspect, length of the refs text. Refs and payload follow. 42 bytes. The byte of `suspect` also holds
+-- 2 * (priority + 1) of a job that has a tenant.
 local HEAD = '<ddI4I4I4I4I2BBBBBBI2'
 local F_KEYED, F_HISTORY, F_SUBSCRIBED, F_CHECKPOINT, F_UNTIL_ACK, F_HIGH, F_TABLE, F_KEEP = 1, 2, 4, 8, 16, 32, 64, 128
 -- A node's entry of a job in a pipeline that forks: attempts, strikes, releases, suspect, rows, bytes. Payload follows.
@@ -100,12 +101,14 @@ local function parse(rec)
   local h = {}
   h.rank, h.deadline, h.rows, h.bytes, h.mask, h.keep_s, h.pid, h.attempts, h.strikes, h.releases, h.gen, h.flags,
     h.suspect, h.reflen = unpackb(HEAD, rec)
+  h.class = math.floor(h.suspect / 2)
+  h.suspect = h.suspect % 2
   h.refs, h.payload = sub(rec, 43, 42 + h.reflen), sub(rec, 43 + h.reflen)
   return h
 end
 local function build(h)
   return pack(HEAD, h.rank, h.deadline, h.rows, h.bytes, h.mask, h.keep_s, h.pid, h.attempts, h.strikes, h.releases,
-    h.gen, h.flags, h.suspect, #h.refs) .. h.refs .. h.payload
+    h.gen, h.flags, h.suspect + 2 * h.class, #h.refs) .. h.refs .. h.payload
 end
 
 -- The pipeline's graph: {ref, linear, all-mask, nodes}; a node: {key, predecessors' mask, successors, predecessors,
@@ -157,12 +160,102 @@ local function make_ready(node, id, rank, rows, bytes)
   count(node.key .. '.ready_bytes', bytes)
 end
 
+-- Fairness between tenants is start-time fair queueing, and changes ranks alone. A job's tag is the virtual time at which
+-- its turn begins: that of the tenant's last job and what that one cost, or now, if that is later. Rank = tag - boost. The
+-- cost is rows / weight in ms of about the time that a row takes, so that tags run with the clock and compare with the
+-- ranks of jobs without a tenant, who have none of this.
+-- Where the next job to be claimed has a tenant and its tag is past already, others begin at that tag, not at the clock:
+-- they would wait for all that is behind the clock. This happens while c is too small, or nobody works; by ten minutes
+-- at most, so that tenants that are new each time do not keep everyone else waiting for ever.
+-- fair:<ref> HASH: v the largest tag that was claimed; c ms per row; since, rows: what was claimed since when, to measure
+-- c; b<class> boost of a class; F<priority>:<tenant> where the tenant's next tag begins.
+-- tenants HASH: tenant -> weight.
+local FIRST_COST, MOST_TENANTS, MOST_BEHIND, FAIR_TTL = 10, 1024, 600000, 86400000
+local function fair_key(g) return T .. 'fair:' .. g.ref end
+local function number_of(x) return tonumber(x or 0) or 0 end
+
+-- Forgets tenants whose turn is over: they would begin at the virtual time anyway.
+local function forget_tenants(key, v, most)
+  local fields, left, gone = call('HGETALL', key), 0, {}
+  for i = 1, #fields, 2 do
+    if sub(fields[i], 1, 1) == 'F' then
+      if number_of(fields[i + 1]) <= v then gone[#gone + 1] = fields[i] else left = left + 1 end
+    end
+  end
+  slices('HDEL', key, gone)
+  call('HSET', key, 'most', math.max(most, 2 * left))
+end
+-- A tenant's turns at the entry of this pipeline: take(rows) is the tag of its next job, note() writes how far it came.
+local function fair_share(g, priority, tenant, boost)
+  local key, own = fair_key(g), 'F' .. priority .. ':' .. tenant
+  local s = call('HMGET', key, 'v', 'c', own, 'most')
+  local v, c, at, most = number_of(s[1]), number_of(s[2]), number_of(s[3]), number_of(s[4])
+  local weight = number_of(call('HGET', T .. 'tenants', tenant))
+  local head = {}
+  for _, n in ipairs(g.nodes) do
+    if n.needs == 0 and #head == 0 then head = call('ZRANGE', T .. 'ready:' .. n.key, 0, 0, 'WITHSCORES') end
+  end
+  local first = #head > 0 and get_fields({head[1]}, '')[1]
+  local class = first and parse(first).class or 0
+  local tag = class > 0 and tonumber(head[2]) + number_of(call('HGET', key, 'b' .. class)) or NOW
+  if #head == 0 then
+    -- Nobody waits: who came before has no more claim, and no more debt.
+    v, at = 0, 0
+    call('DEL', key)
+  end
+  v = tag < NOW and math.max(tag, NOW - MOST_BEHIND) or math.max(v, NOW)
+  if c <= 0 then c = FIRST_COST end
+  if weight <= 0 then weight = 1 end
+  local share = {}
+  function share.take(rows)
+    local tag = math.max(at, v)
+    at = tag + math.max(rows, 1) * c / weight
+    return tag
+  end
+  function share.note()
+    call('HSET', key, own, string.format('%.3f', at), 'c', string.format('%.6f', c),
+      'b' .. (tonumber(priority) + 1), string.format('%.3f', boost))
+    call('PEXPIRE', key, FAIR_TTL)
+    if call('HLEN', key) > math.max(most, MOST_TENANTS) then forget_tenants(key, math.max(v, NOW), MOST_TENANTS) end
+  end
+  return share
+end
+-- Jobs with a tenant were claimed at an entry: class -> the worst rank among them; so many rows, with others left or not.
+local function fair_served(g, leads, rows, left)
+  local key, fields, ranks = fair_key(g), {'v', 'c', 'since', 'rows'}, {}
+  for class, rank in pairs(leads) do
+    fields[#fields + 1] = 'b' .. class
+    ranks[#ranks + 1] = rank
+  end
+  local s = redis.pcall('HMGET', key, unpack(fields))
+  if s.err then return end
+  local v, c, since = number_of(s[1]), number_of(s[2]), number_of(s[3])
+  for i, rank in ipairs(ranks) do v = math.max(v, rank + number_of(s[4 + i])) end
+  rows = math.max(rows, 1) + (since > 0 and number_of(s[4]) or 0)
+  if c <= 0 then c = FIRST_COST end
+  local took = NOW - since
+  if since > 0 and took >= 1000 then
+    -- Half way to what was measured, and a quarter more: tags ahead of the clock are better than tags behind it. After a
+    -- long pause nobody knows what a row takes.
+    if took < 10000 then c = math.sqrt(c * 1.25 * took / rows) end
+    since = 0
+  end
+  if left == 0 then since = 0 elseif since == 0 then since, rows = NOW, 0 end
+  call('HSET', key, 'v', string.format('%.3f', v), 'c', string.format('%.6f', c), 'since', since, 'rows', rows)
+  call('PEXPIRE', key, FAIR_TTL)
+end
+
 -- Grant entries travel as id followed by one byte 128 + generation.
 local ENTRY = '([%w~]+)([\128-\255])'
 local function entry(id, gen) return id .. char(128 + gen) end
 
 -- Refs of a record: 'name:chunks:bytes:consumers,' each. consumers 0 marks a result; node 0 in the name, the input.
-local REF = '([^:,]+):(%d+):(%d+):(%d+),'
+-- 'name:0:bytes:consumers:host,': Redis has nothing of it, it lies in the shared memory of that host alone.
+local REF = '([^:,]+):(%d+):(%d+):(%d+):?(%x*),'
+local function ref_text(name, chunks, bytes, consumers, host)
+  if #host > 0 then consumers = consumers .. ':' .. host end
+  return name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ','
+end
 local function is_input(name) return string.find(name, '^[%w~]+%.0%.') ~= nil end
 local doomed = {}
 local function doom_refs(refs, keep_results)
@@ -189,6 +282,30 @@ local function blobs_complete(refs)
 end
 local function persist_refs(refs)
   for name in string.gmatch(refs, REF) do call('PERSIST', T .. 'blob:' .. name) end
+end
+
+-- Where somebody copies what lies in a host's shared memory to Redis, this stands, and tells so.
+local function answers(host) return call('EXISTS', T .. 'host:' .. host) == 1 end
+-- Asks a host for what it has of a job that waits at this node (0: of a dead letter) and reads with these bits; it is
+-- due at a time, or sooner where that was said before. Whether this is news. A hint: pcall, as with wakes.
+local function ask_host(host, id, index, bits, at)
+  local key = T .. 'spill:' .. host
+  local news = redis.pcall('ZADD', key, 'LT', 'CH', at, id .. '|' .. index .. '|' .. bits) == 1
+  if news then
+    call('PEXPIRE', key, 3600000)
+    wake('@' .. host)
+  end
+  return news
+end
+-- The same of every host that has some of it and answers; without bits, of whatever the job refers to.
+local function ask_hosts(refs, id, index, bits)
+  local asked = {}
+  for _, _, _, consumers, host in string.gmatch(refs, REF) do
+    if host ~= '' and not asked[host] and (not bits or band(tonumber(consumers), bits) > 0) then
+      asked[host] = true
+      if answers(host) then ask_host(host, id, index, bits or 0, NOW) end
+    end
+  end
 end
 
 -- Where a job can be ready or delayed now: the nodes whose predecessors are done and that are not done themselves.
@@ -382,6 +499,7 @@ local function bury(g, id, h, node_index, err)
   if band(h.flags, F_HISTORY) > 0 then history = call('HGET', extra(id, 'h')) or '' end
   if band(h.flags, F_CHECKPOINT) > 0 then checkpoint = call('HGET', extra(id, '0')) or '' end
   call('HSET', DEAD, id, cmsgpack.pack({NOW, node_index, build(h), history, outputs, checkpoint, g.ref, ''}))
+  ask_hosts(h.refs, id, 0)
   count(g.ref .. '.dead', 1)
   finish(g, id, h, 'f', node_index, h.rows, '', err)
 end

@@ -30,10 +30,10 @@ if g then check_ready(g.nodes) end
 -- Frees the blobs that these nodes made (nil: all nodes); the input's refs are kept.
 local function drop_refs(refs, nodes)
   local kept = {}
-  for name, chunks, bytes, consumers in string.gmatch(refs, REF) do
+  for name, chunks, bytes, consumers, host in string.gmatch(refs, REF) do
     local maker = tonumber(string.match(name, '^[%w~]+%.(%d+)%.'))
     if maker ~= 0 and (not nodes or nodes[maker]) then doomed[#doomed + 1] = T .. 'blob:' .. name
-    else kept[#kept + 1] = name .. ':' .. chunks .. ':' .. bytes .. ':' .. consumers .. ',' end
+    else kept[#kept + 1] = ref_text(name, chunks, bytes, consumers, host) end
   end
   return table.concat(kept)
 end

@@ -1,7 +1,8 @@
 -- submit: writes jobs durably and makes their first nodes' entries ready.
 -- KEYS[12] the client's session
 -- ARGV[1] operation  ARGV[2] pipeline number  ARGV[3] limit of unread results, bytes
--- ARGV[4..] per job: id, head (boost_ms, delay_ms, deadline_in_ms, rows, bytes, keep_s, flags, length of refs; refs;
+-- ARGV[4] '' or priority:tenant, of all these jobs: start-time fair queueing then makes their ranks (see lib.lua)
+-- ARGV[5..] per job: id, head (boost_ms, delay_ms, deadline_in_ms, rows, bytes, keep_s, flags, length of refs; refs;
 --           when keyed, 16 bytes of key digest and 16 of content digest), payload
 -- Returns statuses, one letter a job, then '|' and the ids of the jobs that keys named, each with ','.
 --   n new; d this id is live already; t this id ended already; k the key's job is live; e the key's job ended
@@ -20,15 +21,15 @@ if not g then return refuse('TRNOPIPE', ARGV[2]) end
 -- A rank that is no number would be refused by the server half way.
 local MOST_MS = 2 ^ 50
 local ids = {}
-for i = 4, #ARGV, 3 do ids[#ids + 1] = ARGV[i] end
+for i = 5, #ARGV, 3 do ids[#ids + 1] = ARGV[i] end
 local live = get_fields(ids, '')
 local ended = call('HMGET', DONE, unpack(ids))
 local status, named, fresh = {}, {}, {}
 local keys_here, ids_here = {}, {}
 local rows, bytes = 0, 0
 for i, id in ipairs(ids) do
-  local head = ARGV[3 * i + 2]
-  local j = {id = id, payload = ARGV[3 * i + 3]}
+  local head = ARGV[3 * i + 3]
+  local j = {id = id, payload = ARGV[3 * i + 4]}
   j.boost, j.delay, j.deadline, j.rows, j.bytes, j.keep_s, j.flags, j.reflen = unpackb('<dddI4I4I4BI2', head)
   j.refs = sub(head, 40, 39 + j.reflen)
   if not (math.abs(j.boost) < MOST_MS and math.abs(j.delay) < MOST_MS and math.abs(j.deadline) < MOST_MS) then
@@ -81,10 +82,17 @@ end
 
 check_types({LOAD, KEYED}, {DELAYED, DEADLINE})
 for _, n in ipairs(g.nodes) do if n.needs == 0 then check_ready({n}) end end
+local priority, tenant = string.match(ARGV[4], '^(%d+):(.+)$')
+local fair = tenant and #fresh > 0 and fair_share(g, priority, tenant, fresh[1].boost)
 local new_ids, values, due, deadlines, keyed, delayed = {}, {}, {}, {}, {}, {}
 for i, j in ipairs(fresh) do
   local at = NOW + math.max(j.delay, 0)
-  local h = {rank = at - j.boost, deadline = 0, rows = j.rows, bytes = j.bytes, mask = 0, keep_s = j.keep_s, pid = pid,
+  local tag = at
+  if fair then
+    tag = fair.take(j.rows)
+    if j.delay > 0 then tag = math.max(tag, at) end
+  end
+  local h = {rank = tag - j.boost, class = tenant and tonumber(priority) + 1 or 0, deadline = 0, rows = j.rows, bytes = j.bytes, mask = 0, keep_s = j.keep_s, pid = pid,
     attempts = 0, strikes = 0, releases = 0, gen = 0, flags = j.flags, suspect = 0, refs = j.refs, payload = j.payload}
   if j.deadline > 0 then
     h.deadline = NOW + j.deadline
@@ -94,6 +102,7 @@ for i, j in ipairs(fresh) do
   new_ids[i], values[i] = j.id, build(h)
   j.h = h
 end
+if fair then fair.note() end
 put_fields(new_ids, values)
 for _, j in ipairs(fresh) do
   local h = j.h

@@ -41,6 +41,7 @@ from torchrelay.cli_options import (
 from torchrelay.cli_run import run_app
 from torchrelay.cli_runs import agent_app, runs_app
 from torchrelay.cli_server import server_app
+from torchrelay.cli_tenants import tenants_app
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import (
     BrokerError,
@@ -69,6 +70,7 @@ app = typer.Typer(
 app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
 app.add_typer(runs_app, name="runs")
+app.add_typer(tenants_app, name="tenants", help="How those that jobs are for share what is there.")
 for part in (fleet_app, operate_app, run_app, agent_app):
     app.registered_commands += part.registered_commands
 
@@ -206,6 +208,7 @@ def submit(
         list[str] | None, typer.Option("--file", metavar="COLUMN=PATH", help="A bytes column from a file.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "medium",
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Who the jobs are for.")] = None,
     key: Annotated[str | None, typer.Option(help="The same key and row give the same job.")] = None,
     deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="End the job when it takes longer.")] = None,
     delay: Annotated[float, typer.Option(metavar="SECONDS", help="Start it no sooner.")] = 0.0,
@@ -238,6 +241,7 @@ def submit(
             delay_s=delay,
             keep_s=keep,
             wait_s=30.0,
+            tenant=tenant,
         )
         if not wait:
             for future in futures:

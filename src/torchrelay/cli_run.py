@@ -96,6 +96,7 @@ def run(
         int | None, typer.Option(metavar="N", help="Rows of one job; default about a second's work.")
     ] = None,
     priority: Annotated[str, typer.Option(help="high, medium, low or 0..100.")] = "low",
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Who it is for.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Let an agent drive it; print its id.")] = False,
     at: Annotated[str | None, typer.Option(metavar="TIME", help="With --detach: when, as 2026-01-31T08:00.")] = None,
     every: Annotated[
@@ -143,6 +144,7 @@ def run(
         "priority": int(priority) if priority.isascii() and priority.isdigit() else priority,
     }
     more = {"chunk_rows": chunk_rows, "image_side": image_side, "input_format": input_format, "delimiter": delimiter}
+    more["tenant"] = tenant
     options |= {k: v for k, v in more.items() if v is not None}
     if keep_types:
         options["keep_types"] = _pairs("--keep-types", "COLUMN=TYPE, for example price=float64", keep_types)

@@ -178,7 +178,7 @@ def test_what_finds_no_room_in_the_queue_leaves_no_block(make_pipeline: MakePipe
     """A refused submit gives its room back at once, also when a part of it went in."""
     relay.register(make_pipeline(YAML, CODE))
     # Without workers nothing is placed: as if there were one.
-    relay._core.start().submitter._placer._all_here = lambda readers: True  # type: ignore[method-assign]
+    relay._core.start().submitter._placer._is_for_here = lambda name, readers: True  # type: ignore[method-assign]
     rows = [{"image": image(n), "do": ""} for n in range(40)]
     accepted = [relay.submit("sums", row, durable=False) for row in rows[:20]]
     with pytest.raises(QueueFull):
@@ -196,7 +196,7 @@ def test_caches_of_jobs_that_nobody_reads_any_more_go(
     """A client that submits and cancels all day, and has no other use for its arena, does not fill it for good."""
     monkeypatch.setattr(writer_module, "_OLD_MS", 200)
     relay.register(make_pipeline(YAML, CODE))
-    relay._core.start().submitter._placer._all_here = lambda readers: True  # type: ignore[method-assign]
+    relay._core.start().submitter._placer._is_for_here = lambda name, readers: True  # type: ignore[method-assign]
     futures = relay.submit_many("sums", [{"image": image(n), "do": ""} for n in range(5)])
     assert blocks(relay) == 5
     relay.cancel([f.id for f in futures[1:]])
@@ -213,7 +213,7 @@ def test_who_waits_for_room_in_the_arena_holds_up_nobody(
     ended: list[BaseException] = []
     with Relay(server_url, namespace=namespace) as relay:
         relay.register(make_pipeline(YAML, CODE))
-        relay._core.start().submitter._placer._all_here = lambda readers: True  # type: ignore[method-assign]
+        relay._core.start().submitter._placer._is_for_here = lambda name, readers: True  # type: ignore[method-assign]
         rows = [{"image": image(n), "do": ""} for n in range(10)]
         accepted = relay.submit_many("sums", rows, durable=False)
 

@@ -35,6 +35,7 @@ from torchrelay.queues.transitions import (
     Grant,
     NewJob,
     Output,
+    Reader,
     Session,
     Submitted,
     Transitions,
@@ -58,8 +59,9 @@ def graph_of(preds: dict[str, tuple[int, ...]], volatile: Collection[str] = ()) 
 class Worker:
     """One incarnation: claims under fences of its own and gives back."""
 
-    def __init__(self, lane: Lane, incarnation: str, pipeline: int) -> None:
+    def __init__(self, lane: Lane, incarnation: str, pipeline: int, host: str = "") -> None:
         self.lane = lane
+        self.reader = Reader(host, 0)
         self.incarnation = incarnation
         self.pipeline = pipeline
         self.session = Session(incarnation)
@@ -72,7 +74,7 @@ class Worker:
         self.fences += 1
         fence = f"{self.incarnation}-{self.fences:x}"
         limits = ClaimLimits(jobs, rows, nbytes, lease_ms)
-        return self.lane.t.claim(self.session, fence, self.incarnation, self.pipeline, node, limits)
+        return self.lane.t.claim(self.session, fence, self.incarnation, self.pipeline, node, limits, self.reader)
 
     def claim(self, node: int, jobs: int = 256, **limits: int) -> Grant:
         return self.lane.run(self.ask(node, jobs, **limits))
@@ -171,9 +173,10 @@ class Lane:
         self.graphs[number] = graph_of({n.name: n.preds for n in nodes}, volatile)
         self.mark(number, {})
 
-    def worker(self, pipeline: int) -> Worker:
+    def worker(self, pipeline: int, host: str = "") -> Worker:
+        """`host` is whose shared memory it reads; others have no time to find workers for what lies in theirs."""
         self.workers += 1
-        return Worker(self, f"w{self.workers:07x}", pipeline)
+        return Worker(self, f"w{self.workers:07x}", pipeline, host)
 
     def job(self, *, payload: bytes | None = None, ids: IdSource | None = None, **options: Any) -> NewJob:
         data = encode_payload({"x": b"input"}) if payload is None else payload
@@ -182,9 +185,15 @@ class Lane:
         )
 
     def submitting(
-        self, pipeline: int, jobs: Sequence[NewJob], *, session: Session | None = None, budget: int = 1 << 40
+        self,
+        pipeline: int,
+        jobs: Sequence[NewJob],
+        *,
+        session: Session | None = None,
+        budget: int = 1 << 40,
+        share: str = "",
     ) -> Any:
-        return self.t.submit(session or self.session, pipeline, jobs, budget)
+        return self.t.submit(session or self.session, pipeline, jobs, budget, share)
 
     def push(self, pipeline: int, jobs: Sequence[NewJob], **more: Any) -> Submitted:
         return self.run(self.submitting(pipeline, jobs, **more))
@@ -360,7 +369,9 @@ class Audit:
             at = TERMINAL.size + (16 if flags & FLAG_KEYED else 0)
             texts.append(record[at : at + length].decode())
         texts += [refs_of(d[2]) for d in self.dead.values() if d[7] == b""]
-        wanted = {ref.split(":")[0] for text in texts for ref in text.split(",") if ref}
+        refs = [ref.split(":") for text in texts for ref in text.split(",") if ref]
+        # With a host, Redis has nothing of it.
+        wanted = {parts[0] for parts in refs if len(parts) == 4}
         blobs = self.lane.blobs()
         assert {n for n, ttl in blobs.items() if ttl == -1} == wanted & blobs.keys()
         assert self.lane.lost_blobs or wanted <= blobs.keys()

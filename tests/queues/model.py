@@ -67,6 +67,8 @@ class Model:
         self.retired: set[str] = set()
         self.commits: list[tuple[str, int, int]] = []
         self.replies: list[str] = []
+        self.hosts: dict[str, str] = {}
+        self.answering: set[str] = set()
 
     def open_nodes(self, job: Job) -> list[int]:
         nodes = self.graphs[job.pipeline].nodes
@@ -95,7 +97,16 @@ class Model:
         self.kept[job.id] = kept or []
         self.replies.append(job.id)
 
-    def claim(self, worker: str, fence: str, pipeline: int, node: int, most: int) -> list[tuple[str, int]]:
+    def elsewhere(self, job: Job, node: int, host: str) -> bool:
+        """Whether a job at this node needs what lies in the shared memory of another host that answers."""
+        hosts = {
+            self.hosts[name] for name, consumers in job.blobs if name in self.hosts and consumers >> (node - 1) & 1
+        }
+        return bool((hosts - {host}) & self.answering)
+
+    def claim(
+        self, worker: str, fence: str, pipeline: int, node: int, most: int, host: str = ""
+    ) -> list[tuple[str, int]]:
         taken: list[tuple[str, int]] = []
         for job_id in self.ready(pipeline, node):
             job = self.live[job_id]
@@ -104,6 +115,8 @@ class Model:
                 continue
             if len(taken) >= most or (taken and job.spots[node].suspect):
                 break
+            if self.elsewhere(job, node, host):
+                continue
             job.spots[node].at = fence
             taken.append((job_id, job.gen))
             if job.spots[node].suspect or len(taken) >= most:
@@ -274,12 +287,18 @@ class Model:
             del self.keys[key]
 
     def wanted(self, name: str) -> bool:
-        """Whether the live job that a blob is named after lists it."""
-        job = self.live.get(name.split(".")[0])
-        return job is not None and name in {n for n, _ in job.blobs}
+        """Whether a block of shared memory of this name is: the job that it is named after lists it, and Redis has no
+        copy. A job that just died waits for one."""
+        job_id = name.split(".")[0]
+        dead, again = self.dead.get(job_id, (None, ""))
+        live = self.live.get(job_id)
+        job = live or (None if again else dead)
+        listed = job is not None and name in {n for n, _ in job.blobs}
+        return listed and (name in self.hosts if live else self.hosts.get(name, "") != "")
 
     def blobs(self) -> set[str]:
         """Names of every blob that must be there for good."""
         of_live = [name for j in self.live.values() for name, _ in j.blobs]
         of_dead = [name for job, again in self.dead.values() if not again for name, _ in job.blobs]
-        return {*of_live, *of_dead, *(name for names in self.kept.values() for name in names)}
+        found = {*of_live, *of_dead, *(name for names in self.kept.values() for name in names)}
+        return found - self.hosts.keys()

@@ -19,13 +19,16 @@ from hypothesis.stateful import (
 )
 
 from tests.queues.model import Job, Model
-from torchrelay.queues.job import FLAG_KEYED, HEAD, Entry
+from torchrelay.queues.job import FLAG_KEYED, HEAD, Entry, split_refs
+from torchrelay.queues.keys import new_token
 from torchrelay.queues.scripts import WorkerRetired
-from torchrelay.queues.transitions import Grant, Output
+from torchrelay.queues.tenants import share_of
+from torchrelay.queues.transitions import Copied, Grant, Output
 
 PICK = st.integers(0, 10**6)
 FEW = st.integers(0, 255)
-BLOBS = st.sampled_from(["", "", "next", "kept", "result"])
+BLOBS = st.sampled_from(["", "", "next", "kept", "result", "memory", "memory"])
+HOSTS = ("", "aaaa", "bbbb")
 
 
 def subset(items: list[Any], mask: int) -> list[Any]:
@@ -46,8 +49,12 @@ class LaneMachine(RuleBasedStateMachine):
         self.lane.define(self.lane.DIAMOND)
         self.lane.define(self.lane.SIDES)
         self.lane.define(self.lane.LONG, volatile={"s2"})
+        self.lane.redis.hset(self.lane.keys.tenants, "a", 1000)
         self.model = Model(self.lane.graphs)
-        self.workers = [self.lane.worker(1) for _ in range(2)]
+        self.workers = [self.lane.worker(1, host) for host in HOSTS]
+        for host in HOSTS[1:]:
+            self.lane.run(self.lane.t.spilling(host, 0, 3_600_000))
+            self.model.answering.add(host)
         self.given: list[tuple[Any, Grant, int, int]] = []
         self.answered: list[tuple[Any, Any, Any]] = []
         self.submits = 0
@@ -58,6 +65,8 @@ class LaneMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "lane"):
+            for host in HOSTS[1:]:
+                self.lane.run(self.lane.t.spilling(host, 0, 0))  # what is left there is anyone's
             for number in self.lane.graphs:
                 self.lane.redis.zadd(
                     self.lane.keys.delayed,
@@ -93,21 +102,29 @@ class LaneMachine(RuleBasedStateMachine):
         content=st.sampled_from("xy"),
         delayed=st.sampled_from([False, False, True]),
         again=st.booleans(),
+        tenant=st.sampled_from(["", "", "a"]),
     )
     def submit(self, **options: Any) -> None:
         self.submitted(**options)
 
     def submitted(
-        self, number: int, kinds: list[tuple[float, str, bool]], content: str, delayed: bool, again: bool
+        self,
+        number: int,
+        kinds: list[tuple[float, str, bool]],
+        content: str,
+        delayed: bool,
+        again: bool,
+        tenant: str = "",
     ) -> None:
-        # A second apart by rank, so that the order does not hang on how fast the test runs.
+        # A second apart by rank, so that the order does not hang on how fast the test runs. What has a tenant goes
+        # first, one turn of it after the other, and turns are short.
         self.submits += 1
         jobs, expected, named = [], "", []
         keys = dict(self.model.keys)
         for boost, key, deadline in kinds:
             digests = hashlib.md5(key.encode()).digest() + hashlib.md5(content.encode()).digest() if key else b""
             job = self.lane.job(
-                boost_ms=boost - 1000.0 * self.submits,
+                boost_ms=500_000.0 if tenant else boost - 1000.0 * self.submits,
                 delay_ms=3_600_000.0 if delayed else 0.0,
                 deadline_ms=36_000_000.0 if deadline else 0.0,
                 flags=FLAG_KEYED if key else 0,
@@ -124,7 +141,8 @@ class LaneMachine(RuleBasedStateMachine):
                 expected += "n"
                 if key:
                     keys[key] = (content, job.id)
-        answer = self.run(self.lane.session, self.lane.submitting(number, jobs), again)
+        share = share_of(tenant, 50)
+        answer = self.run(self.lane.session, self.lane.submitting(number, jobs, share=share), again)
         assert (answer.statuses, answer.named) == (expected, named)
         for job, status, (_, key, _) in zip(jobs, expected, kinds, strict=True):
             if status == "n":
@@ -140,7 +158,7 @@ class LaneMachine(RuleBasedStateMachine):
         worker.pipeline = number
         call = worker.ask(node, most)
         grant = self.lane.run(call)
-        expected = self.model.claim(worker.incarnation, call.args[1], number, node, most)
+        expected = self.model.claim(worker.incarnation, call.args[1], number, node, most, worker.reader.host)
         assert [self.key(e) for e in grant.entries] == expected
         for entry in grant.entries:
             spot = self.model.live[entry.job_id].spots[node]
@@ -218,8 +236,12 @@ class LaneMachine(RuleBasedStateMachine):
                 job_id = made.token[:-1].decode()
                 later = self.readers(number, nodes[-1], kept=blob == "kept")
                 added = (f"{job_id}.{nodes[-1]}.{grant.fence}.{len(self.answered)}", later if blob != "result" else 0)
-                self.lane.blob(added[0])
-                ref = f"{added[0]}:1:5:{added[1]},"
+                if blob == "memory" and later and worker.reader.host:
+                    self.model.hosts[added[0]] = worker.reader.host
+                    ref = f"{added[0]}:0:5:{added[1]}:{worker.reader.host},"
+                else:
+                    self.lane.blob(added[0])
+                    ref = f"{added[0]}:1:5:{added[1]},"
             outputs.append(Output(made.token, made.payload, rows, ref))
             expected += self.model.commit(grant.fence, nodes, (made.token[:-1].decode(), made.token[-1] - 128), added)
         call = self.lane.t.commit(worker.session, grant.fence, number, (node, nodes[-1]), outputs)
@@ -231,6 +253,53 @@ class LaneMachine(RuleBasedStateMachine):
         found = set(nodes[node - 1].succs)
         found |= {s for n in found for s in nodes[n - 1].succs} if kept else set()
         return sum(1 << (s - 1) for s in found)
+
+    @rule(host=st.sampled_from(HOSTS[1:]), how=st.sampled_from(["whole", "whole", "cut", "gone"]), twice=st.booleans())
+    def spill(self, host: str, how: str, twice: bool) -> None:
+        """A host copies what others asked it for; its copies may be cut, or there may be nothing left to copy."""
+        _, asked = self.lane.run(self.lane.t.spilling(host, 64, 3_600_000))
+        copies, expected = [], ""
+        for member, refs, _ in asked:
+            job_id, node, _ = member.split("|")
+            dead, again = self.model.dead.get(job_id, (None, ""))
+            job = self.model.live.get(job_id) if node != "0" else dead
+            assert job is not None
+            assert not again or node != "0"
+            assert node == "0" or job.spots[int(node)].at in ("ready", "delayed")
+            for name in split_refs(refs):
+                assert self.model.hosts[name] == host
+                assert name in {n for n, _ in job.blobs}
+                copy = "" if how == "gone" else self.lane.blob(f"spill.{new_token(8)}", ttl_ms=60_000)
+                copies.append(Copied(member, name, copy, 2 if how == "cut" else 1))
+                # The same ref may be asked for at two nodes of a fork.
+                expected += "s" if how == "cut" or name in {c.name for c in copies[:-1]} else "u" if not copy else "k"
+        calls = [self.lane.t.spill(host, copies)] if copies else []
+        if twice and copies:
+            # Somebody who was stopped in the middle records his own copies late.
+            calls.append(
+                self.lane.t.spill(
+                    host, [c._replace(blob=self.lane.blob(f"spill.{new_token(8)}") if c.blob else "") for c in copies]
+                )
+            )
+        for number, call in enumerate(calls):
+            answer = self.lane.run(call)
+            assert answer == (expected if not number else "s" * len(expected)) or how == "cut"
+            for copy, letter in zip(copies, answer, strict=True):
+                if letter == "k":
+                    del self.model.hosts[copy.name]
+                elif letter == "u":
+                    self.model.hosts[copy.name] = ""
+        if how == "cut" and copies:
+            asked_for = self.lane.keys.spill(host)
+            members = self.lane.redis.zrange(asked_for, 0, -1)
+            self.lane.redis.zadd(asked_for, dict.fromkeys(members, 1))
+
+    @rule(host=st.sampled_from(HOSTS[1:]))
+    def host_falls_silent_or_answers(self, host: str) -> None:
+        """What only a silent host has is anyone's to claim, and to find lost."""
+        silent = host in self.model.answering
+        self.lane.run(self.lane.t.spilling(host, 0, 0 if silent else 3_600_000))
+        self.model.answering ^= {host}
 
     @rule(volatile=st.sampled_from([{"s2"}, {"s1", "s2"}, {"s3"}, set()]))
     def redefine(self, volatile: set[str]) -> None:
@@ -307,7 +376,7 @@ class LaneMachine(RuleBasedStateMachine):
         worker.pipeline = number
         with pytest.raises(WorkerRetired):
             worker.claim(node)
-        self.workers[self.workers.index(worker)] = self.lane.worker(1)
+        self.workers[self.workers.index(worker)] = self.lane.worker(1, worker.reader.host)
 
     def give_up_lease(self, fence: str) -> None:
         seconds, micros = self.lane.redis.time()

@@ -23,7 +23,7 @@ from tests.workers.fake_gpu import FakeGpu
 from tests.workers.in_process import InProcess
 from torchrelay.config import Pipeline
 from torchrelay.queues.arena.home import ArenaHome
-from torchrelay.queues.placement import host_text
+from torchrelay.queues.job import host_text
 from torchrelay.queues.registry import Registry, WorkerReport
 from torchrelay.stages import Stage
 from torchrelay.stages.runner import Launched, Prepared, Runner

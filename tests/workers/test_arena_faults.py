@@ -83,7 +83,8 @@ def restarts(relay: Relay, ids: list[str]) -> list[int]:
 def test_columns_go_where_all_their_readers_are(
     make_pipeline: MakePipeline, relay_on: Callable[[Path], Relay], spawn: Spawn, hosts: list[Path], apart: bool
 ) -> None:
-    """While every reader is on the writer's host they lie in its memory; as soon as one is elsewhere, in Redis."""
+    """While every reader is on the writer's host they lie in its memory; where one of two is elsewhere, half of them,
+    and none is lost to the other."""
     path = make_pipeline(YAML, CODE)
     here, there = hosts
     relay = relay_on(here)
@@ -97,21 +98,22 @@ def test_columns_go_where_all_their_readers_are(
     futures = relay.submit_many("images", [{"image": i, "do": ""} for i in given], durable=False, keep_s=600)
     assert [f.result(timeout=20)["total"] for f in futures] == [total(i) for i in given]
     assert restarts(relay, [f.id for f in futures]) == [0] * 20
-    went, stayed = ("remote", "arena") if apart else ("arena", "remote")
-    wait_until(lambda: reports(relay, "invert")[went] > 20 * 200_000)
-    assert reports(relay, "invert")[stayed] == 0
+    wait_until(lambda: sum(reports(relay, "invert").values()) > 20 * 200_000)
+    went = reports(relay, "invert")
+    assert went["arena"] >= (200_000 if apart else 20 * 200_000)
+    assert (went["remote"] >= 200_000) is apart
     drain(made)
 
 
-def test_a_reader_on_another_host_and_the_end_of_the_first_cost_one_restart_each(
+def test_a_reader_on_another_host_costs_nothing_and_the_end_of_the_first_one_restart(
     make_pipeline: MakePipeline,
     relay_on: Callable[[Path], Relay],
     spawn: Spawn,
     hosts: list[Path],
     tmp_path: Path,
 ) -> None:
-    """A worker appears elsewhere and claims jobs whose columns are here: they begin anew, once, from their durable
-    input. Then the first host ends with its memory: what waited there begins anew, once, on the second."""
+    """A worker appears elsewhere, while the only one here is busy: it gets what waits here, copied. Then the first host
+    ends with its memory: what was under way there begins anew, once, on the second."""
     path = make_pipeline(YAML, CODE)
     here, there = hosts
     relay = relay_on(there)
@@ -135,9 +137,7 @@ def test_a_reader_on_another_host_and_the_end_of_the_first_cost_one_restart_each
         given.append(more)
         time.sleep(0.02)
     assert [f.result(timeout=30)["total"] for f in futures[1:]] == [total(i) for i in given[1:]]
-    counts = restarts(relay, [f.id for f in futures[1:]])
-    assert max(counts) == 1
-    assert min(counts[:29]) == 1
+    assert set(restarts(relay, [f.id for f in futures[1:]])) == {0}
     for worker in first:
         worker.end()
     shutil.rmtree(here)
