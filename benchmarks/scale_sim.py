@@ -11,7 +11,7 @@ load, and the same slots.
     fixed, same cost          as many slots as ours used on average, shared by the stages' need
     queue N/60s               replicas = ceil(rows waiting and running / (N batches)), as KEDA does on a list's length:
                               10 % tolerance; fewer only when the highest of the last 60 s (or 300 s, HPA's default)
-                              says so
+                              says so; its maximum is the plan for the highest rate, which nobody else is told
 
 A *miss* is a row that waits at a stage longer than its class may: 500 ms high (a fifth of the rows), 2 s the others.
 Slot-seconds count from a worker's start, loading and draining included. Lines: `name ours alternative ratio`.
@@ -20,6 +20,7 @@ Slot-seconds count from a worker's start, loading and draining included. Lines: 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
@@ -40,7 +41,9 @@ from torchrelay.coordinator.scale import Limits, State, decide
 from torchrelay.coordinator.sharing import slots as slots_of
 
 TRACES = ("steady", "step", "burst", "diurnal", "mix")
-QUEUE_RULES = [(1.0, 60.0), (4.0, 60.0), (1.0, 300.0), (4.0, 300.0), (16.0, 300.0)]
+RULES = ("fixed", "queue")
+FIXED = ("fixed mean", "fixed peak", "fixed, same cost")
+QUEUE_RULES = [(1.0, 300.0), (4.0, 300.0), (16.0, 300.0), (64.0, 300.0), (16.0, 60.0)]
 _BUSY = 0.8
 
 
@@ -162,17 +165,20 @@ def _placing(case: Scenario) -> Callable[[Mapping[str, int]], dict[str, int]]:
 
 
 def queue_rule(case: Scenario, batches: float, keep_s: float) -> Rule:
-    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of `keep_s` counts."""
+    """ceil(rows waiting and running / (max_rows * batches)); 10 % tolerance; the highest of `keep_s` counts.
+    Never more than the trace's highest rate needs."""
+    most = case.plan(float(case.rates.max()))
     history: dict[str, list[tuple[float, int]]] = {s.name: [] for s in case.shapes}
     now: dict[str, int] = {}
 
     def rule(view: View) -> Mapping[str, int]:
+        counters = view.counters
         for shape in case.shapes:
             node = f"{REF}/{shape.name}"
-            rows = view.counters[f"{node}.ready_rows"] + view.counters[f"{node}.held_rows"]
+            rows = counters[f"{node}.ready_rows"] + counters[f"{node}.held_rows"]
             exact = rows / (shape.max_rows * batches)
             current = now.get(shape.name)
-            wanted = max(math.ceil(exact), 1)
+            wanted = min(max(math.ceil(exact), 1), most[shape.name])
             if current and abs(exact / current - 1.0) <= 0.1:
                 wanted = current
             recent = [(t, n) for t, n in history[shape.name] if t > view.at_s - keep_s] + [(view.at_s, wanted)]
@@ -200,8 +206,8 @@ def spread(need: Mapping[str, float], slots: int) -> dict[str, int]:
     return counts
 
 
-def run_case(case: Scenario) -> dict[str, Result]:
-    """Every rule on one scenario."""
+def run_case(case: Scenario, rules: Sequence[str] = RULES) -> dict[str, Result]:
+    """Ours and the other kinds of `rules` on one scenario."""
     begin = case.plan(float(case.rates[0]))
     begin = _squeezed(begin, case.slots)
     mean, peak = float(case.rates.mean()), float(case.rates.max())
@@ -213,20 +219,20 @@ def run_case(case: Scenario) -> dict[str, Result]:
         return go(_squeezed(plan, case.slots), lambda view: None)
 
     found = {"ours": go(begin, our_rule(case, begin))}
-    found["fixed mean"] = fixed(case.plan(mean))
-    found["fixed peak"] = fixed(case.plan(peak))
-    seconds = len(case.rates) * STEP_S
-    need = {n: v + case.need(mean, seconds)[n] for n, v in case.need(mean).items()}
-    found["fixed, same cost"] = fixed(spread(need, max(math.ceil(found["ours"].slot_s / seconds), len(need))))
-    for batches, keep_s in QUEUE_RULES:
+    if "fixed" in rules:
+        seconds = len(case.rates) * STEP_S
+        need = {n: v + case.need(mean, seconds)[n] for n, v in case.need(mean).items()}
+        same = spread(need, max(math.ceil(found["ours"].slot_s / seconds), len(need)))
+        found |= {name: fixed(plan) for name, plan in zip(FIXED, (case.plan(mean), case.plan(peak), same), strict=True)}
+    for batches, keep_s in QUEUE_RULES if "queue" in rules else ():
         found[f"queue {batches:g}/{keep_s:g}s"] = go(begin, queue_rule(case, batches, keep_s))
     return found
 
 
-def _run(args: tuple[str, int, float, float, int]) -> tuple[str, int, dict[str, Result], float]:
+def _run(args: tuple[str, int, float, float, int], rules: Sequence[str]) -> tuple[str, int, dict[str, Result], float]:
     began = time.perf_counter()
     case = scenario(*args)
-    return case.trace, case.seed, run_case(case), time.perf_counter() - began
+    return case.trace, case.seed, run_case(case, rules), time.perf_counter() - began
 
 
 def percent(result: Result) -> float:
@@ -234,10 +240,16 @@ def percent(result: Result) -> float:
     return 100.0 * result.missed / max(result.visits, 1)
 
 
-def same_cost_queue(found: Mapping[str, Result]) -> str:
-    """The queue rule's setting with the fewest misses of those that cost no less than ours; '' if all cost less."""
-    dearer = [n for n, r in found.items() if n.startswith("queue") and r.slot_s >= found["ours"].slot_s]
-    return min(dearer, key=lambda n: (percent(found[n]), found[n].slot_s), default="")
+def best_queue(found: Mapping[str, Result]) -> str:
+    """The queue rule's setting with the fewest misses of those that cost no more than ours; '' if all cost more."""
+    cheap = [n for n, r in found.items() if n.startswith("queue") and r.slot_s <= found["ours"].slot_s]
+    return min(cheap, key=lambda n: (percent(found[n]), found[n].slot_s), default="")
+
+
+def cheapest_queue(found: Mapping[str, Result]) -> str:
+    """The queue rule's cheapest setting of those that miss no more than ours; '' if all miss more."""
+    good = [n for n, r in found.items() if n.startswith("queue") and percent(r) <= percent(found["ours"])]
+    return min(good, key=lambda n: found[n].slot_s, default="")
 
 
 def report(trace: str, runs: Sequence[dict[str, Result]]) -> None:
@@ -246,20 +258,27 @@ def report(trace: str, runs: Sequence[dict[str, Result]]) -> None:
     def median(name: str, value: Callable[[Result], float]) -> float:
         return statistics.median(value(found[name]) for found in runs)
 
-    print(f"# {trace}: {len(runs)} pipelines; medians: misses in %, slot-seconds (ours = 1), changes")
+    def ratios(label: str, pairs: Sequence[tuple[Result, Result]]) -> None:
+        ratio_line(
+            f"scale_{trace}_misses_pct_vs_{label}", *zip(*((percent(a), percent(b)) for a, b in pairs), strict=True)
+        )
+        ratio_line(f"scale_{trace}_slot_s_vs_{label}", *zip(*((a.slot_s, b.slot_s) for a, b in pairs), strict=True))
+
+    print(f"# {trace}: {len(runs)} pipelines; medians: misses in %, slot-seconds (ours = 1), changes; misses of each")
     for name in runs[0]:
         cost = statistics.median(found[name].slot_s / found["ours"].slot_s for found in runs)
         numbers = f"{median(name, percent):8.3f} {cost:6.2f} {median(name, lambda r: r.changes):6.0f}"
-        print(f"#   {name:18} {numbers}", flush=True)
-    for name in ("fixed mean", "fixed peak", "fixed, same cost"):
-        label = name.replace(", ", "_").replace(" ", "_")
-        ours, other = [percent(f["ours"]) for f in runs], [percent(f[name]) for f in runs]
-        ratio_line(f"scale_{trace}_misses_pct_vs_{label}", ours, other)
-        ratio_line(f"scale_{trace}_slot_s_vs_{label}", [f["ours"].slot_s for f in runs], [f[name].slot_s for f in runs])
-    pairs = [(f["ours"], f[n]) for f in runs if (n := same_cost_queue(f))]
-    print(f"# queue rule: the best setting of each pipeline that costs no less than ours, {len(pairs)} of {len(runs)}")
-    ratio_line(f"scale_{trace}_misses_pct_vs_queue", [percent(o) for o, _ in pairs], [percent(q) for _, q in pairs])
-    ratio_line(f"scale_{trace}_slot_s_vs_queue", [o.slot_s for o, _ in pairs], [q.slot_s for _, q in pairs])
+        each = " ".join(f"{percent(found[name]):.2f}/{found[name].slot_s / found['ours'].slot_s:.2f}" for found in runs)
+        print(f"#   {name:18} {numbers}    {each}", flush=True)
+    for name in FIXED:
+        if name in runs[0]:
+            ratios(name.replace(", ", "_").replace(" ", "_"), [(f["ours"], f[name]) for f in runs])
+    for label, choose in (("queue_no_dearer", best_queue), ("queue_no_more_misses", cheapest_queue)):
+        pairs = [(f["ours"], f[n]) for f in runs if (n := choose(f))]
+        names = [choose(f) or "none" for f in runs]
+        print(f"# {label}: {', '.join(names)}")
+        if pairs:
+            ratios(label, pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,14 +289,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--seconds", type=float, default=1200.0, help="simulated seconds (default 1200)")
     made.add_argument("--hosts", type=int, default=0, help="of 8 GPUs, to place workers on; 0: slots are only counted")
     made.add_argument("--traces", nargs="+", choices=TRACES, default=list(TRACES))
+    made.add_argument("--rules", nargs="*", choices=RULES, default=list(RULES), help="what to compare ours with")
     made.add_argument("--processes", type=int, default=2)
     args: Any = made.parse_args(argv)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     jobs = [(trace, seed, args.workers, args.seconds, args.hosts) for trace in args.traces for seed in seeds]
     with ProcessPoolExecutor(args.processes) as pool:
-        done = list(pool.map(_run, jobs))
+        done = list(pool.map(functools.partial(_run, rules=args.rules), jobs))
     for trace in args.traces:
         report(trace, [found for name, _, found, _ in done if name == trace])
+    print(f"# seeds {seeds[0]} to {seeds[-1]}, {args.workers:g} workers, {args.seconds:g} s")
     print(f"# {sum(s for *_, s in done):.0f} s of computing")
     return 0
 

@@ -108,7 +108,7 @@ class StageWorld:
         self.pending = False
         self.counts = np.zeros((room, 4))  # rows, batches, seconds, and how long it loaded
         self.service = np.zeros((room, SERVICE_BUCKETS), np.int64)
-        self.open = np.zeros((room, 3))  # rows, seconds and bucket of the batch that it computes; no rows: none
+        self.open = np.zeros((room, 4))  # rows, 1, seconds and bucket of the batch that it computes; or noughts
         self.told, self.told_service = np.zeros((room, 4)), np.zeros((room, SERVICE_BUCKETS), np.int64)
         self.told_at, self.told_state = np.zeros(room), np.zeros(room, np.int8)
         self.done_rows = 0.0
@@ -159,7 +159,7 @@ class StageWorld:
             idle = np.flatnonzero((self.state == _READY) & (self.free_at < end_s))
             if not len(idle):
                 break
-            self._begin(idle[np.argsort(self.free_at[idle], kind="stable")], at_s, result)
+            self._begin(idle[np.argsort(self.free_at[idle])], at_s, result)
         self._tell(self.beats[round(at_s / STEP_S) % len(self.beats)], at_s)
         gone = self.leaving[:, 0] < end_s
         if not gone.any():
@@ -188,13 +188,14 @@ class StageWorld:
         first = self.queues[names[0]].take(most)
         second = self.queues[names[1]].take(most - len(first))
         times = np.concatenate((first, second))
-        limits = np.concatenate((np.full(len(first), DELAYS_S[names[0]]), np.full(len(second), DELAYS_S[names[1]])))
         edges = np.arange(0, len(times), self.shape.max_rows)
-        rows = np.diff(np.append(edges, len(times)))
+        rows = np.full(len(edges), self.shape.max_rows)
+        rows[-1] = len(times) - edges[-1]
         who = idle[: len(edges)]
         start = np.maximum(self.free_at[who], np.maximum.reduceat(times, edges))
         delay = np.repeat(start, rows) - times
-        result.missed += int(np.count_nonzero(delay > limits))
+        result.missed += int(np.count_nonzero(delay[: len(first)] > DELAYS_S[names[0]]))
+        result.missed += int(np.count_nonzero(delay[len(first) :] > DELAYS_S[names[1]]))
         result.visits += len(times)
         shape, n = self.shape, len(who)
         if shape.tail is None:
@@ -205,20 +206,25 @@ class StageWorld:
         took = (shape.fixed_s + shape.row_s * rows) * factor * slower
         self._close_batches(who)
         self.free_at[who] = start + took
-        self.open[who, 0], self.open[who, 1] = rows, took
-        self.open[who, 2] = np.clip(np.ceil(2.0 * np.log2(np.maximum(took, 1e-4) / 1e-4)), 0, SERVICE_BUCKETS - 1)
-        highs = (
-            np.clip(len(first) - edges, 0, rows) if names[0] == "high" else rows - np.clip(len(first) - edges, 0, rows)
-        )
-        self.leaving = np.concatenate((self.leaving, np.column_stack((start + took, highs, rows - highs))))
+        batch = np.empty((n, 4))
+        batch[:, 0], batch[:, 1], batch[:, 2] = rows, 1.0, took
+        batch[:, 3] = np.minimum(np.ceil(2.0 * np.log2(np.maximum(took, 1e-4) / 1e-4)), SERVICE_BUCKETS - 1)
+        self.open[who] = batch
+        firsts = np.minimum(np.maximum(len(first) - edges, 0), rows)
+        left = np.empty((n, 3))
+        left[:, 0] = start + took
+        left[:, 1] = firsts if names[0] == "high" else rows - firsts
+        left[:, 2] = rows - left[:, 1]
+        self.leaving = np.concatenate((self.leaving, left))
 
     def _close_batches(self, which: np.ndarray[Any, Any]) -> None:
-        ended = which[self.open[which, 0] > 0]
-        self.counts[ended, 0] += self.open[ended, 0]
-        self.counts[ended, 1] += 1
-        self.counts[ended, 2] += self.open[ended, 1]
-        self.service[ended, self.open[ended, 2].astype(np.int64)] += 1
-        self.open[ended] = 0
+        batches = self.open.take(which, axis=0)
+        alive = batches[:, 1] > 0
+        if not alive.all():
+            which, batches = which[alive], batches[alive]
+        self.counts[which, :3] += batches[:, :3]
+        self.service[which, batches[:, 3].astype(np.int64)] += 1
+        self.open[which] = 0.0
 
     def _tell(self, beats: np.ndarray[Any, Any], at_s: float) -> None:
         beats = beats[self.state[beats] != _ABSENT]
@@ -277,9 +283,20 @@ class View:
     """What a rule sees."""
 
     at_s: float
-    reports: list[WorkerReport]
-    counters: dict[str, int]
-    ready: dict[str, dict[str, ReadyClass]]
+    stages: Sequence[StageWorld]
+
+    @property
+    def reports(self) -> list[WorkerReport]:
+        return [report for stage in self.stages for report in stage.reports()]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {key: value for stage in self.stages for key, value in stage.counters().items()}
+
+    @property
+    def ready(self) -> dict[str, dict[str, ReadyClass]]:
+        ready = {f"{REF}/{stage.shape.name}": stage.classes(self.at_s) for stage in self.stages}
+        return {node: c for node, c in ready.items() if c}
 
 
 Rule = Callable[[View], Mapping[str, int] | None]
@@ -326,7 +343,7 @@ def simulate(
         result.slot_s += used * STEP_S
         result.peak = max(result.peak, used)
         if step % round(every_s / STEP_S) == 0:
-            _apply(rule(_view(stages, at_s)), stages, slots, at_s, result)
+            _apply(rule(View(at_s, stages)), stages, slots, at_s, result)
             result.counts.append(tuple(stage.planned() for stage in stages))
     end_s = len(rates) * STEP_S
     for stage in stages:
@@ -335,13 +352,6 @@ def simulate(
             result.missed += late
             result.visits += late
     return result
-
-
-def _view(stages: Sequence[StageWorld], at_s: float) -> View:
-    reports = [report for stage in stages for report in stage.reports()]
-    counters = {key: value for stage in stages for key, value in stage.counters().items()}
-    ready = {f"{REF}/{stage.shape.name}": stage.classes(at_s) for stage in stages}
-    return View(at_s, reports, counters, {node: c for node, c in ready.items() if c})
 
 
 def _apply(

@@ -15,11 +15,13 @@ import numpy as np
 
 from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
-from torchrelay.config.types import COLUMN_NAME, ColumnType
+from torchrelay.config.types import COLUMN_NAME, ColumnType, parse_type
 from torchrelay.errors import InputError
 
 Column = np.ndarray[Any, np.dtype[Any]] | list[Any] | RaggedRows | DeviceRows
 Types = Mapping[str, ColumnType]
+
+_TEXT = parse_type("str")
 
 
 def describe(value: object) -> str:
@@ -48,6 +50,8 @@ def check_value(name: str, kind: ColumnType, value: Any) -> Any:
     dtype = kind.dtype
     if dtype == "str":
         if isinstance(value, str):
+            if not value.isascii() and not _travels(value):
+                raise _refuse(name, kind, value, "half of a surrogate pair is no text that UTF-8 can hold")
             # Not str(): of a member of an Enum of texts, that is its name.
             return str.__str__(value)
         raise _refuse(name, kind, value)
@@ -58,6 +62,20 @@ def check_value(name: str, kind: ColumnType, value: Any) -> Any:
     if dtype == "json":
         return value
     return _number(name, kind, value)
+
+
+def _check_texts(name: str, values: Sequence[Any]) -> None:
+    for i, value in enumerate(values):
+        if type(value) is str and not value.isascii():
+            _check_row(name, _TEXT, value, i)
+
+
+def _travels(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number(name: str, kind: ColumnType, value: Any) -> Any:
@@ -344,6 +362,8 @@ def check_outputs(stage: str, types: Types, outputs: object, rows: int) -> dict[
                 near = difflib.get_close_matches(name, list(types), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else "; declare it under outputs"
                 raise InputError(f"column {name!r} is not declared{hint}")
+            elif type(column) is list:
+                _check_texts(name, column)
         except InputError as error:
             raise InputError(f"stage {stage!r}: {error}") from None
         out[name] = _kept(column)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 from torchrelay.errors import DecodeError
@@ -70,6 +70,10 @@ class Assignment:
     group: str = ""
     need: Need = Need()
     why: str = ""
+
+    def is_worker(self, other: Assignment | None) -> bool:
+        """Whether the other one is the very same worker; what it takes and why it is there may differ."""
+        return other is not None and replace(self, need=other.need, why=other.why) == other
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 The need, in workers that compute all the time, is what arrives plus what must be caught up. What is caught up is not
 the backlog of now, but the one that will be left when a worker that were started now is ready: those that are there or
 still load clear the rest, and one more would come too late for it.
+
+A group that catches up sends more than what comes to the pipeline. Those behind it take that for a backlog that moves
+to them, not for a rate that lasts: else each would catch up on top of the one before, and all of them idle soon after.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torchrelay.coordinator.loads import NodeLoad
 from torchrelay.coordinator.signals import sane
 from torchrelay.queues.waiting import CLASSES
 
-__all__ = ["LOAD_S", "Demand", "Limits", "demand_of", "staff"]
+__all__ = ["LOAD_S", "Coming", "Demand", "Limits", "demand_of", "staff"]
 
 LOAD_S = 10.0
 """How long a worker loads, while none of its stage has."""
@@ -29,12 +32,12 @@ _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
 # What catching up may add to what comes: workers that load for long would be idle soon after. So much where that takes
 # no longer than _CATCH_UP_S, and in proportion less else.
-_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.3
+_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.8
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
-# A change of the need by so much is noise.
-_MORE, _LESS = 0.95, 1.08
+# A change of the need by so much is noise, and by so much of a need that was alike for long.
+_MORE, _LESS, _CLEARLY_LESS = 0.95, 1.08, 1.13
 _MOST_SPREAD = 50.0
 
 
@@ -75,19 +78,33 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below.
+class Coming:
+    """What the groups before one are about to send it, in its own rows: so many per second at least, so many at most
+    for long, and above that the rows that stand before it."""
 
-    `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that leave if it
-    gets them, None while unknown. `behind` is the class of priority whose jobs wait longer than they should, and
-    `behind_rows` what stands before a new one. `known` is False before anything was measured.
+    least: float = 0.0
+    most: float = math.inf
+    queued: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below;
+    of a number that stands for long already, `less` if there are more than `slack`.
+
+    `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that will come for
+    long, as far as the group can do them, None while unknown; `queued` are the rows that wait at it and before it.
+    `behind` is the class of priority whose jobs wait longer than they should, and `behind_rows` what stands before a
+    new one. `known` is False before anything was measured.
     """
 
     more: int
     less: int
+    slack: int = 0
     need: float = 0.0
     late: float = 0.0
     flow: float | None = None
+    queued: float = 0.0
     behind: str = ""
     behind_rows: float = 0.0
     known: bool = True
@@ -117,53 +134,62 @@ def _wait_s(need: float, workers: int, seconds: float) -> float:
     return seconds * busy ** (math.sqrt(2.0 * (workers + 1)) - 1.0) / (workers * (1.0 - busy)) if busy < 1 else math.inf
 
 
-def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: float = 0.0) -> Demand:
+def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: Coming = Coming()) -> Demand:
     """What the group wants.
 
     Args:
         loads: of its stages, the first one first.
         current: how many workers it was given.
-        coming: rows per second that the groups before it are about to send, where that is more than comes now.
+        coming: from the groups before it.
     """
     first = loads[0]
     backlog = sum(sane(n.ready_rows) for n in loads)
     standing = backlog + sum(sane(n.held_rows) for n in loads)
-    now, arrivals = sane(first.arrivals_per_s), max(sane(first.arrivals_per_s), sane(coming))
+    seen = sane(first.arrivals_per_s)
+    now, arrivals = min(seen, coming.most), max(min(seen, coming.most), sane(coming.least))
+    queued = backlog + sane(coming.queued)
     row_s = sane(first.seconds_per_row, 1e9)
     if standing < 1 and arrivals * (_CATCH_UP_S + LOAD_S) < 0.5:
-        return Demand(0, 0, flow=0.0, known=row_s > 0, why="nothing to do")
+        return Demand(0, 0, flow=0.0, queued=queued, known=row_s > 0, why="nothing to do")
     if row_s <= 0:
         # One tells what a row costs; until then more would be a guess, and so would less.
-        return Demand(1, max(current, 1), known=False, why="what a row costs is not known yet")
+        return Demand(
+            1, max(current, 1), max(current, 1), queued=queued, known=False, why="what a row costs is not known yet"
+        )
     load_s = sane(first.load_s, 3600.0) or LOAD_S
     delay_s = _slowest_s(limits)
     horizon_s = load_s + _LOOK_S
     done = _done_s(first, current, horizon_s, load_s) / row_s
-    # What is only coming piles up at the groups before, until they have their workers.
-    left = max(backlog + now * horizon_s - done - now * (_DELAY_S if delay_s is None else delay_s), 0.0)
+    # What is only coming piles up at the groups before, until they have their workers; what they catch up comes.
+    moves = min((seen - now) * horizon_s, sane(coming.queued))
+    left = max(backlog + moves + now * horizon_s - done - now * (_DELAY_S if delay_s is None else delay_s), 0.0)
     catch_up_s = max(_CATCH_UP_S, horizon_s, 2.0 * (delay_s or 0.0))
     rise = min(sane(first.trend) * horizon_s, _MOST_RISE * now)
-    steady = max(now + rise, arrivals) * row_s
+    lasting = min(max(now + rise, arrivals), max(coming.most, arrivals))
+    steady = lasting * row_s
     part = max(_MOST_CATCHING_UP * _CATCH_UP_S / horizon_s, _LEAST_CATCHING_UP)
     late = min(left * row_s / catch_up_s, max(part * steady, 1.0))
     need = steady + late
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)
     spread = (max(sane(first.dispersion), 1.0) + sane(first.cv2)) / 2.0
-    more, enough, less = (
-        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1) for sure in (_MORE, 1.0, _LESS)
+    more, enough, less, slack = (
+        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1)
+        for sure in (_MORE, 1.0, _LESS, _CLEARLY_LESS)
     )
     if more > current:
         more = enough
     return Demand(
         more=more,
         less=less,
+        slack=slack,
         need=need,
         late=late,
-        flow=min(max(now + rise, arrivals), limits.most / row_s),
+        flow=min(lasting, limits.most / row_s),
+        queued=queued,
         behind=behind,
         behind_rows=behind_rows,
-        why=_why(arrivals, row_s, backlog, ready, current, coming > sane(first.arrivals_per_s)),
+        why=_why(arrivals, row_s, backlog, ready, current, coming.least > seen),
     )
 
 

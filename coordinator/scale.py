@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.coordinator.demand import LOAD_S, Demand, Limits, demand_of
+from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
 from torchrelay.coordinator.sharing import Fits, Wish, share
 from torchrelay.coordinator.signals import sane
@@ -21,10 +21,16 @@ __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
 # Fewer must have been enough for so long, and for so much of the time that a worker loads.
 _KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 1.0, 10.0
+# The highest of a few noisy looks is low by chance now and then: a number that stands for so long falls only to a need
+# that is clearly less.
+_STANDS_S = 120.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
 _ALIKE = 0.75
+# What comes to a group may be so many times what comes to those before it, before it is taken for their catching up.
+_ALIKE_FLOW = 1.1
+_GAIN_KEPT = 0.99
 # Jobs wait too long, though there should be workers enough: for so long, it may be a burst.
 _BEHIND_S = 6.0
 _BEHIND_STEP = 0.1
@@ -41,13 +47,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What is remembered of one group, watched since `since_s`. `enough` are, newest last, the numbers that would have
-    been enough, of which none is below a later one. `floor` holds until `floor_until_s`, while the need is not far
-    below `floor_need`."""
+    """What is remembered of one group, watched since `since_s`, whose number changed at `changed_s`.
+
+    `enough` are, newest last, the numbers that would have been enough, each with the one that is clearly too many; none
+    is below a later one in both. `floor` holds until `floor_until_s`, while the need is not far below `floor_need`.
+    """
 
     replicas: int
     since_s: float
-    enough: tuple[tuple[float, int], ...] = ()
+    changed_s: float = -1e18
+    enough: tuple[tuple[float, int, int], ...] = ()
     lowered_s: float = -1e18
     lowered_need: float = 0.0
     floor: int = 0
@@ -56,7 +65,8 @@ class Group:
     hold_s: float = 0.0
     behind_since_s: float | None = None
     behind_rows: float = 0.0
-    gain: float = 0.0
+    came: float = 0.0
+    sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class State:
     @classmethod
     def of(cls, replicas: Mapping[Node, int], now_s: float) -> State:
         """Where these numbers of workers were wanted before, by a leader that is gone."""
-        return cls({key: Group(count, now_s) for key, count in replicas.items()})
+        return cls({key: Group(count, now_s, now_s) for key, count in replicas.items()})
 
 
 def limits_of(pipeline: Pipeline, pinned: Mapping[str, int] | None = None, *, old: bool = False) -> tuple[Limits, ...]:
@@ -115,10 +125,10 @@ def decide(
     found = {one.key: one for one in limits}
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
-        group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s)
-        coming, gain = _coming(one, nodes[0], group, loads, demands, found)
+        group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
+        coming, group = _coming(one, nodes[0], group, loads, demands, found)
         demand = demand_of(one, nodes, group.replicas, coming)
-        wanted, group = _over_time(one, demand, replace(group, gain=gain), nodes[0], now_s)
+        wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
         spare = max(wanted - max(one.clamp(demand.less), one.least), 0) if demand.known else 0
         wishes.append(Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, 1e-3)))
@@ -150,20 +160,23 @@ def _coming(
     loads: Loads,
     demands: Mapping[Node, Demand],
     limits: Mapping[Node, Limits],
-) -> tuple[float, float]:
-    """Rows per second that the groups before it will send once they have the workers that they want, where that is
-    clearly more than now; and how many rows come of one that they do."""
+) -> tuple[Coming, Group]:
+    """What the groups before it will send once they have the workers that they want.
+
+    How many rows come of one that they do is taken over minutes: the two rates do not move in the same moment.
+    """
     before = [(one.ref, a) for a in one.after if (one.ref, a) in limits]
     done = sum(sane(loads.nodes[k].rows_per_s) for k in before if k in loads.nodes)
-    gain = group.gain
-    if done > 0 and load.arrivals_per_s > 0:
-        now = min(sane(load.arrivals_per_s) / done, 1e6)
-        gain = now if not gain else gain + 0.1 * (now - gain)
+    group = replace(
+        group, came=_GAIN_KEPT * group.came + sane(load.arrivals_per_s), sent=_GAIN_KEPT * group.sent + done
+    )
+    gain = min(group.came / group.sent, 1e6) if group.sent > 0 else 0.0
     flows = [demands[k].flow for k in before if k in demands]
     flow = sum(f for f in flows if f is not None)
-    if not before or not gain or any(f is None for f in flows) or flow <= 1.15 * done:
-        return 0.0, gain
-    return gain * flow, gain
+    if not before or not gain or any(f is None for f in flows):
+        return Coming(), group
+    queued = gain * sum(demands[k].queued for k in before if k in demands)
+    return Coming(gain * flow if flow > 1.15 * done else 0.0, _ALIKE_FLOW * gain * flow, queued), group
 
 
 def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s: float) -> tuple[int, Group]:
@@ -175,8 +188,9 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)
     enough = max(one.clamp(demand.less), min(group.floor, one.most))
-    kept = [(at, n) for at, n in group.enough if now_s - keep_s <= at < now_s and n > enough]
-    group = replace(group, enough=(*kept, (now_s, enough)))
+    slack = max(one.clamp(demand.slack), enough)
+    kept = [(at, n, m) for at, n, m in group.enough if now_s - keep_s <= at < now_s and (n > enough or m > slack)]
+    group = replace(group, enough=(*kept, (now_s, enough, slack)))
     more = one.clamp(demand.more)
     since_s = group.behind_since_s
     if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
@@ -188,7 +202,9 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         if now_s - group.lowered_s < _REGRET_S and demand.need - demand.late < group.lowered_need / _ALIKE:
             group = _held(replace(group, lowered_s=-1e18), wanted, demand, now_s)
         return wanted, group
-    most = max(n for _, n in group.enough)
+    most = max(n for _, n, _ in group.enough)
+    if now_s - group.changed_s > _STANDS_S and current <= max(m for *_, m in group.enough):
+        most = current
     # Of a group that was not watched for long enough, it is not known what it needed.
     if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
         return current, group
@@ -215,7 +231,7 @@ def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:
 def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:
     if count < group.replicas:
         group = replace(group, lowered_s=now_s, lowered_need=demand.need)
-    return replace(group, replicas=count)
+    return replace(group, replicas=count, changed_s=now_s if count != group.replicas else group.changed_s)
 
 
 def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group) -> str:

@@ -20,9 +20,10 @@ import redis
 
 from torchrelay.config.fleet import Assignment, Desired, HostReport, SlotTrouble, set_aside_s
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.coordinator.allocate import Allocation, allocate, units_of
+from torchrelay.coordinator.allocate import Allocation, Unit, allocate, units_of
+from torchrelay.coordinator.bounds import Bounds, agree
 from torchrelay.coordinator.leader import LOOK_S, Leader
-from torchrelay.coordinator.loads import LoadTracker
+from torchrelay.coordinator.loads import Loads, LoadTracker, Node
 from torchrelay.coordinator.observe import Observer, Snapshot
 from torchrelay.coordinator.scale import Limits, Plan, State, decide, limits_of
 from torchrelay.coordinator.sharing import Fits, slots
@@ -54,6 +55,7 @@ class Coordinator:
         self._drains: Drains | None = None
         self.on_written: Callable[[], object] = int  # for an agent in the same process
         self._scaling: State | None = None
+        self._bounds = Bounds()
         self._tracker = LoadTracker()
 
     @property
@@ -85,6 +87,7 @@ class Coordinator:
         """One turn of the loop; whether it leads."""
         if not self.leader.renew():
             self._drains = self._scaling = None
+            self._bounds = Bounds()
             return False
         self._upkeep.tick()
         if time.monotonic() >= self._decide_at:
@@ -96,22 +99,24 @@ class Coordinator:
         served = self._served(seen)
         aside = set_aside(seen.view)
         hosts = [placeable(host, seen.view, aside) for host in seen.view.hosts]
-        plan = self._replicas(seen, served, hosts)
-        wanted: dict[str, dict[str, int]] = {}
-        for (ref, stage), count in plan.replicas.items():
-            wanted.setdefault(ref, {})[stage] = count
-        units = [unit for ref in sorted(wanted) for unit in units_of(seen.pipelines[ref], wanted[ref])]
+        at_s, loads = seen.standings.at_s, self._loads(seen)
+        limits = limits_of_all(seen, served)
         number = self._number(seen.view)
-        allocation = allocate(
-            hosts,
-            units,
-            standing(seen.view, hosts, aside),
-            stamp=f"{self.leader.epoch}.{number}",
-            now=seen.view.now,
-        )
+        current = standing(seen.view, hosts, aside)
+
+        def propose(most: Mapping[Node, int]) -> tuple[Plan, State]:
+            return decide(loads, limits, room_for(limits, seen.pipelines, hosts, most), self._scaling, at_s)
+
+        def place(proposed: tuple[Plan, State]) -> Allocation:
+            units = units_for(seen.pipelines, proposed[0])
+            stamp = f"{self.leader.epoch}.{number}"
+            return allocate(hosts, units, current, stamp=stamp, now=seen.view.now)
+
+        bounds = self._bounds.at(hosts, at_s)
+        (plan, self._scaling), allocation, self._bounds = agree(propose, place, bounds, at_s)
         reasons = {
             "versions": {ref: why for ref, (why, _) in served.items()},
-            "stages": {f"{ref}/{stage}": why for (ref, stage), why in plan.reasons.items()},
+            "stages": {f"{ref}/{stage}": why for (ref, stage), why in told(plan, self._bounds, limits).items()},
             "refused": [_refusal(one) for one in allocation.refused],
         }
         self._write(seen.view, number, allocation, aside, reasons)
@@ -131,22 +136,13 @@ class Coordinator:
         )
         return served
 
-    def _replicas(self, seen: Snapshot, served: Mapping[str, Served], hosts: Sequence[HostReport]) -> Plan:
-        """Workers of each stage (of fused ones, of the first), and why."""
-        at_s = seen.standings.at_s
-        loads = self._tracker.update(at_s, seen.workers, seen.standings.counters, seen.standings.ready)
+    def _loads(self, seen: Snapshot) -> Loads:
         if self._scaling is None:
             # What an earlier leader wanted is where it goes on from.
             before = Counter((one.ref, one.stage) for state in seen.view.desired.values() for one in state.workers)
-            self._scaling = State.of(before, at_s)
-        limits = [
-            limit
-            for ref, (_, current) in served.items()
-            if ref in seen.pipelines
-            for limit in stage_limits(seen.pipelines[ref], seen.view.wishes, current=current)
-        ]
-        plan, self._scaling = decide(loads, limits, room_for(limits, seen.pipelines, hosts), self._scaling, at_s)
-        return plan
+            self._scaling = State.of(before, seen.standings.at_s)
+        standings = seen.standings
+        return self._tracker.update(standings.at_s, seen.workers, standings.counters, standings.ready)
 
     def _write(
         self,
@@ -168,10 +164,10 @@ class Coordinator:
         now_aside = {one.key: one for one in aside}
         slots: dict[str, Aside | None] = {key: None for key in known if key not in now_aside}
         slots.update((key, one) for key, one in now_aside.items() if known.get(key) != one)
-        told = None if reasons == view.reasons else reasons
-        if not (changed or slots or told is not None):
+        news = None if reasons == view.reasons else reasons
+        if not (changed or slots or news is not None):
             return
-        if not self.leader.decree(changed, slots, told):
+        if not self.leader.decree(changed, slots, news):
             return
         if changed:
             self.on_written()
@@ -213,21 +209,68 @@ def stage_limits(pipeline: Pipeline, wishes: Wishes, *, current: bool) -> list[L
     return [one if current else replace(one, min=max(one.min, 1), max=max(one.max, 1)) for one in found]
 
 
-def room_for(limits: Sequence[Limits], pipelines: Mapping[str, Pipeline], hosts: Sequence[HostReport]) -> Fits:
-    """Whether the hosts could have so many workers, roughly: `allocate` has the last word. What the stages have at
-    least counts as room, as workers that presume may make do with less."""
+def limits_of_all(seen: Snapshot, served: Mapping[str, Served]) -> list[Limits]:
+    """Of every stage that may have workers."""
+    return [
+        limit
+        for ref, (_, current) in served.items()
+        if ref in seen.pipelines
+        for limit in stage_limits(seen.pipelines[ref], seen.view.wishes, current=current)
+    ]
+
+
+def units_for(pipelines: Mapping[str, Pipeline], plan: Plan) -> list[Unit]:
+    """The workers of a plan: of fused stages, of the first."""
+    wanted: dict[str, dict[str, int]] = {}
+    for (ref, stage), count in plan.replicas.items():
+        wanted.setdefault(ref, {})[stage] = count
+    return [unit for ref in sorted(wanted) for unit in units_of(pipelines[ref], wanted[ref])]
+
+
+def room_for(
+    limits: Sequence[Limits],
+    pipelines: Mapping[str, Pipeline],
+    hosts: Sequence[HostReport],
+    most: Mapping[Node, int] | None = None,
+) -> Fits:
+    """Whether the hosts could have so many workers, by totals of processors and GPUs and by what has a place at `most`.
+    What the stages have at least counts as room, as workers that presume may make do with less; what of it has no place
+    takes none."""
     living = [host for host in hosts if not host.draining]
     gpus = sum(len(host.gpus) for host in living)
     sizes = {"gpu": float(gpus), "cpu": sum(host.cpus for host in living)}
-    takes: dict[tuple[str, str], tuple[str, float]] = {}
+    takes: dict[Node, tuple[str, float]] = {}
     least = {"gpu": 0.0, "cpu": 0.0}
+    bounds = most or {}
     for one in limits:
         need, _ = need_of(pipelines[one.ref].group_of(one.stage))
         on_gpu = one.device == "gpu" and gpus > 0
         kind, amount = ("gpu", need.compute) if on_gpu else ("cpu", need.cpus or 1.0)
         takes[one.key] = kind, amount
-        least[kind] += amount * one.least
-    return slots({kind: max(size, least[kind]) for kind, size in sizes.items()}, takes)
+        least[kind] += amount * min(one.least, bounds.get(one.key, one.least))
+    there = slots({kind: max(size, least[kind]) for kind, size in sizes.items()}, takes)
+    allowed = {one.key: max(bounds[one.key], one.least) for one in limits if one.key in bounds}
+
+    def fits(replicas: Mapping[Node, int]) -> bool:
+        if any(count > allowed.get(key, count) for key, count in replicas.items()):
+            return False
+        return there({key: min(count, bounds.get(key, count)) for key, count in replicas.items()})
+
+    return fits
+
+
+def told(plan: Plan, bounds: Bounds, limits: Sequence[Limits]) -> dict[Node, str]:
+    """Why each stage has so many workers, between which numbers, and why it cannot have more."""
+    found = dict(plan.reasons)
+    for limit in limits:
+        if limit.pinned is None and limit.key in found:
+            found[limit.key] += f"; replicas: {limit.least}" + (f" to {limit.most}" if limit.most > limit.least else "")
+    for key, one in bounds.found.items():
+        if key in found and plan.replicas[key] >= one.workers:
+            why = one.why.removeprefix(f"stage {key[1]} of {key[0]} ")
+            have, more = ("has", " more") if one.workers == 1 else ("have", " more" if one.workers else "")
+            found[key] += f"; {one.workers or 'none'} {have} a place: one{more} {why}"
+    return found
 
 
 def standing(view: FleetView, hosts: Sequence[HostReport], aside: Sequence[Aside]) -> list[Assignment]:

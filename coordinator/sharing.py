@@ -15,7 +15,7 @@ Key = tuple[str, str]
 Fits = Callable[[Mapping[Key, int]], bool]
 """Whether there is room for these numbers of workers."""
 # Workers move from one stage to another only where that helps the worst off by so much.
-_BETTER = 1.15
+_BETTER = 1.1
 
 
 @dataclass(frozen=True, slots=True)

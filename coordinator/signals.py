@@ -13,6 +13,7 @@ __all__ = ["Level", "Service", "sane"]
 _SLOW_S, _SPREAD_S, _TREND_S = 40.0, 60.0, 80.0
 # A slope counts by what it is steeper than so many of its standard errors.
 _SURE = 2.0
+_LINE_OF = 6.0
 # In standard deviations: when a sum is no chance any more, and what one sample adds at most.
 _JUMP, _MOST_OFF = 6.5, 4.0
 _MOST = 1e12
@@ -35,8 +36,9 @@ class Level:
     """A smoothed rate. It changes little while what comes scatters as it did, and jumps where that has moved.
 
     A jump is found by CUSUM (Page 1954), on either side: what goes beyond half a standard deviation is summed up until
-    it cannot be chance. The level is then the mean of the last of them. How much the rates scatter is told by how much
-    each differs from the one before, which a jump does not change.
+    it cannot be chance. The level is then the mean of the last of them, and its trend theirs alone, so that a step is
+    no steep ramp. How much the rates scatter is told by how much each differs from the one before, which a jump does
+    not change.
     """
 
     value: float = 0.0
@@ -46,8 +48,12 @@ class Level:
     """By how much the rate rises each second, as far as that is no chance; negative where it falls."""
     _last: float = 0.0
     _samples: int = 0
-    # Discounted sums over the samples since the last jump: 1, t, t * t, x, t * x, with t seconds before now.
+    _age_s: float = 0.0
+    # Discounted sums over samples: 1, t, t * t, x, t * x, with t seconds before now. Of those since the last jump, and
+    # of those that the two sums below are made of.
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    _before: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _sides: list[list[float]] = field(default_factory=lambda: [[0.0] * 5, [0.0] * 5])
     # Of the sum above and the one below: how much, over how many seconds, and how many events.
     _runs: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
@@ -65,32 +71,33 @@ class Level:
         change = abs(rate - self._last) / 1.128  # the mean of |x - y| is 1.128 standard deviations
         self.noise += step * (min(change, 4.0 * self._scatter(seconds, grain)) - self.noise)
         self._last = rate
+        self._age_s += seconds
         off = (rate - self.value) / self._scatter(seconds, grain)
-        for run, side in zip(self._runs, (off, -off), strict=True):
+        self._sums = _with_sample(self._sums, rate, seconds)
+        for i, side in enumerate((off, -off)):
+            run = self._runs[i]
             run[0] = max(run[0] + min(side, _MOST_OFF) - 0.5, 0.0)
             # The newer ones count more: what began the sum may have been chance.
             run[1:] = [run[1] / 2.0 + seconds, run[2] / 2.0 + rate * seconds] if run[0] else [0.0, 0.0]
+            if run[0] and not self._sides[i][0]:
+                self._before[i] = self.trend
+            self._sides[i] = _with_sample(self._sides[i], rate, seconds) if run[0] else [0.0] * 5
             if run[0] > _JUMP:
-                self.value = run[2] / run[1]
-                self._runs = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
-                if not self.trend:
-                    self._sums = [0.0] * 5  # a step; else it is the ramp that went too far from the level
+                self.value, self._age_s = run[2] / run[1], 0.0
+                if self._before[i] * (1, -1)[i] <= 0:
+                    self._sums = self._sides[i]
+                self._runs, self._sides = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0] * 5, [0.0] * 5]
+                self._follow(seconds, grain)
                 return self.value
-        self._follow(rate, seconds, grain)
+        self._follow(seconds, grain)
         self.value += max(1.0 - math.exp(-seconds / _SLOW_S), 1.0 / self._samples) * (rate - self.value)
         return self.value
 
-    def _follow(self, rate: float, seconds: float, grain: float) -> None:
+    def _follow(self, seconds: float, grain: float) -> None:
         """The slope of a discounted least-squares line, shrunk towards none."""
         n, t, tt, x, tx = self._sums
-        kept = math.exp(-seconds / _TREND_S)
-        # All samples are older now by `seconds`.
-        tt, tx = tt - 2.0 * seconds * t + seconds * seconds * n, tx - seconds * x
-        t -= seconds * n
-        self._sums = [kept * n + 1.0, kept * t, kept * tt, kept * x + rate, kept * tx]
-        n, t, tt, x, tx = self._sums
         spread = tt - t * t / n
-        if n < 8 or spread <= 0:
+        if n < _LINE_OF or spread <= 0:
             self.trend = 0.0
             return
         slope = (tx - t * x / n) / spread
@@ -99,8 +106,8 @@ class Level:
 
     @property
     def now(self) -> float:
-        """The level, without the time by which it lags behind a trend."""
-        return max(self.value + self.trend * _SLOW_S, 0.0)
+        """The level, without the time by which it lags behind a trend: none where it has just jumped."""
+        return max(self.value + self.trend * _SLOW_S * (1.0 - math.exp(-self._age_s / _SLOW_S)), 0.0)
 
     def _scatter(self, seconds: float, grain: float) -> float:
         """Standard deviation of a sample; no less than that of chance alone."""
@@ -110,6 +117,15 @@ class Level:
     def dispersion(self, seconds: float) -> float:
         """Variance of the events in such a time over their mean: 1 where they come by chance alone, one by one."""
         return self.noise**2 * seconds / self.value if self.value > 0 else 1.0
+
+
+def _with_sample(sums: list[float], rate: float, seconds: float) -> list[float]:
+    """The sums with one more sample, after `seconds`."""
+    n, t, tt, x, tx = sums
+    kept = math.exp(-seconds / _TREND_S)
+    # All samples are older now by `seconds`.
+    tt, tx = tt - 2.0 * seconds * t + seconds * seconds * n, tx - seconds * x
+    return [kept * n + 1.0, kept * (t - seconds * n), kept * tt, kept * x + rate, kept * tx]
 
 
 @dataclass(slots=True)

@@ -192,6 +192,8 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
         parts.append(f"makes do with {had} of the {amount(name, getattr(full, name))} that it would take")
     if kind.gpu and slot.on_cpu:
         parts.append(f"{host.name} has no GPU and allows processors instead")
+    if slot.on_cpu and not parts:
+        parts.append("most processors free")
     if slot.on_cpu:
         parts.append(f"{amount('cpus', max(0, host.cpus - sum(w.cpus for w in option.wants)))} left")
     elif len(option.slots) == 1:

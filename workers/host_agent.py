@@ -206,7 +206,10 @@ class HostAgent:
         self._gather()
         wanted = {} if self._stopping else self._wanted()
         for worker_id, worker in self._workers.items():
-            if wanted.get(worker_id) != worker.assignment and not worker.leaving:
+            now = wanted.get(worker_id)
+            if now is not None and worker.assignment.is_worker(now):
+                worker.assignment = now
+            elif not worker.leaving:
                 log.info("%s on %s drains", worker.supervisor.name, worker.assignment.slot)
                 worker.leaving = True
                 worker.supervisor.stop()

@@ -77,8 +77,6 @@ def agent(
         Loaded(Pipeline.load(f, overrides), overrides)
         for f, overrides in zip(files, overrides_by_file(files, set_), strict=True)
     ]
-    for one in loaded:
-        one.pipeline.for_runs()  # says why a pipeline cannot be run
     settings = Settings.load(url=redis, namespace=namespace)
     set_up_logs(settings.log)
     reader = SlotReader(slots, open_nvml())
@@ -88,12 +86,12 @@ def agent(
         servable = {one.pipeline.ref: Servable(one.pipeline, one.overrides) for one in loaded}
         host = HostService(HostAgent(registry, broker.address, settings, me, servable), registry)
         made = RunsAgent(
-            relay, loaded, levels, lambda: Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
+            relay, _runnable(loaded), levels, lambda: Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
         )
         where = f"{relay.url}, namespace {relay.registry.control.namespace}"
         refs = ", ".join(one.pipeline.ref for one in loaded)
         terminal.err.print(
-            f"agent {made.worker.name} of host {me.name} on {where}: {', '.join(levels)} runs of {refs}", soft_wrap=True
+            f"agent {made.worker.name} of host {me.name} on {where}: {refs}; runs: {', '.join(levels)}", soft_wrap=True
         )
         made.worker.on_stop = host.stop
         host.start()
@@ -102,6 +100,18 @@ def agent(
         finally:
             host.stop()
             host.join()
+
+
+def _runnable(loaded: Sequence[Loaded]) -> list[Loaded]:
+    """Without those that have no run graph: they are served alone, and the operator is told."""
+    found = []
+    for one in loaded:
+        try:
+            one.pipeline.for_runs()
+            found.append(one)
+        except ConfigError as why:
+            terminal.err.print(f"{one.pipeline.ref} is served, and takes no runs: {why}", soft_wrap=True, markup=False)
+    return found
 
 
 class When(NamedTuple):

@@ -5,6 +5,7 @@ Text that hosts wrote never steers the terminal.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from torchrelay import terminal
-from torchrelay.config.fleet import CPU, HostReport
+from torchrelay.config.fleet import CPU, Assignment, HostReport
 from torchrelay.queues.fleet import FleetView
 from torchrelay.queues.registry import WorkerReport
 
@@ -104,7 +105,8 @@ def fleet_parts(view: FleetView, workers: Sequence[WorkerReport]) -> Iterator[Re
         return
     states = _states(workers)
     yield Text("")
-    yield terminal.table(["host", "slot", "offers", "#free", "#used", "workers"], list(_slot_rows(view, states)))
+    columns = ["host", "slot", "offers", "#memory free", "#taken", "#busy", "workers"]
+    yield terminal.table(columns, list(_slot_rows(view, states)))
     leader = f"{view.leader} leads, epoch {view.epoch}" if view.leader else "nobody leads: torchrelay coordinator"
     yield Text(terminal.shown(leader))
     for one in view.aside:
@@ -113,7 +115,28 @@ def fleet_parts(view: FleetView, workers: Sequence[WorkerReport]) -> Iterator[Re
             again = f"tried there again in {one.until - view.now:.0f} s"
             yield Text.assemble((terminal.shown(f"alert: {what}, {again}: {one.reason}"), "yellow"))
     for node, count in sorted(view.wishes.scale.items()):
-        yield Text(terminal.shown(f"asked for: {count} workers of {node}"))
+        back = f"torchrelay scale {node} auto"
+        yield Text(terminal.shown(f"asked for: {_workers(count)} of {node}; back to what the load needs: {back}"))
+    for host in sorted(view.wishes.drain):
+        yield Text(terminal.shown(f"asked for: {host} is to be empty; back: torchrelay drain {host} --undo"))
+    if lacking := sum(_refused(view).values()):
+        told = f"{_workers(lacking)} {_have(lacking)} no place; what is short: torchrelay status --why"
+        yield Text.assemble((told, "yellow"))
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def _refused(view: FleetView) -> Counter[tuple[str, str]]:
+    """How many workers have no place, by stage and reason."""
+    refused = view.reasons.get("refused")
+    told = [one for one in refused if isinstance(one, Mapping)] if isinstance(refused, list) else []
+    return Counter((f"{one.get('ref')}/{one.get('stage')}", str(one.get("why"))) for one in told)
 
 
 def _slot_rows(view: FleetView, states: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
@@ -126,13 +149,30 @@ def _slot_rows(view: FleetView, states: Mapping[str, str]) -> Iterator[tuple[str
             text = f"{one.ref}/{one.stage}" + (f" {one.shard + 1}/{one.shards}" if one.shards > 1 else "")
             told = states.get(one.id, "absent")
             runs.setdefault(one.slot, []).append(text if told == "ready" else f"{text} ({told})")
-        offers = f"{host.cpus:g} processors, {host.memory / _GIB:.0f} GiB"
-        yield name, CPU, offers, f"{host.free_memory / _GIB:.0f} GiB", "", ", ".join(sorted(runs.get(CPU, ())))
+        taken = {} if state is None else _taken(state.workers)
+        labels = "".join(f", {label}" for label in host.labels)
+        offers = f"{host.cpus:g} processor{'' if host.cpus == 1 else 's'}, {_gib(host.memory)}{labels}"
+        cpus = f"{taken.get(CPU, 0.0):g} of {host.cpus:g}"
+        yield name, CPU, offers, _gib(host.free_memory), cpus, "", ", ".join(sorted(runs.get(CPU, ())))
         for gpu in host.gpus:
-            used = "" if gpu.utilisation is None else f"{100 * gpu.utilisation:.0f} %"
-            offers = f"{gpu.name}, {gpu.memory / _GIB:.0f} GiB"
-            free = f"{gpu.free / _GIB:.0f} GiB"
-            yield name, gpu.slot, offers, free, used, ", ".join(sorted(runs.get(gpu.slot, ())))
+            busy = "" if gpu.utilisation is None else f"{100 * gpu.utilisation:.0f} %"
+            share = f"{taken.get(gpu.slot, 0.0):g} of 1"
+            workers = ", ".join(sorted(runs.get(gpu.slot, ())))
+            yield name, gpu.slot, f"{gpu.name}, {_gib(gpu.memory)}", _gib(gpu.free), share, busy, workers
+
+
+def _taken(workers: Sequence[Assignment]) -> dict[str, float]:
+    """Processors that are taken on a host, and shares of its GPUs."""
+    found: dict[str, float] = {}
+    for one in workers:
+        found[CPU] = round(found.get(CPU, 0.0) + one.need.cpus, 6)
+        if one.slot != CPU:
+            found[one.slot] = round(found.get(one.slot, 0.0) + one.need.compute, 6)
+    return found
+
+
+def _gib(value: int) -> str:
+    return f"{value / _GIB:.0f} GiB"
 
 
 def why_parts(view: FleetView) -> Iterator[RenderableType]:
@@ -149,8 +189,6 @@ def why_parts(view: FleetView) -> Iterator[RenderableType]:
     ]
     if rows:
         yield terminal.table(["worker of", "on", "why"], rows)
-    refused = view.reasons.get("refused")
-    for one in refused if isinstance(refused, list) else ():
-        if isinstance(one, Mapping):
-            what = f"no place for {one.get('ref')}/{one.get('stage')}: {one.get('why')}"
-            yield Text.assemble((terminal.shown(what), "yellow"))
+    for (node, text), count in _refused(view).items():
+        what = f"{_workers(count)} of {node} {_have(count)} no place: {text}"
+        yield Text.assemble((terminal.shown(what), "yellow"))

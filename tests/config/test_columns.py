@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrelay.config.columns import check_outputs, check_table, check_value, row_of_table, table_of_row
+from torchrelay.config.columns import check_column, check_outputs, check_table, check_value, row_of_table, table_of_row
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import ColumnType, parse_type
 from torchrelay.errors import InputError
@@ -304,3 +304,15 @@ def test_a_name_is_one_size_in_a_row_of_ragged_columns(sizes: list[tuple[int, in
             check_table(kinds, table)
     else:
         assert check_table(kinds, table)[1] == len(sizes)
+
+
+@pytest.mark.parametrize("text", ["", "é", "😀", "a\0b"])
+def test_texts_pass_as_they_are(text: str):
+    assert check_value("t", parse_type("str"), text) == text
+
+
+@pytest.mark.parametrize("text", ["\ud800", "good \udfff", "é\udc80"])
+def test_half_of_a_surrogate_pair_is_refused_by_its_row(text: str):
+    """Found where the row is known: when a job is encoded, it would cost all of them."""
+    with pytest.raises(InputError, match=r"row 1: column 't': str is expected.*surrogate"):
+        check_column("t", parse_type("str"), ["good", text], 2)

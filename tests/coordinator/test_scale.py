@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torchrelay.config.pipeline import Pipeline
-from torchrelay.coordinator.demand import demand_of, staff
+from torchrelay.coordinator.demand import Coming, demand_of, staff
 from torchrelay.coordinator.loads import Loads, NodeLoad, Waiting
 from torchrelay.coordinator.scale import Limits, Plan, State, decide, limits_of
 from torchrelay.coordinator.sharing import slots
@@ -134,6 +134,7 @@ def test_steady_load_moves_nothing_once_settled(seed: int, delay_ms: dict[str, f
     load_s=st.sampled_from([1.0, 10.0, 60.0]),
     seed=st.integers(0, 1000),
 )
+@example(speeds=[6.0], begin=[1, 1, 1, 1], load_s=10.0, seed=248)
 def test_it_converges_from_any_start(speeds: list[float], begin: list[int], load_s: float, seed: int) -> None:
     """Whatever there was: after ten minutes every stage has enough and nothing much idles, and it stays so."""
     named = {f"s{i}": speed for i, speed in enumerate(speeds)}
@@ -167,6 +168,18 @@ def test_the_next_stages_load_at_the_same_time() -> None:
     world.rate = 600.0
     world.run(20.0)
     assert min(len(here) for here in world.workers.values()) >= 6
+
+
+def test_what_is_caught_up_before_is_no_rate_that_lasts() -> None:
+    """Twice of what comes to the pipeline arrives, while the stage before clears its backlog: the flow that is told on
+    is what lasts, and no more workers come than for a rate of that."""
+    load = NodeLoad(REF, "b", arrivals_per_s=200.0, seconds_per_row=0.1, ready=13, load_s=30.0, held_rows=10)
+    one = limits("a", "b")[1]
+    alone, behind = demand_of(one, [load], 13), demand_of(one, [load], 13, Coming(0.0, 100.0, 50.0))
+    assert alone.flow == 200.0
+    assert alone.more > 20
+    assert behind.flow == 100.0
+    assert behind.more <= 13 <= behind.less  # neither more nor fewer
 
 
 def test_idle_workers_leave_down_to_the_least() -> None:

@@ -41,7 +41,7 @@ def test_hardship_is_shared_by_need() -> None:
 
 
 def test_nothing_moves_for_little() -> None:
-    """A stage that is worse off by less than 15 % takes no worker from another."""
+    """A stage that is worse off by less than a tenth takes no worker from another."""
     found = counts(wish("a", 22, current=10, need=20.0), wish("b", 24, current=10, need=21.0), total=20)
     assert found == {"a": 10, "b": 10}
 
@@ -78,3 +78,8 @@ def test_never_more_than_fits_and_never_more_than_wanted(
     # No slot stays free that somebody wants and would be given.
     if sum(found.values()) < total and sum(w.wanted - w.spare for w in wishes) > total:
         assert all(found[w.key] >= min(max(w.wanted - w.spare, w.least), w.wanted) for w in wishes)
+
+
+def test_one_worker_of_eight_moves_where_that_helps_by_more_than_a_tenth() -> None:
+    """Seven of what needs ten, and three of what needs two: with eight it is better off by a seventh."""
+    assert counts(wish("a", 3, current=3, need=1.8), wish("b", 11, current=7, need=10.0), total=10) == {"a": 2, "b": 8}

@@ -103,3 +103,14 @@ def test_any_counts_leave_a_cost_finite(counts: list[tuple[float, float, float]]
         service.pass_time(2.0)
         assert math.isfinite(service.seconds_per_row(32))
         assert math.isfinite(service.cv2)
+
+
+def test_a_fall_is_no_steep_ramp() -> None:
+    """A rate that climbs by two steps and then falls: at no look is it taken for far less than what comes."""
+    level, seen = Level(), []
+    for rate in (100.0, 175.0, 235.0, 77.0):
+        for step in range(20):
+            level.add(rate * (1.1 if step % 2 else 0.9), 2.0)
+            seen.append(level.now)
+    assert min(seen) > 0.6 * 77.0
+    assert 0.85 * 77.0 < seen[-1] < 1.15 * 77.0

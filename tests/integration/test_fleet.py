@@ -7,15 +7,16 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import private_server, wait_until
-from tests.integration.fleet_support import Processes
+from tests.integration.fleet_support import READY_S, Processes
 from tests.workers.support import CODE, YAML, ForwardLog, alive
 from torchrelay import JobFuture, Relay
-from torchrelay.config.fleet import HostReport
+from torchrelay.config.fleet import Assignment, Desired, HostReport, Need
 from torchrelay.queues.control import ControlQueue
 from torchrelay.queues.fleet import HOST_TTL_S, enqueue_reconcile, reconcile_queue
 from torchrelay.queues.keys import new_token
@@ -358,6 +359,60 @@ def test_a_new_version_is_deployed_while_the_old_one_drains(
     fleet.await_serves("work", 2, first)
     assert fleet.view.wishes.serve == set()
     assert relay.registry.current()["obey"] == first
+
+
+def test_what_a_worker_takes_and_why_it_is_there_may_change_while_it_runs(
+    fleet: Processes, make_obey: Callable[..., Path], relay: Relay
+) -> None:
+    """It is the same worker, and the agent has made the new state true; one of another id takes its place."""
+    ref = relay.register(make_obey())
+    fleet.agent("a", fleet.folder / "obey.yaml")
+    wait_until(lambda: fleet.view.hosts, READY_S)
+    epoch = fleet.records.lead("t", 600.0).epoch
+
+    def decree(number: int, worker: Assignment) -> None:
+        assert fleet.records.decree("t", epoch, {"a": Desired("a", epoch, number, (worker,))}, {})
+        wait_until(lambda: fleet.view.hosts[0].applied == number, READY_S)
+
+    one = Assignment("w1", "a", "cpu", ref, "work")
+    decree(1, one)
+    fleet.await_serves("work", 1)
+    before = pids(fleet)
+    decree(2, replace(one, need=Need(cpus=0.5), why="it is as good as anywhere"))
+    assert pids(fleet) == before
+    decree(3, replace(one, id="w2"))
+    wait_until(lambda: set(pids(fleet)) == {"w2"}, READY_S)
+    assert pids(fleet)["w2"] != before["w1"]
+
+
+def test_an_agent_serves_a_pipeline_that_cannot_be_run(
+    fleet: Processes, make_pipeline: Callable[..., Path], relay: Relay
+) -> None:
+    """And says why it takes no runs of it."""
+    text = """
+        pipeline: apart
+        input: {n: int64}
+        stages:
+          - {name: a, use: "stages.py:more", after: input, rows: expand, outputs: {x: int64}}
+          - {name: b, use: "stages.py:same", after: a, inputs: [x], outputs: {y: int64}}
+          - {name: c, use: "stages.py:other", after: input, inputs: [n], outputs: {z: int64}}
+    """
+    code = """
+        from torchrelay import Expand
+        def more(batch): return Expand({"x": batch["n"]}, [1] * len(batch))
+        def same(batch): return {"y": batch["x"]}
+        def other(batch): return {"z": batch["n"]}
+    """
+    path = make_pipeline(text, code)
+    relay.register(path)
+    fleet.coordinator("c1")
+    fleet.agent("a", path)
+    fleet.await_serves("c", 1)
+    fleet.await_serves("b", 1)
+    found = relay.submit("apart", {"n": 3}).result(30)
+    assert found["z"] == 3
+    assert "takes no runs: " in fleet.log("a")
+    assert "b and c end with different ones" in fleet.log("a")
 
 
 def beat(fleet: Processes, ref: str, hosts: int, turn: int) -> None:

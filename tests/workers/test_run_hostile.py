@@ -59,6 +59,15 @@ def test_texts_of_every_kind_come_back(relay: Relay, start: Start, tmp_path: Pat
     assert summary["duplicate_keys"] == 0
 
 
+def test_a_stage_that_makes_no_text_costs_that_row_alone(relay: Relay, start: Start, tmp_path: Path) -> None:
+    """Half of a surrogate pair, made of good input."""
+    start("{t: str}", '{"v": [t.replace("x", chr(0xD800)) for t in batch["t"]]}')
+    (tmp_path / "in.txt").write_text("a\nb\nx\nc\n")
+    run = relay.run("echo", input=tmp_path / "in.txt", output=tmp_path / "out", columns={"t": "text"})
+    assert [row["v"] for row in run.rows()] == ["a", "b", "c"]
+    assert (run.summary()["errors"], run.summary()["failed_chunks"]) == (1, 0)
+
+
 @pytest.mark.parametrize("dtype", ["uint64", "float16", "bfloat16"])
 def test_numbers_of_every_width_come_back(relay: Relay, start: Start, tmp_path: Path, dtype: str) -> None:
     """Beyond 2**63, half floats, and tensors of bfloat16 in a dataset."""
