@@ -15,11 +15,11 @@ VERSION_LENGTH = 8
 
 
 def version_of(spec: PipelineSpec, base_dir: Path) -> str:
-    """8 hex digits over input, output, graph, code, args, weights, torch options, padding and wire.
+    """8 hex digits over input, output, graph, code, args, weights, torch options, padding, wire and shards.
 
-    Batch sizes, costs and buckets, waits, replicas, scaling, resources, hosts, retries, time-outs, queue marks, devices
-    and what is fused are tuning: they do not change it. What is at its default is left out, so that a new option with a
-    default leaves old versions as they were.
+    Batch sizes, costs and buckets, waits, replicas, scaling, resources, hosts, retries, time-outs, queue marks,
+    devices, what is fused and how a cut model is balanced are tuning: they do not change it. What is at its default is
+    left out, so that a new option with a default leaves old versions as they were.
     Raises ConfigError when code or weights cannot be read.
     """
     after = any(s.after is not None for s in spec.stages)
@@ -48,6 +48,7 @@ def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
         "rows": stage.rows if stage.rows == "expand" else stage.collapses and {"collapse": stage.collapses},
         "when": stage.when,
         "wire": stage.wire.model_dump(exclude_defaults=True),
+        "shards": stage.shards and stage.shards.model_dump(exclude_defaults=True, exclude={"balance"}),
     }
     # `inputs: []` reads nothing, while no `inputs` reads all: the one is no default of the other.
     out |= {k: v for k, v in optional.items() if v or v == []}

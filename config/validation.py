@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from torchrelay.config.imports import resolve_inside, source_digest
-from torchrelay.config.spec import COMING, PipelineSpec, StageConfig
+from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.yaml_source import Place, Source
 from torchrelay.errors import ConfigError
 
@@ -152,8 +152,6 @@ def _model(annotation: Any) -> Any:
 
 
 def _unknown_key(key: str, place: Place) -> str:
-    if key in COMING:
-        return f"key {key!r} is not supported by this version of torchrelay yet; take it out"
     near = difflib.get_close_matches(key, _fields(place), 1)
     known = ", ".join(_fields(place))
     return f"unknown key {key!r:.80}; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {known}")
