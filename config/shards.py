@@ -188,7 +188,7 @@ def _pipelined(stage: StageConfig, place: int, count: int) -> Iterator[StageConf
             came = {STATE: STATE, SIZES: SIZES}
             changes["inputs"] = came if shard < last else _inputs(stage, {**came, PADDED: PADDED})
             pad = {STATE: 0, SIZES: 0, PADDED: 0} if shard == last else {STATE: 0, SIZES: 0}
-            rules = stage.batch if shard == last else BatchSpec(**_rates(stage.batch))
+            rules = stage.batch if shard == last else _rates(stage.batch)
             changes["batch"] = rules.model_copy(update={"pad": {**rules.pad, **pad}})
         if shard < last:
             changes |= {"outputs": _between(shard), "rows": "same"}
@@ -206,9 +206,9 @@ def _inputs(stage: StageConfig, more: Mapping[str, str]) -> dict[str, str] | Non
     return {**mine, **more}
 
 
-def _rates(batch: BatchSpec) -> dict[str, object]:
-    kept = ("max_rows", "max_wait_ms", "ahead", "in_flight_rows", "row_buckets")
-    return {key: getattr(batch, key) for key in kept}
+def _rates(batch: BatchSpec) -> BatchSpec:
+    """Without what it says of columns."""
+    return batch.model_copy(update={"pad": {}, "buckets": {}, "max_cost": None})
 
 
 def _renamed(stage: StageConfig, parts: Mapping[str, Sequence[str]]) -> StageConfig:

@@ -241,7 +241,7 @@ def _cut_entries(model: nn.Module, name: str, module: nn.Embedding, context: Sta
         raise ConfigError("embedding: the model is the Embedding itself, which is replaced; put it into a module")
     mine = share(module.num_embeddings, context)
     cut(model, name, module, "weight", Piece(0, module.num_embeddings, (mine,)))
-    part = EntriesOfShard(module, module.weight, mine[0])
+    part = EntriesOfShard(module, nn.Parameter(module.weight, module.weight.requires_grad), mine[0])
     part.__dict__[NOTES] = module.__dict__[NOTES]
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, part)

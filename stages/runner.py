@@ -396,8 +396,9 @@ def _part(spec: StageConfig) -> str:
     shard, shards = shard_of(spec)
     if shards == 1:
         return ""
+    whole = spec.name.rpartition(".")[0]
     return (
-        f"it is shard {shard} of {shards}, and returns its part of what {spec.name.rpartition('.')[0]} declares: what "
-        "is concatenated is divided by the number of shards, what is summed is whole. Cut the layers that make it alike "
+        f"it is shard {shard} of {shards}, and returns its part of what {whole} declares: what is concatenated is "
+        "divided by the number of shards, what is summed is whole. Cut the layers that make it alike "
         "(torchrelay.cutting, or context.shard and context.shards), or change shards.combine"
     )
