@@ -62,7 +62,9 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         # As many heads as the layers give: a shard of them has fewer.
-        parts = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        parts = (
+            layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         return F.scaled_dot_product_attention(*parts, attn_mask=seen).transpose(1, 2).flatten(2)
 
 
