@@ -111,7 +111,11 @@ def spread(spec: PipelineSpec) -> PipelineSpec:
     for place, stage in enumerate(spec.stages):
         before = stage.after if explicit else [spec.stages[place - 1].name if place else "input"]
         lasting = stage.model_copy(update={"after": before})
-        found += _parts(lasting, place) if spreads(stage) else [lasting]
+        if explicit:
+            followed = any(stage.name in (s.after or ()) for s in spec.stages)
+        else:
+            followed = stage is not spec.stages[-1]
+        found += _parts(lasting, place, followed) if spreads(stage) else [lasting]
     parts: dict[str, list[str]] = {}
     for part in found:
         if isinstance(part, PartConfig):
@@ -119,10 +123,12 @@ def spread(spec: PipelineSpec) -> PipelineSpec:
     return spec.model_copy(update={"stages": [_renamed(s, parts) for s in found]})
 
 
-def _parts(stage: StageConfig, place: int) -> list[StageConfig]:
+def _parts(stage: StageConfig, place: int, followed: bool) -> list[StageConfig]:
+    """`followed`: whether a stage comes behind it."""
     assert stage.shards is not None  # `spreads` said so
-    made = _gathered if stage.shards.mode == "gather" else _pipelined
-    return list(made(stage, place, stage.shards.count))
+    if stage.shards.mode == "gather":
+        return list(_gathered(stage, place, stage.shards.count))
+    return list(_pipelined(stage, place, stage.shards.count, followed))
 
 
 def _part(stage: StageConfig, place: int, shard: int, **changes: object) -> PartConfig:
@@ -179,8 +185,12 @@ def _cut(kind: ColumnType, dim: int | None, count: int) -> ColumnType:
     return replace(kind, shape=tuple(shape))
 
 
-def _pipelined(stage: StageConfig, place: int, count: int) -> Iterator[StageConfig]:
+def _pipelined(stage: StageConfig, place: int, count: int, followed: bool) -> Iterator[StageConfig]:
     last = count - 1
+    # What goes between the parts are bytes, which are not narrowed, and can be left on a device; `wire.dtype` and
+    # `rows` are of what the last part returns, and may forbid it there.
+    near = WireSpec(compress=stage.wire.compress)
+    stays = followed and stage.rows == "same" and stage.wire.dtype is None
     for shard in range(count):
         changes: dict[str, object] = {}
         if shard:
@@ -191,7 +201,9 @@ def _pipelined(stage: StageConfig, place: int, count: int) -> Iterator[StageConf
             rules = stage.batch if shard == last else _rates(stage.batch)
             changes["batch"] = rules.model_copy(update={"pad": {**rules.pad, **pad}})
         if shard < last:
-            changes |= {"outputs": _between(shard), "rows": "same"}
+            changes |= {"outputs": _between(shard), "rows": "same", "wire": near}
+        elif not stays:
+            changes["handoff"] = "host"
         yield _part(stage, place, shard, **changes)
 
 

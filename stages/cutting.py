@@ -111,8 +111,8 @@ def heads(
     value: str = "v_proj",
     out: str = "o_proj",
     fused: str | None = None,
-    count: str = "num_heads",
-    kv_count: str = "num_kv_heads",
+    count: str | int = "num_heads",
+    kv_count: str | int = "num_kv_heads",
     also: Sequence[str] = (),
 ) -> None:
     """Each shard computes its share of the heads of an attention; what they return is to be summed.
@@ -124,14 +124,14 @@ def heads(
         names: of the modules that hold these Linears.
         query, key, value, out: what the module calls its Linears; `out` takes the heads' outputs.
         fused: the one Linear that makes queries, keys and values, in this order, in place of three.
-        count, kv_count: attributes with the number of heads, and of key and value heads where the module has it. They
-            become this shard's numbers.
+        count, kv_count: attributes with the number of heads, and of key and value heads where the module has it; they
+            become this shard's numbers. Or these numbers themselves, where the module keeps none.
         also: other attributes that are multiples of the number of heads, such as the sum of their sizes; they are
             divided by the number of shards.
     """
     for name, module in modules(model, names, nn.Module, "heads"):
         total, kv = _head_counts(name, module, count, kv_count)
-        _check_heads(name, count, total, kv, context)
+        _check_heads(name, total, kv, context)
         of_q = _head_range(total, context)
         of_kv = _head_range(kv, context)
         if fused is None:
@@ -148,7 +148,7 @@ def heads(
         inner, linear = _linear(name, module, out)
         size = _head_size(inner, linear.in_features, total)
         _cut_rows(model, inner, linear, [_scaled(of_q, size)], context)
-        _set_counts(name, module, {count: of_q[1] - of_q[0], kv_count: of_kv[1] - of_kv[0]}, also, context)
+        _set_counts(name, module, ((count, of_q), (kv_count, of_kv)), also, context)
 
 
 def experts(model: nn.Module, context: StageContext, *names: str) -> None:
@@ -260,20 +260,20 @@ def _linear(name: str, module: nn.Module, leaf: str) -> tuple[str, nn.Linear]:
     return path, inner
 
 
-def _head_counts(name: str, module: nn.Module, count: str, kv_count: str) -> tuple[int, int]:
-    total = getattr(module, count, None)
+def _head_counts(name: str, module: nn.Module, count: str | int, kv_count: str | int) -> tuple[int, int]:
+    total = count if isinstance(count, int) else getattr(module, count, None)
     if not isinstance(total, int) or total < 1:
         numbers = ", ".join(n for n, v in vars(module).items() if type(v) is int)
         raise ConfigError(
-            f"heads: module {name!r} has no attribute {count!r} with its number of heads; name it in `count` "
-            f"(there are {numbers or 'none'})"
+            f"heads: module {name!r} has no attribute {count!r} with its number of heads; name it in `count`, or give "
+            f"the number (there are {numbers or 'none'})"
         )
-    kv = getattr(module, kv_count, None)
+    kv = kv_count if isinstance(kv_count, int) else getattr(module, kv_count, None)
     return total, kv if isinstance(kv, int) and kv > 0 else total
 
 
-def _check_heads(name: str, count: str, total: int, kv: int, context: StageContext) -> None:
-    check_divides(name, count, total, context)
+def _check_heads(name: str, total: int, kv: int, context: StageContext) -> None:
+    check_divides(name, "a number of heads", total, context)
     if total % kv or (kv % context.shards and context.shards % kv):
         raise ConfigError(
             f"module {name!r}: {total} heads share {kv} key and value heads, which {context.shards} shards cannot "
@@ -300,11 +300,15 @@ def _scaled(part: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def _set_counts(
-    name: str, module: nn.Module, counts: Mapping[str, int], also: Sequence[str], context: StageContext
+    name: str,
+    module: nn.Module,
+    counts: Sequence[tuple[str | int, tuple[int, int]]],
+    also: Sequence[str],
+    context: StageContext,
 ) -> None:
-    for attribute, number in counts.items():
-        if hasattr(module, attribute):
-            setattr(module, attribute, number)
+    for attribute, (start, stop) in counts:
+        if isinstance(attribute, str) and hasattr(module, attribute):
+            setattr(module, attribute, stop - start)
     for attribute in also:
         value = getattr(module, attribute, None)
         if not isinstance(value, int):
