@@ -51,8 +51,8 @@ def _meant(pipeline: Pipeline, stage: str) -> list[Node]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """PIPELINE[/STAGE]: a pipeline's name or name@version, and a stage of it, which stands for all its parts where it is
-    cut (`shards`). '' stands for all of them."""
+    """PIPELINE[/STAGE]: a pipeline's name or name@version, and a stage of it, which stands for all its parts where it
+    is cut (`shards`). '' stands for all of them."""
 
     name: str
     version: str
