@@ -182,15 +182,16 @@ CHAINS: Mapping[str, Chain] = {
 }
 
 
-def write_chain(folder: Path, kind: str, count: int, *, dtype: str = "", **keys: Any) -> Path:
+def write_chain(folder: Path, kind: str, count: int, *, dtype: str = "", most: int = 99, **keys: Any) -> Path:
     """A pipeline file with the model of a kind as gathered stages of `count` shards, 1 for whole ones.
 
     Args:
         dtype: what the model computes in and its stages return; default float32.
+        most: how many of its stages, from the first.
         keys: more keys of each stage.
     """
     stages = []
-    for number, (use, outputs, combine) in enumerate(CHAINS[kind]):
+    for number, (use, outputs, combine) in enumerate(CHAINS[kind][:most]):
         shards = {"count": count, "mode": "gather", "combine": combine}
         stages.append(
             {
@@ -207,5 +208,5 @@ def write_chain(folder: Path, kind: str, count: int, *, dtype: str = "", **keys:
     rows = {"x": "float32[12]"} if kind == "mlp" else {"tokens": "int64[*]"}
     path = folder / f"{kind}-{count}.yaml"
     # JSON is YAML.
-    path.write_text(json.dumps({"pipeline": kind, "input": rows, "output": ["y"], "stages": stages}, indent=2))
+    path.write_text(json.dumps({"pipeline": kind, "input": rows, "stages": stages}, indent=2))
     return path
