@@ -88,7 +88,9 @@ class GroupRecord:
                 "end that one first, or start this one with another --shard or --group"
             )
         if found[0] == -1:
-            raise ConfigError(f"group {member.group!r} has {_text(found[1])} ranks, not {member.size}; take another name")
+            raise ConfigError(
+                f"group {member.group!r} has {_text(found[1])} ranks, not {member.size}; take another name"
+            )
         kind: Any = _text(found[4])
         return GroupState(found[1], found[2], _text(found[3]), kind, _text(found[5]), found[6], bool(found[7]))
 

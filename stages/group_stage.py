@@ -190,9 +190,7 @@ class GroupStage(Stage):
             "meta": [dict(meta) for meta in batch.job_meta],
             "ended": None if batch.ended is None else list(batch.ended()),
             "columns": {name: _packed(column, tensors) for name, column in batch.columns.items()},
-            "padded": {
-                name: [_packed(p.lengths, tensors), list(p.axes)] for name, p in (batch.padded or {}).items()
-            },
+            "padded": {name: [_packed(p.lengths, tensors), list(p.axes)] for name, p in (batch.padded or {}).items()},
             "fresh": sorted(batch.fresh),
         }
         message = self._codec.encode(head)
@@ -257,7 +255,9 @@ def _batch(inner: Any, head: Mapping[str, Any], device: str) -> Batch:
     """The batch that rank 0 announced, on this rank's device."""
     tensors: list[Any] = []
     columns = {name: _unpacked(value, tensors, device) for name, value in head["columns"].items()}
-    padded = {name: Padded(_unpacked(value, tensors, device), tuple(axes)) for name, (value, axes) in head["padded"].items()}
+    padded = {
+        name: Padded(_unpacked(value, tensors, device), tuple(axes)) for name, (value, axes) in head["padded"].items()
+    }
     _broadcast(tensors)
     ended = head["ended"]
     batch = Batch(
@@ -300,5 +300,3 @@ def _broadcast(tensors: Sequence[Any]) -> None:
 
 def _is_tensor(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "numel")
-
-

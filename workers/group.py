@@ -73,7 +73,9 @@ class GroupWatch:
         if self._ready_for != state.epoch:
             self._ready_for = state.epoch
             state = self._look()
-        return state if state is not None and state.epoch == self._ready_for and state.ready == self.member.size else None
+        return (
+            state if state is not None and state.epoch == self._ready_for and state.ready == self.member.size else None
+        )
 
     def over(self, epoch: int) -> bool:
         """Whether this epoch is over, as far as is known."""

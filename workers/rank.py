@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from torchrelay.errors import StageLoadError
+from torchrelay.errors import StageLoadError, WorkerError
 from torchrelay.queues import codec
 from torchrelay.queues.groups import GroupRecord
 from torchrelay.queues.keys import new_token
@@ -29,7 +29,7 @@ from torchrelay.stages.runner import Runner
 from torchrelay.workers.progress import DRAINING, READY, Progress, ProgressPage
 from torchrelay.workers.row_cap import fewer
 
-__all__ = ["Rank", "RankLost", "host_address", "join_group"]
+__all__ = ["GroupOver", "Rank", "RankLost", "host_address", "join_group"]
 
 log = logging.getLogger("torchrelay.group")
 _MEET_S = 60.0
@@ -37,6 +37,10 @@ _POLL_S = 0.02
 _TOLD_S = 2.0
 _TOKEN = 64
 CODEC = Codec(codec.encode, codec.decode)
+
+
+class GroupOver(WorkerError):
+    """One rank failed; what it failed at is charged, and the group forms anew."""
 
 
 class RankLost(StageLoadError):
@@ -80,6 +84,8 @@ class Rank:
             self._tell("room" if room else "died", f"{why}: {report.text}", fewer(rows) if room else 0)
             os._exit(status_of["room" if room else "died"])
 
+        for line in self.lines:
+            line.receive()  # it has loaded
         inner: Any = runner.stage
         stage = GroupStage(inner, self.lines, CODEC, on_broken)
         runner.stage = stage
@@ -114,7 +120,8 @@ class Rank:
             # No `forward_since`: rank 0's supervisor minds the time of the group's forwards.
             page.write(Progress(state=READY, beat=now, rows=rows, batches=batches, busy_s=busy_s))
 
-        progress(True, 0)
+        self.lines[0].send(codec.encode("loaded"))
+        page.write(Progress(state=READY, beat=time.monotonic()))
         follow(runner.stage, self.lines[0], CODEC, device, progress)
         page.write(Progress(state=DRAINING, beat=time.monotonic(), rows=rows, batches=batches, busy_s=busy_s))
 

@@ -154,6 +154,8 @@ def worker(
     file: FileArgument,
     stage: Annotated[str, typer.Option("--stage", "-s", help="The stage to serve; @read or @write for runs.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shard: Annotated[int | None, typer.Option(help="Of a tensor stage this rank alone; needs --group.")] = None,
+    group: Annotated[str, typer.Option(help="Name of the group that ranks of several hosts form.")] = "",
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -167,7 +169,7 @@ def worker(
     """
     overrides = overrides_of(set_)
     fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
-    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device)
+    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device, shard=shard, group=group)
     raise typer.Exit(run_fleet(fleet, live=False))
 
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TextIO
 
 import redis
@@ -20,6 +21,8 @@ from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError
 from torchrelay.queues.connection import open_broker
+from torchrelay.queues.groups import Member, check_group
+from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan
@@ -72,8 +75,14 @@ class Fleet:
         *,
         stage: str | None = None,
         device: str = "auto",
+        shard: int | None = None,
+        group: str = "",
     ) -> None:
-        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker."""
+        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker.
+
+        A worker of a stage with `shards: {mode: tensor}` is a group of ranks, all of them here, or number `shard` alone
+        of the group of that name.
+        """
         if pipeline.source is None:
             raise ConfigError(
                 f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
@@ -91,10 +100,11 @@ class Fleet:
         self._pipelines.append(pipeline)
         if stage is not None and is_runs(stage):
             self._plans.append(WorkerPlan(pipeline, stage, "cpu", overrides or {}))
-        for group in pipeline.groups:
-            if stage is None or stage in group.names:
-                count = 1 if stage is not None else group.replicas
-                self._plans += [WorkerPlan(pipeline, group.first.name, device, overrides or {}) for _ in range(count)]
+        for served in pipeline.groups:
+            if stage is None or stage in served.names:
+                count = 1 if stage is not None else served.replicas
+                plan = WorkerPlan(pipeline, served.first.name, device, overrides or {})
+                self._plans += [one for _ in range(count) for one in _ranks(plan, shard, group)]
 
     def start(self) -> None:
         """Connects, registers the pipelines and starts the workers."""
@@ -164,6 +174,31 @@ class Fleet:
 
     def close(self) -> None:
         self._broker.close()
+
+
+def _ranks(plan: WorkerPlan, shard: int | None, group: str) -> list[WorkerPlan]:
+    """The processes of one worker: itself, or the ranks of its group, each on a GPU of its own where there are some."""
+    stage = plan.group.stages[0]
+    if stage.shards is None or stage.shards.mode != "tensor":
+        return [plan]
+    size = stage.shards.count
+    if shard is not None and (not group or not 0 <= shard < size):
+        raise ConfigError(
+            f"stage {stage.name!r} has ranks 0 to {size - 1}: one of them is started with --shard K --group NAME, "
+            "with the same new NAME for each"
+        )
+    if group and shard is None:
+        raise ConfigError(f"--group {group!r:.60} joins ranks of several hosts; say with --shard which one this is")
+    name = check_group(group) if group else f"g{new_token(12)}"
+    found = []
+    for rank in range(size) if shard is None else (shard,):
+        device = plan.device
+        if shard is None and (device == "cuda" or (device == "auto" and stage.device == "gpu")):
+            device = f"cuda:{rank}"
+        elif shard is None and device.startswith("cuda:"):
+            raise ConfigError(f"stage {stage.name!r}: its {size} ranks take a GPU each; say cuda, not {device}")
+        found.append(replace(plan, device=device, member=Member(name, rank, size)))
+    return found
 
 
 def run_fleet(fleet: Fleet, *, live: bool, tick: Callable[[], object] = int) -> int:
