@@ -25,6 +25,7 @@ __all__ = ["Codec", "GroupStage", "RankFailed", "RankOutOfMemory", "Report", "fo
 
 # A rank that raised alone: so long the others may take to report before they are taken to hang in a collective.
 _PATIENCE_S = 2.0
+_ABORT = "abort"
 
 
 class RankFailed(WorkerError):
@@ -101,7 +102,7 @@ class GroupStage(Stage):
         return self.infer(batch)
 
     def infer(self, batch: Batch) -> Mapping[str, Any] | Expand:
-        """What `inner` makes of the batch on this rank. Raises what all ranks raised alike; RankFailed for one alone."""
+        """What `inner` makes of it on this rank. Raises what all ranks raised alike, RankFailed for one alone."""
         if self._fault is not None:
             raise self._fault
         if batch.ended is not None:
@@ -130,13 +131,20 @@ class GroupStage(Stage):
             )
             reports = dict(mine.reports)
         failed = {rank: report for rank, report in reports.items() if report.kind}
-        if mine.gone or not whole:
-            rank = min(failed, default=mine.gone or 0)
-            self._break(rank, failed.get(rank, Report("LineClosed", f"rank {mine.gone} is gone")), mine, stuck=True)
+        if mine.aborted:
+            failed.pop(0, None)  # what came of the other rank's fault
+        if (mine.gone or not whole) and not failed:
+            self._break(mine.gone, Report("LineClosed", f"rank {mine.gone} is gone"), mine, stuck=True)
         if not failed:
             return
         kinds = {(report.kind, report.room) for report in reports.values()}
-        if error is not None and len(kinds) == 1 and not any(report.lost for report in failed.values()):
+        if (
+            error is not None
+            and whole
+            and len(kinds) == 1
+            and not mine.aborted
+            and not any(report.lost for report in failed.values())
+        ):
             raise error
         rank = next((r for r in sorted(failed) if failed[r].lost), min(failed))
         self._break(rank, failed[rank], mine, stuck=False, error=error)
@@ -157,16 +165,26 @@ class GroupStage(Stage):
             mine.reports[rank] = report
             self._changed.notify_all()
         if report.kind:
-            waits = threading.Timer(_PATIENCE_S, self._look_after, (mine, rank, report))
-            waits.daemon = True
-            waits.start()
+            self._later(mine, rank, report)
 
     def _look_after(self, mine: _Round, rank: int, report: Report) -> None:
         """Some time after a rank raised: are others still in a collective that it will never join?"""
         with self._changed:
             over = len(mine.reports) == len(self._lines) + 1 or self._round is not mine
-        if not over and self._fault is None:
-            self._on_broken(rank, report, mine.rows, True)
+        if over or self._fault is not None:
+            return
+        if mine.rows == 1 and rank and not mine.aborted:
+            # Its one row is at fault. Where a collective ends with its peer, this rank is free to say so.
+            mine.aborted = True
+            self._lines[rank - 1].send(self._codec.encode(_ABORT))
+            self._later(mine, rank, report)
+            return
+        self._on_broken(rank, report, mine.rows, True)
+
+    def _later(self, mine: _Round, rank: int, report: Report) -> None:
+        waits = threading.Timer(_PATIENCE_S, self._look_after, (mine, rank, report))
+        waits.daemon = True
+        waits.start()
 
     def _hear(self, line: Line) -> None:
         try:
@@ -218,12 +236,16 @@ class _Round:
     rows: int
     reports: dict[int, Report] = field(default_factory=dict)
     gone: int = 0
+    aborted: bool = False
 
 
 def follow(inner: Any, line: Line, codec: Codec, device: str, progress: Callable[[bool, int], object]) -> None:
     """Computes what rank 0 announces until it says that no more comes. `progress(running, rows)` is called around each
     forward. Raises LineClosed when rank 0 is gone."""
     while (head := codec.decode(line.receive())) is not None:
+        if head == _ABORT:
+            _leave_process_group()
+            continue
         progress(True, 0)
         error: BaseException | None = None
         rows = sum(head["rows"])
@@ -237,6 +259,14 @@ def follow(inner: Any, line: Line, codec: Codec, device: str, progress: Callable
         progress(False, rows)
         message = [head["number"], report.kind, report.text, report.trace, report.room, report.lost]
         line.send(codec.encode(message))
+
+
+def _leave_process_group() -> None:
+    """Others that wait for this rank in a gloo collective are told that it is gone."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _call(inner: Any, batch: Batch) -> Any:

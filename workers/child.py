@@ -44,7 +44,7 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
-from torchrelay.workers.rank import GroupOver, Rank
+from torchrelay.workers.rank import Rank
 from torchrelay.workers.run_stages import StillHeld, run_stage
 from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import Ends, SharedMemory
@@ -190,10 +190,12 @@ def serve(orders: Orders, stop: Stop) -> None:
         gc.collect()
         gc.freeze()
         (OverlappedLoop(around, runner, ahead) if ahead else StageLoop(around, runner)).run()
+        if rank is not None and rank.broken:
+            # All is given back. A collective that the failed rank never joined may still hold the device.
+            log.warning("one rank failed; the group forms anew")
+            os._exit(EXIT_GROUP)
     finally:
         runner.close()
-    if rank is not None and rank.broken:
-        raise GroupOver("one rank failed; the group forms anew")
 
 
 def _join(orders: Orders, registry: Registry, device: str, timeout_s: float) -> Rank | None:
@@ -247,7 +249,7 @@ def main() -> int:
     except WorkerRetired:
         log.warning("this worker was retired while it was away; ending")
         return EXIT_RETIRED
-    except (GroupOver, LineClosed) as error:
+    except LineClosed as error:
         log.warning("%s", error)
         return EXIT_GROUP
     except (ConfigError, DeviceError) as error:

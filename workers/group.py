@@ -1,7 +1,8 @@
 """A supervisor's part in a group of ranks: says that its rank lives, and ends its child when the group's epoch is over.
 
 A thread of its own looks four times a second. Whoever's child dies ends the epoch at once; the others hear of it at
-their next look, kill theirs, and all meet under the next one. While the server is away nothing is known and nothing done.
+their next look, kill theirs, and all meet under the next one. While the server is away nothing is
+known, and nothing is done.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class GroupWatch:
         self._draining = self._over = False
         self._thread = threading.Thread(target=self._loop, name=f"torchrelay-group-{member.rank}", daemon=True)
         self.refused: ConfigError | None = None
+        self.joined = 0  # the epoch in which this rank came
 
     def start(self) -> None:
         self._thread.start()
@@ -100,6 +102,7 @@ class GroupWatch:
             except _FAULTS as error:
                 log.warning("the group cannot be looked at; its ranks run on as they are: %s", error)
                 return None
+            self.joined = self.joined or self._state.epoch
             return self._state
 
     def _loop(self) -> None:

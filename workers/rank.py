@@ -18,7 +18,7 @@ from typing import Any
 
 import redis
 
-from torchrelay.errors import StageLoadError, WorkerError
+from torchrelay.errors import StageLoadError
 from torchrelay.queues import codec
 from torchrelay.queues.groups import GroupRecord
 from torchrelay.queues.keys import new_token
@@ -29,7 +29,7 @@ from torchrelay.stages.runner import Runner
 from torchrelay.workers.progress import DRAINING, READY, Progress, ProgressPage
 from torchrelay.workers.row_cap import fewer
 
-__all__ = ["GroupOver", "Rank", "RankLost", "host_address", "join_group"]
+__all__ = ["Rank", "RankLost", "host_address", "join_group"]
 
 log = logging.getLogger("torchrelay.group")
 _MEET_S = 60.0
@@ -37,10 +37,6 @@ _POLL_S = 0.02
 _TOLD_S = 2.0
 _TOKEN = 64
 CODEC = Codec(codec.encode, codec.decode)
-
-
-class GroupOver(WorkerError):
-    """One rank failed; what it failed at is charged, and the group forms anew."""
 
 
 class RankLost(StageLoadError):

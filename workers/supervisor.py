@@ -57,7 +57,8 @@ _NO_FAULT = ("room", "vanished", "drained")
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
     """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well.
-    `assignment` is the coordinator's decision by which it runs, '' for none. `member` is its place in a group of ranks."""
+    `assignment` is the coordinator's decision by which it runs, '' for none. `member` is its place in a group of
+    ranks."""
 
     pipeline: Pipeline
     stage: str
@@ -183,13 +184,16 @@ class Supervisor:
 
     def _form(self, watchers: GroupWatch) -> bool:
         """Waits until all ranks are there; False when this one is to end, with `error` if that is a failure."""
-        first = watchers.state.epoch if watchers.state is not None and not self._epoch else self._epoch
         told_at = 0.0
         while not self._stopping:
             state = watchers.ready()
             if watchers.refused is not None:
                 self.error = StageLoadError(str(watchers.refused))
-            elif watchers.state is not None and watchers.state.kind == "hopeless" and watchers.state.epoch > first > 0:
+            elif (
+                watchers.state is not None
+                and watchers.state.kind == "hopeless"
+                and watchers.state.epoch > watchers.joined
+            ):
                 self.error = StageLoadError(f"stage {self._plan.stage!r}: {watchers.state.why}")
             if self.error is not None:
                 log.error("%s", self.error)

@@ -176,7 +176,7 @@ def test_an_error_of_all_ranks_is_the_jobs_and_one_of_a_single_rank_names_it(
         relay.submit("cut", {"n": "a", "x": X[0], "do": "2 raise all alike"}).result(60)
     check(relay.submit("cut", {"n": "b", "x": X[1]}).result(20), expected(made, X)[1])
     assert made.pid("a", 0) == made.pid("b", 0)
-    with pytest.raises(JobFailed):
+    with pytest.raises(JobFailed, match="rank 1 alone raised ValueError"):
         relay.submit("cut", {"n": "c", "x": X[0], "do": "1 raise alone"}).result(90)
     assert "rank 1 raised ValueError" in worker.log
     check(relay.submit("cut", {"n": "d", "x": X[2]}).result(60), expected(made, X)[2])
