@@ -53,7 +53,7 @@ class Settings:
     run_writer: str = ""
     """`file.py:Writer` that a worker of `@write` may import for runs with that format; what a job names is never."""
     group_address: str = ""
-    """Where other hosts reach this one's rank 0 of a group (`mode: tensor`); empty: the address by which it reaches Redis."""
+    """Where others reach this host's rank 0 of a group (`mode: tensor`); empty: by which it reaches Redis."""
     log: Literal["text", "json"] = "text"
     """Form of the workers' logs."""
 

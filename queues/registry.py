@@ -55,8 +55,8 @@ class WorkerReport:
     devices of its host from which it copies columns. `service` counts its forwards by their time and `fills` its
     batches by how full they were (`queues.histogram`, zeros at the end left out); `memory` is what it holds of its
     GPU's memory, what all processes use, and what there is; `load_s` how long its stage took to start, 0 before that.
-    `assignment` is the decision of a coordinator by which it runs, '' for none. `sent_at` is when this was said. `rank` of
-    `ranks` is its place in a `group` that computes together.
+    `assignment` is the decision of a coordinator by which it runs, '' for none. `sent_at` is when this was said.
+    `rank` of `ranks` is its place in a `group` that computes together.
     """
 
     worker: str

@@ -1,7 +1,7 @@
 """The line between rank 0 of a group and the others: TCP connections over which batches are announced and reported.
 
-A follower waits in a blocking read, which costs nothing and has no time-out: a group may be idle for days, or its rank 0
-stopped for a while, and no collective runs into its own. Messages are a length and bytes; what they mean is the
+A follower waits in a blocking read, which costs nothing and has no time-out: a group may be idle for days, or its
+rank 0 stopped for a while, and no collective runs into its own. Messages are a length and bytes; what they mean is the
 caller's. Who connects shows the epoch's token first, so that nobody of another epoch or group is let in.
 """
 

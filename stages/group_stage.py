@@ -69,8 +69,8 @@ class Codec:
 class GroupStage(Stage):
     """Rank 0's stage. Loaded already: `inner` is the stage itself, `lines` reach the other ranks.
 
-    `on_broken(rank, report, rows, at_once)` is called when the group cannot go on because of that rank. With `at_once` it
-    is to end the process: a rank hangs, or there are several rows, of which nobody can tell whose fault it was.
+    `on_broken(rank, report, rows, at_once)` is called when the group cannot go on because of that rank. With `at_once`
+    it is to end the process: a rank hangs, or there are several rows, of which nobody can tell whose fault it was.
     """
 
     def __init__(

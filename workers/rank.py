@@ -47,7 +47,7 @@ def host_address(client: redis.Redis, given: str = "") -> str:
     """Where other hosts reach this one: `given`, else the address by which it reaches Redis."""
     if given:
         return given
-    connection = client.connection_pool.get_connection()
+    connection: Any = client.connection_pool.get_connection()
     try:
         connection.connect()
         link = getattr(connection, "_sock", None)
@@ -124,8 +124,9 @@ class Rank:
 
 def join_group(registry: Registry, record: GroupRecord, epoch: int, device: str, timeout_s: float, given: str) -> Rank:
     """Forms the process group of this epoch with all other ranks. Raises RankLost."""
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed  # its stores are not in its stubs
     member, limit = record.member, timedelta(seconds=timeout_s + _MEET_S)
     address = host_address(registry.client, given)
     if address.startswith("127.") and "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -147,8 +148,6 @@ def join_group(registry: Registry, record: GroupRecord, epoch: int, device: str,
             lines = [Line.to(host, int(line_port), token, member.rank, _MEET_S)]
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         if device.startswith("cuda"):
-            import torch
-
             torch.cuda.set_device(device)
         within = dist.PrefixStore(token, store)
         dist.init_process_group(backend, store=within, rank=member.rank, world_size=member.size, timeout=limit)

@@ -223,3 +223,25 @@ def test_ranks_started_apart_form_a_group_and_a_dead_supervisor_is_noticed(
 
 def _rank(registry: Registry, url: str, path: Path, rank: int) -> WorkerProcess:
     return WorkerProcess(registry, url, path, more=("--shard", str(rank), "--group", "hand"))
+
+
+@pytest.mark.gpu
+def test_two_gpus_form_an_nccl_group_and_a_killed_rank_is_replaced(
+    relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn
+) -> None:
+    """The same layer over NCCL with the overlapped loop; kill -9 of rank 1 between batches."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    made = group(2, "device: gpu")
+    spawn(made.path)
+    wanted = expected(made, X)
+    for future, values in zip(relay.submit_many("cut", [{"n": "a", "x": x} for x in X]), wanted, strict=True):
+        check(future.result(120), values)
+    killed = made.pid("a", 1)
+    os.kill(killed, signal.SIGKILL)
+    for future, values in zip(relay.submit_many("cut", [{"n": "b", "x": x} for x in X]), wanted, strict=True):
+        check(future.result(120), values)
+    assert made.pid("b", 1) != killed
+    assert_settled(registry, {"work": 16})
