@@ -92,7 +92,7 @@ def test_a_name_that_has_no_worker_is_an_error(units) -> None:
 
 def test_a_replica_of_a_tensor_stage_is_a_group_of_ranks(units) -> None:
     """Each rank takes what the stage says; replicas count whole groups."""
-    cut = stage("a", "shards: {count: 2, mode: tensor}\n    resources: {cpus: 3}")
+    cut = stage("a", "shards: {count: 2, mode: tensor}, resources: {cpus: 3}")
     found = units(cut, {"a": 2})
     assert [(u.replica, u.shard, u.shards) for u in found] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
     assert {u.need for u in found} == {Need(cpus=3.0)}
