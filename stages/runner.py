@@ -148,7 +148,8 @@ class Runner:
         Raises:
             StageLoadError: the stage raised. Where a shape does not fit the device's memory, it is only left out.
         """
-        shaped = self.stage.shaped if is_torch_stage(self.stage) else None
+        stage = getattr(self.stage, "inner", self.stage)  # of a group
+        shaped = stage.shaped if is_torch_stage(stage) else None
         if shaped is None:
             return
         try:
