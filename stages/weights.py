@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from torchrelay.errors import StageLoadError
+from torchrelay.stages.safetensors_files import is_index, read_index, refuse
 
 __all__ = ["fill_model", "read_weights"]
 
@@ -22,17 +23,26 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """Read a state dict onto the device.
 
     Args:
-        path: a .safetensors file, or a .pt or .pth file, of which only tensors are taken.
+        path: a .safetensors file, the `.safetensors.index.json` of a model in several, or a .pt or .pth file, of which
+            only tensors are taken.
 
     Raises:
         StageLoadError: the file is missing, damaged, of another kind, or holds anything but named tensors.
     """
     if not path.is_file():
         raise StageLoadError(f"weights {str(path)!r} do not exist or are no regular file")
+    if is_index(path):
+        named = read_index(path)
+        return {
+            name: tensor
+            for file in sorted({place.path for place in named.values()})
+            for name, tensor in _read_safetensors(file, device).items()
+            if name in named and named[name].path == file
+        }
     if path.suffix == ".safetensors":
         return _read_safetensors(path, device)
     if path.suffix not in (".pt", ".pth"):
-        raise StageLoadError(f"weights {str(path)!r} must be a .safetensors, .pt or .pth file")
+        raise StageLoadError(f"weights {str(path)!r} must be a .safetensors, .safetensors.index.json, .pt or .pth file")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
@@ -54,13 +64,7 @@ def _read_safetensors(path: Path, device: torch.device) -> dict[str, torch.Tenso
     try:
         state: dict[str, torch.Tensor] = load_file(path, device=str(device))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        with path.open("rb") as file:
-            start = file.read(4)
-        # A pickle begins with its protocol, and torch.save wraps one in a zip archive.
-        renamed = "; it looks like a pickle that was renamed" if start[:1] == b"\x80" or start[:2] == b"PK" else ""
-        raise StageLoadError(
-            f"weights {str(path)!r} are no safetensors file ({_first_line(error)}){renamed}"
-        ) from error
+        raise refuse(path, _first_line(error)) from error
     return state
 
 
