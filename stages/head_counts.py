@@ -49,11 +49,12 @@ class Heads:
         if self.heads % count:
             fits = [n for n in range(2, 65) if self.heads % n == 0]
             remedy = f"choose a count of {', '.join(map(str, fits))}" if fits else "leave it whole"
-            raise StageLoadError(f"module {self.name!r}: its {self.heads} heads do not divide by {count} shards; {remedy}")
+            what = f"module {self.name!r}: its {self.heads} heads"
+            raise StageLoadError(f"{what} do not divide by {count} shards; {remedy}")
         if self.kv_heads % count and count % self.kv_heads:
             raise StageLoadError(
-                f"module {self.name!r}: its {self.kv_heads} key-value heads neither divide by {count} shards nor {count} "
-                "by them; choose another count, or leave its projections whole"
+                f"module {self.name!r}: its {self.kv_heads} key-value heads neither divide by {count} shards nor "
+                f"{count} by them; choose another count, or leave its projections whole"
             )
 
     def cut(self, child: str, whole: nn.Linear, style: Style, rank: int, count: int) -> Cut:
@@ -106,10 +107,11 @@ def heads_of(name: str, module: nn.Module, columns: Mapping[str, tuple[nn.Linear
         return None
     widths = {child: linear.out_features // blocks for child, (linear, blocks) in columns.items()}
     keys = frozenset(child for child in widths if child in _KEYS)
-    left = [c for c, m in module.named_children() if c in (*_KEYS, *_QUERIES) and type(m) is nn.Linear and c not in widths]
-    if left and widths.keys() & {*_KEYS, *_QUERIES}:
-        cut = ", ".join(widths)
-        raise StageLoadError(f"module {name!r}: {cut} are cut and {', '.join(left)} not; cut all of its projections, or none")
+    known = (*_KEYS, *_QUERIES)
+    left = [c for c, m in module.named_children() if c in known and type(m) is nn.Linear and c not in widths]
+    if left and widths.keys() & {*known}:
+        what = f"module {name!r}: {', '.join(widths)} are cut and {', '.join(left)} not"
+        raise StageLoadError(f"{what}; cut all of its projections, or none")
     query = next((c for c in widths if c in _QUERIES), next((c for c in widths if c not in keys), None))
     if query is None:
         return None  # keys and values alone, as where queries are left whole

@@ -1,4 +1,4 @@
-"""The blocks of models that can be cut without being told how: found by their modules' names and sizes, not their class.
+"""The blocks of models that can be cut without being told how: found by their modules' names and sizes, not by class.
 
 Each is a Linear or several by columns, what is computed of their outputs element by element or head by head, and a
 Linear by rows. Promise: a block is taken only if whatever else its module holds fits no width that is cut.
@@ -152,14 +152,14 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
 
 
 def find_vocabularies(model: nn.Module, plan: str, count: int) -> dict[str, Style]:
-    """Embeddings of words, of which each of `count` ranks gets some, and the Linear that turns back into words, if it is
-    as large."""
+    """Embeddings of words, of which each of `count` ranks gets some, and the Linear that turns back into as many."""
     names = _VOCABULARIES[plan]
     found: dict[str, Style] = {}
     for name, module in model.named_modules():
-        if type(module) is nn.Embedding and name.rpartition(".")[2] in names and module.max_norm is None:
-            if (count - 1) * -(-module.num_embeddings // count) < module.num_embeddings:
-                found[name] = Style("embedding")
+        if type(module) is not nn.Embedding or name.rpartition(".")[2] not in names or module.max_norm is not None:
+            continue
+        if (count - 1) * -(-module.num_embeddings // count) < module.num_embeddings:
+            found[name] = Style("embedding")
     sizes = {module.num_embeddings for n in found if isinstance(module := model.get_submodule(n), nn.Embedding)}
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name.rpartition(".")[2] in _OUTPUTS and module.out_features in sizes:

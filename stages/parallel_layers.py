@@ -20,6 +20,9 @@ from torchrelay.stages.slices import Cut
 
 __all__ = ["ColumnLinear", "Ranks", "RowLinear", "VocabEmbedding"]
 
+# Torch 2.13 calls it otherwise.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Ranks:
     """This process's place in its group, and what the group does together."""
@@ -46,7 +49,7 @@ class Ranks:
             whole = ops.wait_tensor(ops.all_gather_into_tensor(flat, self.count, self._name))
             return cast(torch.Tensor, whole.view(self.count, *part.shape))
         found = part.new_empty((self.count * part.numel(),))
-        dist.all_gather_into_tensor(found, part.view(-1), group=self.group)
+        _all_gather(found, part.view(-1), group=self.group)
         return found.view(self.count, *part.shape)
 
 
@@ -54,6 +57,7 @@ class _Part(nn.Module):
     """`cuts` says which part of the whole layer's parameters it owns."""
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, ranks: Ranks, cuts: dict[str, Cut]) -> None:
         super().__init__()
@@ -87,7 +91,8 @@ class ColumnLinear(_Part):
         part = functional.linear(x, self.weight, self.bias)
         if not self.gather:
             return part
-        found = self.ranks.gather(part).unflatten(-1, (self.blocks, -1))  # [rank, ..., block, own]
+        found = self.ranks.gather(part)
+        found = found.view(*found.shape[:-1], self.blocks, -1)  # [rank, ..., block, own]
         whole = found.movedim(0, -2).flatten(-3)
         return whole if whole.shape[-1] == self.out_features else whole[..., : self.out_features]
 
@@ -125,7 +130,8 @@ class VocabEmbedding(_Part):
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             low, high = torch.aminmax(ids)
             if low < 0 or high >= self.num_embeddings:
-                raise IndexError(f"index {low if low < 0 else high} is out of range for {self.num_embeddings} embeddings")
+                wrong = int(low if low < 0 else high)
+                raise IndexError(f"index {wrong} is out of range for {self.num_embeddings} embeddings")
         own = ids - self.first
         others = own >= self.last - self.first
         # Ids that are nobody's are left to the first and last rank, whose lookup then fails like the whole layer's.

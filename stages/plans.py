@@ -1,6 +1,6 @@
 """Which modules of a model are cut, and how: from patterns of names, or from what its blocks look like.
 
-Promise: what comes of it names modules that can be cut, and every pattern names one. The known blocks are cut only where
+Promise: what comes of it names modules that can be cut, and every pattern names one. Known blocks are cut only where
 nothing of theirs lies between the cut layers that would need what other ranks have; any other is left whole.
 """
 
@@ -59,8 +59,8 @@ def _known(model: nn.Module, plan: str, count: int) -> Found:
         other = next((name for name in PLANS if name not in (plan, "auto") and find_blocks(model, name)), None)
         meant = f"its blocks are those of the plan {other!r}" if other and plan != "auto" else "write a plan for it"
         raise StageLoadError(
-            f"model {type(model).__name__} has no blocks of the plan {plan!r} ({PLANS[plan]}); {meant}: shards: {{plan: "
-            f"{{PATTERN: STYLE}}}}, with its modules' names, such as {_some(_linears(model))}"
+            f"model {type(model).__name__} has no blocks of the plan {plan!r} ({PLANS[plan]}); {meant}: shards: "
+            f"{{plan: {{PATTERN: STYLE}}}}, with its modules' names, such as {_some(_linears(model))}"
         )
     return Found(blocks | find_vocabularies(model, plan, count))
 
@@ -76,7 +76,9 @@ def _by_pattern(model: nn.Module, plan: Mapping[str, str], count: int) -> Found:
             continue
         names = [name for name in modules if _matches(pattern, name)]
         if not names:
-            raise StageLoadError(f"plan: {pattern!r} names no module of {type(model).__name__}{_near(pattern, modules)}")
+            raise StageLoadError(
+                f"plan: {pattern!r} names no module of {type(model).__name__}{_near(pattern, modules)}"
+            )
         for name in names:
             if style.kind != "whole":
                 _must_be_cut(modules, name, style)
@@ -86,7 +88,7 @@ def _by_pattern(model: nn.Module, plan: Mapping[str, str], count: int) -> Found:
 
 def _stronger(name: str, one: tuple[str, Style] | None, other: tuple[str, Style]) -> tuple[str, Style]:
     """A name without stars goes before patterns."""
-    if one is None or one[1] == other[1] or "*" in one[0] and "*" not in other[0]:
+    if one is None or one[1] == other[1] or ("*" in one[0] and "*" not in other[0]):
         return other
     if "*" in other[0] and "*" not in one[0]:
         return one

@@ -1,7 +1,7 @@
 """A torch model of which each rank of a process group has a part, loaded.
 
 Promise: a rank takes no more memory for weights than its part, what is whole on every rank, and one tensor more; ranks
-that built different models, or found different weights, do not compute together. What the model returns is whole on each.
+that built different models do not compute together. What the model returns is whole on each of them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Source = Callable[[str, torch.Tensor, Cut | None], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a rank's model is made of: the plan, the weights (None: as rank 0 builds them), the device, and the type that
-    floating parameters get (None: as built)."""
+    """What a rank's model is made of: the plan, the weights (None: as rank 0 builds them), the device, and the type of
+    floating parameters (None: as built)."""
 
     plan: Plan
     weights: Path | None
@@ -47,8 +47,8 @@ class Wanted:
 def load_parallel(build: Callable[[], nn.Module], wanted: Wanted) -> nn.Module:
     """Build this rank's part of a model, with its weights, on its device. All ranks of the default group call it.
 
-    With weights, each rank reads its own part of the file. Without, rank 0 builds the model for real, and the others get
-    their parts of it, so that random weights are those of one model.
+    With weights, each rank reads its own part of the file. Without, rank 0 builds the model for real and the others
+    get their parts of it, so that random weights are those of one model.
 
     Args:
         build: makes the whole model; called on every rank, with parameters on the meta device where that does.
@@ -56,21 +56,23 @@ def load_parallel(build: Callable[[], nn.Module], wanted: Wanted) -> nn.Module:
     Raises:
         StageLoadError: there is no process group, the plan or the weights do not fit, or ranks differ.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if group is None:
         raise StageLoadError(
             "its model is to be computed by a process group, and there is none here; run it with a worker, or take "
             "shards out to run it in one process"
         )
-    ranks = Ranks(dist.distributed_c10d._get_default_group())
+    ranks = Ranks(group)
     gives = wanted.weights is None and ranks.rank == 0
     with ExitStack() as opened:
         weights = None if wanted.weights is None else opened.enter_context(open_weights(wanted.weights))
         model = _filled(_built(build, real=gives), weights, wanted, ranks)
         left = [name for name, tensor in model.named_buffers() if tensor.is_meta]
-        if _any(bool(left), ranks, wanted.device):
-            # They were computed of parameters, and have values only where those do.
+        if weights is not None and left:
+            # They were computed of parameters, and have values only where those do; so it is on every rank.
             log.info("the model is built on the CPU for its unsaved buffers %s", ", ".join(left))
             model = _filled(_built(build, real=True), weights, wanted, ranks)
+    _share_buffers(model, ranks, wanted.device)
     return model
 
 
@@ -97,7 +99,6 @@ def _filled(model: nn.Module, weights: Weights | None, wanted: Wanted, ranks: Ra
     _must_agree(whole, cuts, ranks, wanted.device)
     source = _from_file(weights, names, wanted) if weights is not None else _from_first(whole, ranks, wanted)
     _fill(model, whole, cuts, groups, source)
-    _share_buffers(model, ranks, wanted.device)
     return model
 
 
@@ -112,7 +113,11 @@ def _from_file(weights: Weights, names: Mapping[str, str], wanted: Wanted) -> So
 def _from_first(whole: dict[str, torch.Tensor], ranks: Ranks, wanted: Wanted) -> Source:
     def receive(name: str, like: torch.Tensor, cut: Cut | None) -> torch.Tensor:
         mine = whole[name].detach()
-        found = mine.to(wanted.device) if ranks.rank == 0 else torch.empty(like.shape, dtype=like.dtype, device=wanted.device)
+        found = (
+            mine.to(wanted.device)
+            if ranks.rank == 0
+            else torch.empty(like.shape, dtype=like.dtype, device=wanted.device)
+        )
         found = _broadcast(found.contiguous(), ranks)
         # What rank 0 built for real is let go of as it is handed out.
         whole[name] = mine.to("meta")
@@ -126,7 +131,11 @@ def _type_of(like: torch.Tensor, wanted: Wanted) -> torch.dtype:
 
 
 def _fill(
-    model: nn.Module, whole: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], groups: list[list[str]], source: Source
+    model: nn.Module,
+    whole: Mapping[str, torch.Tensor],
+    cuts: Mapping[str, Cut],
+    groups: list[list[str]],
+    source: Source,
 ) -> None:
     """Every saved tensor of the model, in the same order on every rank; tied ones of one cut once."""
     first = {name: group[0] for group in groups for name in group}
@@ -150,8 +159,9 @@ def _share_buffers(model: nn.Module, ranks: Ranks, device: torch.device) -> None
     """Those that are never saved, as rank 0 computed them."""
     saved = model.state_dict(keep_vars=True)
     for name, buffer in list(model.named_buffers()):
-        if name not in saved and not buffer.is_meta:
-            set_tensor(model, name, _broadcast(buffer.to(device, copy=True).contiguous(), ranks))
+        if name not in saved:
+            mine = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device, copy=True)
+            set_tensor(model, name, _broadcast(mine.contiguous(), ranks))
 
 
 def _broadcast(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -161,9 +171,7 @@ def _broadcast(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return tensor
 
 
-def _must_agree(
-    whole: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], ranks: Ranks, device: torch.device
-) -> None:
+def _must_agree(whole: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], ranks: Ranks, device: torch.device) -> None:
     text = repr([(name, tuple(t.shape), str(t.dtype), name in cuts) for name, t in whole.items()])
     mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(device)
     found = ranks.gather(mine)
@@ -172,10 +180,6 @@ def _must_agree(
             f"rank {ranks.rank} of {ranks.count} built another model than others did; build must make the same whole "
             "model on every rank, whatever context.rank and shard say"
         )
-
-
-def _any(value: bool, ranks: Ranks, device: torch.device) -> bool:
-    return bool(ranks.gather(torch.tensor([value], dtype=torch.uint8, device=device)).any())
 
 
 def parallelize(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Cut]:
@@ -219,7 +223,7 @@ def _places(model: nn.Module, found: Found) -> Iterator[tuple[str, nn.Module, st
 def _heads(model: nn.Module, found: Found) -> dict[str, Heads]:
     """Of each module, by name, whose children are cut by columns, what it says of heads."""
     columns: dict[str, dict[str, tuple[nn.Linear, int]]] = {}
-    for name, owner, leaf, module in _places(model, found):
+    for name, _, leaf, module in _places(model, found):
         style = found.modules[name]
         if style.kind == "column" and isinstance(module, nn.Linear):
             columns.setdefault(name.rpartition(".")[0], {})[leaf] = module, style.blocks
@@ -227,21 +231,25 @@ def _heads(model: nn.Module, found: Found) -> dict[str, Heads]:
     return {path: heads for path, heads in told.items() if heads is not None}
 
 
-def _part(
-    name: str, leaf: str, module: nn.Module, style: Style, heads: Heads | None, ranks: Ranks
-) -> nn.Module:
+def _part(name: str, leaf: str, module: nn.Module, style: Style, heads: Heads | None, ranks: Ranks) -> nn.Module:
     rank, count = ranks.rank, ranks.count
     if isinstance(module, nn.Embedding):
         cut = _rounded(module.num_embeddings, rank, count)
         if (count - 1) * -(-module.num_embeddings // count) >= module.num_embeddings:
-            raise StageLoadError(f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards")
+            raise StageLoadError(
+                f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards"
+            )
         return VocabEmbedding(module, ranks, cut)
     assert isinstance(module, nn.Linear)  # the plan saw to it
     if style.kind == "row":
         return RowLinear(module, ranks, even_cut(module.in_features, 1, rank, count, name, dim=1))
     if style.kind == "column_gather":
         even = style.blocks > 1
-        cut = even_cut(module.out_features, style.blocks, rank, count, name) if even else _rounded(module.out_features, rank, count)
+        cut = (
+            even_cut(module.out_features, style.blocks, rank, count, name)
+            if even
+            else _rounded(module.out_features, rank, count)
+        )
         return ColumnLinear(module, ranks, cut, gather=True, blocks=style.blocks)
     if heads is not None and leaf in heads.keys | heads.queries:
         heads.check(count)
