@@ -145,6 +145,11 @@ class TorchStage(Stage):
     def _load_part(self, context: StageContext) -> nn.Module:
         from torchrelay.stages.tensor_parallel import Wanted, load_parallel
 
+        if self._options.cuda_graphs:
+            # A recording runs the model several times, which the other ranks would have to do at the same moment.
+            raise StageLoadError(
+                "torch.cuda_graphs does not go with shards of mode: tensor; take it out, or use compile"
+            )
         weights = None if self._weights is None else context.path(self._weights)
         wanted = Wanted(self._plan, weights, self.device, self.dtype)
         return load_parallel(lambda: self._build(context), wanted)

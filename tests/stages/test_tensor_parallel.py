@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from torchrelay.config.spec import ShardsSpec, StageConfig
+from torchrelay.config.spec import ShardsSpec, StageConfig, TorchSpec
 from torchrelay.errors import ConfigError, StageLoadError
 from torchrelay.stages import Stage, StageContext, TorchStage, make_runner
 
@@ -84,13 +83,6 @@ def test_compiled_ranks(tmp_path: Path) -> None:
     compute(tmp_path, 2, "compiled")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_ranks_in_cuda_graphs(tmp_path: Path) -> None:
-    """What ranks compute together is recorded and replayed."""
-    compute(tmp_path, 2, "graphs")
-
-
 class Model(TorchStage):
     pass
 
@@ -105,3 +97,11 @@ def test_a_plan_comes_from_the_file() -> None:
         runner.load(StageContext(rank=0, world_size=2))
     with pytest.raises(ConfigError, match=r"stage 's': .*plain Stage, which cuts its model itself"):
         make_runner(type("Plain", (Stage,), {"forward": lambda self, batch: {}}), spec)
+
+
+def test_cuda_graphs_are_refused_in_a_group() -> None:
+    """Ranks would record at different times, and wait for each other's collectives."""
+    spec = StageConfig(name="s", use="a.py:Model", torch=TorchSpec(cuda_graphs=True))
+    runner = make_runner(type("Model", (Model,), {"forward": lambda self, batch: {}}), spec)
+    with pytest.raises(StageLoadError, match=r"stage 's': .*cuda_graphs.*mode: tensor.*take it out"):
+        runner.load(StageContext(rank=0, world_size=2))
