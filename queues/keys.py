@@ -205,6 +205,15 @@ class ControlKeys:
         """ZSET node that reads or writes, and that a run lacks -> until when it asks, ms of the server's clock."""
         return self.tag + "wanted"
 
+    def plans(self, ref: str) -> str:
+        """HASH of one pipeline version: stage, count and balance -> how the stage's model is split (text). Who drops a
+        version drops this with it."""
+        return f"{self.tag}plans:{ref}"
+
+    def plan_maker(self, ref: str, which: str) -> str:
+        """STRING that stands while somebody makes this split plan: who."""
+        return f"{self.tag}plan-maker:{ref}:{which}"
+
     @property
     def runs(self) -> str:
         """ZSET run id -> when it began, ms of its driver's clock."""
