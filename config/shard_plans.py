@@ -25,6 +25,7 @@ PLANS = {
     "bert": "self.query self.key self.value output.dense, intermediate.dense output.dense, word_embeddings",
     "vit": "attention.query or q_proj and their like, fc1 fc2 or intermediate.dense output.dense",
     "mlp": "pairs of Linear in a Sequential, or fc1 fc2",
+    "own": "nothing: `build` makes each rank's own part, and its forward calls the collectives",
 }
 _BLOCKS = re.compile(r"(column|column_gather):([2-9]|[1-5][0-9]|6[0-4])")
 

@@ -92,7 +92,7 @@ class TorchStage(Stage):
             DeviceError: the device is not there.
         """
         self.device = _device(context.device)
-        if context.world_size > 1:
+        if context.world_size > 1 and self._plan != "own":
             model = self._load_part(context)
         elif self._weights is None:
             model = self._build(context)

@@ -75,7 +75,7 @@ YAML = """
         use: stages.py:Cut
         args: {{log: "{log}"}}
         outputs: {{y: "float32[8]"}}
-        shards: {{count: {count}, mode: tensor}}
+        shards: {{count: {count}, mode: tensor, plan: own}}
         {options}
 """
 Spawn = Callable[..., WorkerProcess]
