@@ -311,7 +311,7 @@ def _problems(stage: StageConfig, fused: bool) -> Problems:
     yield from _gather_problems(stage) if shards.mode == "gather" else _only_gather(stage)
     if shards.mode != "tensor" and shards.plan is not None:
         yield ("shards", "plan"), f"shards.plan is for mode: tensor, and the mode is {shards.mode}; take it out"
-    if shards.mode != "pipeline" and shards.balance != "time":
+    if shards.balance != "time":
         yield ("shards", "balance"), f"shards.balance is for mode: pipeline, and the mode is {shards.mode}; take it out"
 
 

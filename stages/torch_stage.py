@@ -16,6 +16,7 @@ from torch import nn
 from torchrelay.config.shard_plans import Plan, check_plan
 from torchrelay.errors import ConfigError, DeviceError, StageLoadError
 from torchrelay.stages.batch import Batch
+from torchrelay.stages.building import parameters_on_meta
 from torchrelay.stages.cut_pieces import pieces_of
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.shapes import ShapedModel, allow_shapes
@@ -168,6 +169,11 @@ class TorchStage(Stage):
         left = fill_model(model, state, weights)
         if left:
             # Buffers that are not saved (persistent=False) get their values only from a real build.
+            with parameters_on_meta():
+                model = self._build(context)
+            left = fill_model(model, state, weights)
+        if left:
+            # They are computed of parameters.
             log.info("%s is built on the CPU for its unsaved buffers %s", type(self).__qualname__, ", ".join(left))
             model = self._build(context)
             fill_model(model, state, weights)
