@@ -112,7 +112,8 @@ class Supervisor:
         self._next_renewal = 0.0
         self._keep_at = 0.0
         group = plan.group
-        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[group.stages[0].device]
+        number = plan.device.partition(":")[2] or "0"
+        chosen = {"gpu": f"cuda:{number}", "cpu": "cpu"}[group.stages[0].device]
         self._device = chosen if plan.device.startswith("auto") else plan.device
         # Of all entrances: a job that stands at a later stage may come in larger batches than the first one's.
         self._timeout_s = max(group.behind(passed).timeout_s for passed in range(len(group.nodes)))

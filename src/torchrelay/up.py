@@ -215,8 +215,8 @@ def _ranks(plan: WorkerPlan, shard: int | None, group: str) -> list[WorkerPlan]:
     found = []
     for rank in range(size) if shard is None else (shard,):
         device = plan.device
-        if shard is None and (device == "cuda" or (device == "auto" and stage.device == "gpu")):
-            device = f"cuda:{rank}"
+        if shard is None and device in ("cuda", "auto", "auto-cpu"):
+            device = f"{device}:{rank}"
         elif shard is None and device.startswith("cuda:"):
             raise ConfigError(f"stage {stage.name!r}: its {size} ranks take a GPU each; say cuda, not {device}")
         found.append(replace(plan, device=device, member=Member(name, rank, size)))
