@@ -127,23 +127,23 @@ def check(result: dict[str, object], wanted: list[float]) -> None:
     assert list(result["y"]) == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_all_and_the_job_is_done_once_by_the_next_epoch(
-    relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn, tmp_path: Path, victim: int
+    relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn, tmp_path: Path
 ) -> None:
     """kill -9 in mid-forward of either rank: the other's process ends within a second."""
     made = group()
     spawn(made.path)
-    gate = tmp_path / "gate"
-    future = relay.submit("cut", {"n": "a", "x": X[0], "do": f"{victim} wait {gate}"})
-    wait_until(lambda: made.pid("a", 0) and made.pid("a", 1), 60.0)
-    pids = [made.pid("a", rank) for rank in (0, 1)]
-    os.kill(pids[victim], signal.SIGKILL)
-    wait_until(lambda: not alive(pids[1 - victim]), 3.0)
-    gate.touch()
-    check(future.result(60), expected(made, X)[0])
-    assert {made.pid("a", 0), made.pid("a", 1)}.isdisjoint(pids)
-    assert_settled(registry, {"work": 1})
+    for victim, name in enumerate("ab"):
+        gate = tmp_path / name
+        future = relay.submit("cut", {"n": name, "x": X[victim], "do": f"{victim} wait {gate}"})
+        wait_until(lambda name=name: made.pid(name, 0) and made.pid(name, 1), 60.0)
+        pids = [made.pid(name, rank) for rank in (0, 1)]
+        os.kill(pids[victim], signal.SIGKILL)
+        wait_until(lambda other=pids[1 - victim]: not alive(other), 3.0)
+        gate.touch()
+        check(future.result(60), expected(made, X)[victim])
+        assert {made.pid(name, 0), made.pid(name, 1)}.isdisjoint(pids)
+    assert_settled(registry, {"work": 2})
     assert len(registry.workers()) == 1
     # A follower's heartbeat may be up to two seconds behind.
     wait_until(lambda: [r.rank for r in made.ranks()] == [0, 1], 10.0)
