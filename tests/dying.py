@@ -62,7 +62,7 @@ def deaths_that_differ(act: Callable[[], object], folders: Sequence[str], left: 
 
 
 def _content(folder: Path) -> list[object]:
-    """Each name below a folder, with what a reader can tell of it. That others wrote the same bytes anew is a change."""
+    """Each name below a folder, with what a reader can tell of it; the same bytes written anew are a change."""
     found: list[object] = []
     for path in sorted(folder.rglob("*")):
         stat = path.lstat()
