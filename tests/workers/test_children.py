@@ -208,7 +208,7 @@ def test_a_server_that_cannot_serve_is_done_without(
     else:
         code = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         (tmp_path / "with_thread.py").write_text(code)
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path[1:]]))
         monkeypatch.setattr(module, "TORCH", ("with_thread",))
     with caplog.at_level(logging.WARNING, "torchrelay.supervisor"):
         started = [start(mine, torch=True) for _ in range(5)]
