@@ -349,7 +349,8 @@ def test_a_new_version_is_deployed_while_the_old_one_drains(
     later = submit(relay, 20, "")
     assert_done(later)
     assert Counter(one.ref for one in fleet.assignments()) == {first: 2, second: 2}
-    assert "it drains: " in fleet.cli("status", "--why")["why"]["versions"][first]
+    # The leader says why at its next look.
+    wait_until(lambda: "it drains: " in fleet.cli("status", "--why")["why"]["versions"][first], 10)
     go.touch()
     assert_done(futures)
     wait_until(lambda: Counter(one.ref for one in fleet.assignments()) == {second: 2}, 30)
