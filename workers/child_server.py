@@ -30,6 +30,7 @@ OWN = ("TORCHRELAY_", "PYTEST_")
 """How the variables begin in which children of one server may differ: no import reads them."""
 LARGEST = 65536
 _ALL_NEED = (CHILD, "numpy.random", "torchrelay.workers.run_reading", "torchrelay.workers.run_writing")
+_HELD = (signal.SIGTERM, signal.SIGINT)
 _IDLE_S = 60.0
 
 
@@ -114,7 +115,7 @@ def _become(words: dict[str, Any], descriptors: list[int]) -> None:
         sys.path.insert(0, words["cwd"])
     importlib.invalidate_caches()
     sys.modules["numpy"].random.seed()  # that of `random` is new after each fork, and torch's the same in each process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
     gc.enable()
 
 
@@ -131,9 +132,8 @@ def _may_fork() -> bool:
 
 def main(starter: int, modules: Sequence[str]) -> int:
     """Runs a server for the process `starter`, or the child that was forked from it; returns the exit status of it."""
-    # SIGTERM for a whole group of processes is the supervisors' to judge, and children end by their standard input.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What is sent to a whole group of processes is the supervisors' to judge. A child gets what came before it looked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     watched = os.pidfd_open(starter)
     if os.getppid() != starter:
         return 0

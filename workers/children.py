@@ -2,9 +2,6 @@
 has imported what they need. Either way a child has the part of `subprocess.Popen` that a supervisor uses.
 
 A server that dies costs no child: those that run go on, and the next one comes from a new server.
-
-Not `multiprocessing.forkserver`: it dies of a SIGTERM to its whole group, which loses how the children ended; it gives
-them the environment of its own start; it keeps a second process; and what would have to be changed in it is private.
 """
 
 from __future__ import annotations
@@ -89,6 +86,8 @@ class Children:
                 child = ForkedChild(lambda descriptors: self._ask(with_torch, descriptors), stderr, given_up)
                 self._failures = 0
                 return child
+            except _GivenUp:
+                pass
             except OSError as error:
                 self._failures += 1
                 log.warning("a worker starts as a fresh interpreter, for it could not be forked: %s", error)
@@ -133,6 +132,10 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+class _GivenUp(OSError):
+    """Nobody waits for the child any more."""
+
+
 class ForkedChild:
     """A child of a server's. Raises OSError when there is none to be had; any thread may call any method."""
 
@@ -168,7 +171,7 @@ class ForkedChild:
         deadline = time.monotonic() + _PATIENCE_S
         while not _readable(self._channel.fileno(), _LOOK_S):
             if given_up():
-                raise OSError("nobody waits for it any more")
+                raise _GivenUp
             if time.monotonic() > deadline:
                 raise OSError(f"the server did not answer within {_PATIENCE_S:g} s")
         packet, descriptors, _, _ = socket.recv_fds(self._channel, 32, 1)
