@@ -1,8 +1,8 @@
 """The command line as real processes that need not import it each time: forks of a process that has.
 
-`CommandLine.run` does what `subprocess.run([sys.executable, "-m", "torchrelay.cli", ...])` does; its imports take
-longer than most commands, and there are hundreds of them here. Each is a process of its own, with its own arguments,
-folder, streams and exit status. In another environment than that of the session's start it is a fresh interpreter.
+`COMMANDS` does what `subprocess` does with `[sys.executable, "-m", "torchrelay.cli", ...]`: the imports take longer
+than most commands, and there are hundreds of them here. Each is a process of its own, with its own arguments, folder,
+streams and exit status. In another environment than that of the session's start it is a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 65536
@@ -31,6 +33,41 @@ def environments(given: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]
     return own, {name: value for name, value in given.items() if name not in own}
 
 
+class Command:
+    """A command that runs, as `subprocess.Popen` shows it."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self.returncode: int | None = None
+        self.pid = int(channel.recv(32))
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            poll = select.poll()
+            poll.register(self._channel, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("torchrelay", timeout or 0.0)
+            self.returncode = int(self._channel.recv(32))
+            self._channel.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
 class CommandLine:
     """Any thread may run commands, also at the same time."""
 
@@ -39,26 +76,43 @@ class CommandLine:
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
 
-    def run(self, arguments: list[str], cwd: Path | None, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        own, shared = environments(dict(os.environ))
-        command = [sys.executable, "-m", "torchrelay.cli", *arguments]
-        packet = json.dumps([arguments, str(cwd or Path.cwd()), own]).encode()
-        if shared != self._environment or len(packet) > LARGEST:
-            return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            with theirs, self._lock:
-                socket.send_fds(self._server(), [packet], [theirs.fileno(), 0, out.fileno(), err.fileno()])
-            pid = int(ours.recv(32))
-            poll = select.poll()
-            poll.register(ours, select.POLLIN)
-            if not poll.poll(timeout_s * 1000):
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(command, timeout_s)
-            status = int(ours.recv(32))
+    def run(self, arguments: Sequence[str], cwd: Path | None, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self.start(arguments, stdout=out, stderr=err, cwd=cwd)
+            try:
+                status = process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
             out.seek(0)
             err.seek(0)
-            return subprocess.CompletedProcess(command, status, out.read(), err.read())
+            return subprocess.CompletedProcess(list(arguments), status, out.read(), err.read())
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        session: bool = False,
+    ) -> Command | subprocess.Popen[bytes]:
+        """Starts one, in a session of its own if asked for."""
+        given = dict(os.environ if env is None else env)
+        own, shared = environments(given)
+        packet = json.dumps([list(arguments), str(cwd or Path.cwd()), own, session]).encode()
+        if shared != self._environment or len(packet) > LARGEST:
+            command = [sys.executable, "-m", "torchrelay.cli", *arguments]
+            return subprocess.Popen(
+                command, stdout=stdout, stderr=stderr, cwd=cwd, env=given, start_new_session=session
+            )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        streams = [0, 1 if stdout is None else stdout.fileno(), stderr.fileno()]
+        with theirs, self._lock:
+            socket.send_fds(self._server(), [packet], [theirs.fileno(), *streams])
+        return Command(ours)
 
     def _server(self) -> socket.socket:
         if self._control is None:
@@ -69,6 +123,10 @@ class CommandLine:
                     [sys.executable, "-m", "tests.cli_server"], stdin=theirs, cwd=ROOT, env=self._environment
                 )
         return self._control
+
+
+COMMANDS = CommandLine()
+"""Of this session."""
 
 
 def serve(control: socket.socket) -> list[str] | None:
@@ -95,7 +153,9 @@ def serve(control: socket.socket) -> list[str] | None:
 
 
 def _become(packet: bytes, streams: list[int]) -> list[str]:
-    arguments, cwd, own = json.loads(packet)
+    arguments, cwd, own, session = json.loads(packet)
+    if session:
+        os.setsid()
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)

@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import redis
 
-from tests.cli_server import CommandLine
+from tests.cli_server import COMMANDS
 from torchrelay import Relay
 from torchrelay.config import Pipeline, Settings
 from torchrelay.queues.registry import Registry
@@ -37,9 +37,6 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: no collection need look at it again, in this process or in a fork of it."""
     gc.collect()
     gc.freeze()
-
-
-_command_line = CommandLine()
 
 
 @dataclass
@@ -240,4 +237,4 @@ def settings(server_url: str, namespace: str) -> Settings:
 
 def run_cli(*arguments: str, cwd: Path | None = None, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     """The command line as a real process."""
-    return _command_line.run(list(arguments), cwd, timeout_s)
+    return COMMANDS.run(arguments, cwd, timeout_s)
