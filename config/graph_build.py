@@ -12,7 +12,7 @@ from torchrelay.config.graph import Graph, Node
 from torchrelay.config.handoff import check_handoff, kept_for
 from torchrelay.config.resources import check_resources
 from torchrelay.config.row_rules import check_rows
-from torchrelay.config.shards import check_shards, spread, written_place
+from torchrelay.config.shards import PartConfig, check_shards, spread, written_place
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
 
@@ -155,7 +155,13 @@ def _node(number: int, stage: StageConfig, preds: list[tuple[int, ...]]) -> Node
     outputs = {c: parse_type(t) for c, t in stage.outputs.items()}
     rows = stage.rows if isinstance(stage.rows, str) else "collapse"
     before = preds[number - 1]
-    return Node(number, stage.name, before, succs, _inputs(stage), outputs, None, rows, stage.when, wire=stage.wire)
+    inputs, older = _inputs(stage), None
+    if isinstance(stage, PartConfig) and stage.combines:
+        # A row that skips every shard keeps in each what it had.
+        older = {column: f"{stage.of}.0.{column}" for column in outputs}
+    return Node(
+        number, stage.name, before, succs, inputs, outputs, None, rows, stage.when, wire=stage.wire, older=older
+    )
 
 
 def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:

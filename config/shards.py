@@ -35,6 +35,7 @@ __all__ = [
     "PartConfig",
     "check_shards",
     "parts_of",
+    "shard_of",
     "spread",
     "written_place",
 ]
@@ -75,6 +76,14 @@ def spreads(stage: StageConfig) -> bool:
     return stage.shards is not None and stage.shards.mode != "tensor" and not isinstance(stage, PartConfig)
 
 
+def shard_of(stage: StageConfig) -> tuple[int, int]:
+    """Which part of its model a worker of the stage builds, and of how many. Parts of a `pipeline` are cut out of the
+    whole, and who combines owns none: 0 of 1."""
+    if isinstance(stage, PartConfig) and stage.cut == "gather" and not stage.combines:
+        return stage.shard, stage.count
+    return 0, 1
+
+
 def parts_of(spec: PipelineSpec, name: str) -> list[str]:
     """The stages of a spread spec that this name means: itself, or all that the cut stage of this name became."""
     mine = [s.name for s in spec.stages if isinstance(s, PartConfig) and s.of == name]
@@ -107,8 +116,11 @@ def spread(spec: PipelineSpec) -> PipelineSpec:
         else:
             followed = stage is not spec.stages[-1]
         found += _parts(lasting, place, followed) if spreads(stage) else [lasting]
-    ends = {s.of: s.name for s in found if isinstance(s, PartConfig)}
-    return spec.model_copy(update={"stages": [_renamed(s, ends) for s in found]})
+    parts: dict[str, list[str]] = {}
+    for part in found:
+        if isinstance(part, PartConfig):
+            parts.setdefault(part.of, []).append(part.name)
+    return spec.model_copy(update={"stages": [_renamed(s, parts) for s in found]})
 
 
 def _parts(stage: StageConfig, place: int, followed: bool) -> list[StageConfig]:
@@ -186,7 +198,7 @@ def _pipelined(stage: StageConfig, place: int, count: int, followed: bool) -> It
             came = {STATE: STATE, SIZES: SIZES}
             changes["inputs"] = came if shard < last else _inputs(stage, {**came, PADDED: PADDED})
             pad = {STATE: 0, SIZES: 0, PADDED: 0} if shard == last else {STATE: 0, SIZES: 0}
-            rules = stage.batch if shard == last else BatchSpec(**_rates(stage.batch))
+            rules = stage.batch if shard == last else _rates(stage.batch)
             changes["batch"] = rules.model_copy(update={"pad": {**rules.pad, **pad}})
         if shard < last:
             changes |= {"outputs": _between(shard), "rows": "same", "wire": near}
@@ -206,13 +218,14 @@ def _inputs(stage: StageConfig, more: Mapping[str, str]) -> dict[str, str] | Non
     return {**mine, **more}
 
 
-def _rates(batch: BatchSpec) -> dict[str, object]:
-    kept = ("max_rows", "max_wait_ms", "ahead", "in_flight_rows", "row_buckets")
-    return {key: getattr(batch, key) for key in kept}
+def _rates(batch: BatchSpec) -> BatchSpec:
+    """Without what it says of columns."""
+    return batch.model_copy(update={"pad": {}, "buckets": {}, "max_cost": None})
 
 
-def _renamed(stage: StageConfig, ends: Mapping[str, str]) -> StageConfig:
-    """With the last part of each cut stage where the file names the stage."""
+def _renamed(stage: StageConfig, parts: Mapping[str, Sequence[str]]) -> StageConfig:
+    """With the last part of each cut stage where the file names the stage; with all, of those it must be apart from."""
+    ends = {of: names[-1] for of, names in parts.items()}
     changes: dict[str, object] = {"after": [ends.get(name, name) for name in stage.after or ()]}
     if isinstance(stage.inputs, dict):
         changes["inputs"] = {local: _source(text, ends) for local, text in stage.inputs.items()}
@@ -221,9 +234,16 @@ def _renamed(stage: StageConfig, ends: Mapping[str, str]) -> StageConfig:
     if stage.collapses is not None:
         changes["rows"] = CollapseSpec(collapse=ends.get(stage.collapses, stage.collapses))
     if isinstance(stage.hosts.apart, list):
-        apart = [ends.get(name, name) for name in stage.hosts.apart]
+        apart = [name for other in stage.hosts.apart for name in _apart_from(stage, other, parts)]
         changes["hosts"] = HostsSpec(labels=stage.hosts.labels, apart=apart)
     return stage.model_copy(update=changes)
+
+
+def _apart_from(stage: StageConfig, other: str, parts: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """A stage that is apart from itself has each of its replicas on a host of its own, and those of a part too."""
+    if isinstance(stage, PartConfig) and other == stage.of:
+        return [stage.name]
+    return parts.get(other, [other])
 
 
 def _source(text: str, ends: Mapping[str, str]) -> str:
@@ -241,9 +261,13 @@ def check_shards(spec: PipelineSpec, report: Report) -> None:
             report(("stages", i, *key), f"stage {stage.name!r}: {text}")
     total = sum(_stages_of(s) for s in spec.stages)
     if total > MAX_STAGES:
-        cut = ", ".join(s.name for s in spec.stages if spreads(s))
-        text = f"with the parts of {cut} the pipeline has {total} stages, over the limit of {MAX_STAGES}; lower a count"
-        report(("stages",), text)
+        cut = [i for i, s in enumerate(spec.stages) if spreads(s)]
+        names = ", ".join(spec.stages[i].name for i in cut)
+        text = (
+            f"with the parts of {names} the pipeline has {total} stages, over the limit of {MAX_STAGES}; lower a count"
+        )
+        most = max(cut, key=lambda i: _stages_of(spec.stages[i]))
+        report(("stages", most, "shards", "count"), f"stage {spec.stages[most].name!r}: {text}")
 
 
 def _stages_of(stage: StageConfig) -> int:
@@ -287,6 +311,12 @@ def _gather_problems(stage: StageConfig) -> Problems:
     if stage.rows == "expand":
         text = "expands rows, and what shards make of one row cannot be combined; expand in a stage of its own"
         yield ("shards", "mode"), text
+    if stage.handoff == "device":
+        text = "has handoff: device, and what its shards make is combined on the host; take one of them out"
+        yield ("handoff",), text
+    if stage.when is not None and stage.when.rpartition(".")[2] in stage.outputs:
+        text = f"when reads {stage.when!r}, which its shards make anew; return it under another name"
+        yield ("when",), text
     if not stage.outputs:
         yield ("shards",), "shards of mode gather are combined, so what they return must be declared; add outputs"
     for column in shards.combine:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.shards import shard_of
 from torchrelay.config.spec import BatchSpec, StageConfig, TorchSpec
 from torchrelay.config.types import ColumnType
-from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
+from torchrelay.errors import ConfigError, InputError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import Batch, as_pieces, assemble, join_rows
 from torchrelay.stages.faults import DeviceLost, blame, is_device_lost, is_out_of_memory, let_go
 from torchrelay.stages.loading import Identity, make_stage
@@ -73,6 +74,7 @@ class Runner:
         outputs: declared types of what it returns; empty where nothing is declared.
         batch: which columns are padded, with what, and up to which buckets.
         expands: whether it returns Expand.
+        part: which part of a stage it is, for errors; "" where it is the whole.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Runner:
         batch: BatchSpec | None = None,
         *,
         expands: bool = False,
+        part: str = "",
     ) -> None:
         self.stage = stage
         self.name = name
@@ -91,6 +94,7 @@ class Runner:
         self._outputs = outputs or {}
         self._batch = batch or BatchSpec()
         self._expands = expands
+        self._part = part
         self._device = "cpu"
         self._loaded = False
         self._overlaps = False
@@ -117,15 +121,17 @@ class Runner:
         """Load the stage's model.
 
         Raises:
-            StageLoadError: whatever the stage raised, with its type and message.
+            ConfigError: the stage raised it: it would never load.
+            StageLoadError: whatever else the stage raised, with its type and message.
         """
         self._device = context.device
         self._loaded = True
         try:
             self.stage.load(context)
         except TorchrelayError as error:
-            if isinstance(error, StageLoadError) and f"stage {self.name!r}" not in str(error):
-                raise StageLoadError(f"stage {self.name!r}: {error}") from error
+            if isinstance(error, StageLoadError | ConfigError) and f"stage {self.name!r}" not in str(error):
+                kind = ConfigError if isinstance(error, ConfigError) else StageLoadError
+                raise kind(f"stage {self.name!r}: {error}") from error
             raise
         except Exception as error:
             raise StageLoadError(f"stage {self.name!r} does not load: {type(error).__name__}: {error}") from error
@@ -257,7 +263,12 @@ class Runner:
         return Launched([own(m) for m in made] if self._overlaps else made)
 
     def _split(self, outputs: object, rows: Sequence[int], batch: Batch) -> list[Made]:
-        return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+        try:
+            return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+        except InputError as error:
+            if not self._part:
+                raise
+            raise InputError(f"{error}; {self._part}") from None
 
     def _launch_fed(
         self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TensorStage, exports: Exports | None
@@ -377,4 +388,17 @@ def make_runner(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand")
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
+
+
+def _part(spec: StageConfig) -> str:
+    """What to tell of a shard that returned what does not fit: it is declared for all of them together."""
+    shard, shards = shard_of(spec)
+    if shards == 1:
+        return ""
+    whole = spec.name.rpartition(".")[0]
+    return (
+        f"it is shard {shard} of {shards}, and returns its part of what {whole} declares: what is concatenated is "
+        "divided by the number of shards, what is summed is whole. Cut the layers that make it alike "
+        "(torchrelay.cutting, or context.shard and context.shards), or change shards.combine"
+    )

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchrelay.errors import ConfigError, DeviceError, StageLoadError
 from torchrelay.stages.batch import Batch
+from torchrelay.stages.cut_pieces import pieces_of
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.shapes import ShapedModel, allow_shapes
 from torchrelay.stages.stage import Stage, StageContext
@@ -130,7 +131,6 @@ class TorchStage(Stage):
         return model
 
     def _build_with(self, weights: str, context: StageContext) -> nn.Module:
-        state = read_weights(context.path(weights), self.device)
         try:
             with torch.device("meta"):
                 model = self._build(context)
@@ -138,6 +138,8 @@ class TorchStage(Stage):
             # Some modules compute with their tensors while they are built, which meta tensors cannot do.
             log.info("%s is built on the CPU, since the meta device refused: %s", type(self).__qualname__, error)
             model = self._build(context)
+        # Of layers that were cut for shards, only this shard's parts.
+        state = read_weights(context.path(weights), self.device, pieces_of(model))
         left = fill_model(model, state, weights)
         if left:
             # Buffers that are not saved (persistent=False) get their values only from a real build.

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from torchrelay.errors import StageLoadError
+from torchrelay.errors import ConfigError, StageLoadError
+from torchrelay.stages.cut_pieces import Piece, check_whole
 
 __all__ = ["fill_model", "read_weights"]
 
 _SHOWN = 8
 
 
-def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def read_weights(
+    path: Path, device: torch.device, pieces: Mapping[str, Piece] | None = None
+) -> dict[str, torch.Tensor]:
     """Read a state dict onto the device.
 
     Args:
         path: a .safetensors file, or a .pt or .pth file, of which only tensors are taken.
+        pieces: of the file's tensors, the parts that are wanted; of a .safetensors file nothing else is read.
 
     Raises:
         StageLoadError: the file is missing, damaged, of another kind, or holds anything but named tensors.
@@ -30,7 +35,7 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise StageLoadError(f"weights {str(path)!r} do not exist or are no regular file")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, device)
+        return _read_safetensors(path, device, pieces or {})
     if path.suffix not in (".pt", ".pth"):
         raise StageLoadError(f"weights {str(path)!r} must be a .safetensors, .pt or .pth file")
     try:
@@ -47,12 +52,29 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
             raise StageLoadError(
                 f"weights {str(path)!r} hold a {type(value).__name__} under {key!r}; save model.state_dict() alone"
             )
-    return dict(state)
+    return _cut(dict(state), path, pieces or {})
 
 
-def _read_safetensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def _cut(state: dict[str, torch.Tensor], path: Path, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+    """With the parts that are wanted in place of the whole tensors; these go one by one."""
+    for name in pieces.keys() & state.keys():
+        whole = state.pop(name)
+        _check_whole(name, pieces[name], whole.shape, path)
+        if pieces[name].ranges:
+            state[name] = pieces[name].of(whole)
+    return state
+
+
+def _check_whole(name: str, piece: Piece, shape: Sequence[int], path: Path) -> None:
     try:
-        state: dict[str, torch.Tensor] = load_file(path, device=str(device))
+        check_whole(name, piece, shape)
+    except ConfigError as error:
+        raise StageLoadError(f"weights {str(path)!r} do not fit the model: {error}") from error
+
+
+def _read_safetensors(path: Path, device: torch.device, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+    try:
+        state: dict[str, torch.Tensor] = _read_pieces(path, device, pieces) if pieces else load_file(path, str(device))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         with path.open("rb") as file:
             start = file.read(4)
@@ -62,6 +84,23 @@ def _read_safetensors(path: Path, device: torch.device) -> dict[str, torch.Tenso
             f"weights {str(path)!r} are no safetensors file ({_first_line(error)}){renamed}"
         ) from error
     return state
+
+
+def _read_pieces(path: Path, device: torch.device, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no mapping, and does not say how to iterate
+            piece = pieces.get(name)
+            if piece is None:
+                found[name] = file.get_tensor(name).to(device)
+                continue
+            part = file.get_slice(name)
+            _check_whole(name, piece, part.get_shape(), path)
+            if piece.ranges:
+                before = (slice(None),) * piece.dim
+                parts = [part[(*before, slice(start, stop))] for start, stop in piece.ranges]
+                found[name] = (parts[0] if len(parts) == 1 else torch.cat(parts, piece.dim)).to(device)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from torchrelay.config.graph import is_runs
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
+from torchrelay.config.shards import shard_of
 from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
@@ -142,7 +143,11 @@ def serve(orders: Orders, stop: Stop) -> None:
     device = pick_device(spec, orders.device)
     still_held = StillHeld(orders.lease_ms)
     runner = make_group_runner(lambda s: _stage(s, home, still_held, orders.run_writer), group)
-    runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
+    shard, shards = shard_of(spec)
+    where = StageContext(
+        device=device, shard=shard, shards=shards, version=pipeline.version, base_dir=pipeline.base_dir
+    )
+    runner.load(where)
     for member, node in zip(runner.members, group.nodes, strict=True):
         member.warm_up(columns_of(home.graph, node))
     client = connect(orders.url)
