@@ -18,6 +18,7 @@ from torchrelay.config.graph import Graph
 from torchrelay.config.graph_build import build_spread
 from torchrelay.config.imports import import_named
 from torchrelay.config.run_graph import is_runs, run_ref, run_twin
+from torchrelay.config.shards import parts_of
 from torchrelay.config.spec import PipelineSpec
 from torchrelay.config.stage_spec import StageSpec, plain, use_text
 from torchrelay.config.types import ColumnType
@@ -231,6 +232,13 @@ class Pipeline:
     def stage_names(self) -> list[str]:
         """Everything that a worker may serve: its stages, and the two of its run graph."""
         return [s.name for s in (self.twin or self).spec.stages]
+
+    def parts_of(self, stage: str) -> list[str]:
+        """The stages that a worker may serve under this name: itself, or the parts of a stage that is cut (`shards`).
+        None when there is no such stage."""
+        if is_runs(stage):
+            return [stage] if self.twin is not None else []
+        return parts_of(self.spec, stage)
 
     def group_of(self, stage: str) -> Group:
         """The group that this stage is in; KeyError when there is no such stage."""

@@ -9,7 +9,7 @@ are called `STAGE.0`, `STAGE.1` ... and `STAGE.combine`; what a file says of STA
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -37,6 +37,7 @@ __all__ = [
     "parts_of",
     "shard_of",
     "spread",
+    "written_names",
     "written_place",
 ]
 
@@ -88,6 +89,17 @@ def parts_of(spec: PipelineSpec, name: str) -> list[str]:
     """The stages of a spread spec that this name means: itself, or all that the cut stage of this name became."""
     mine = [s.name for s in spec.stages if isinstance(s, PartConfig) and s.of == name]
     return mine or [s.name for s in spec.stages if s.name == name]
+
+
+def written_names(spec: PipelineSpec, names: Iterable[str]) -> list[str]:
+    """The same stages in fewer words: where all parts of a cut stage are among them, its name stands for them."""
+    found = list(dict.fromkeys(names))
+    for of in dict.fromkeys(s.of for s in spec.stages if isinstance(s, PartConfig)):
+        parts = parts_of(spec, of)
+        if set(parts) <= set(found):
+            first = min(map(found.index, parts))
+            found = [*found[:first], of, *(name for name in found[first:] if name not in parts)]
+    return found
 
 
 def written_place(spec: PipelineSpec, index: int) -> int:

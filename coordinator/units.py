@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torchrelay.config.fleet import Need
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.shards import PartConfig
 from torchrelay.errors import ConfigError
 
 __all__ = ["Unit", "need_of", "units_of"]
@@ -30,7 +31,8 @@ class Unit:
     on a small machine.
 
     `labels` must all be the host's. `apart` are stages of the same ref that must not be on its host; with its own
-    name there, each replica is on a host of its own. `neighbours` are stages that it exchanges columns with. `one_host`
+    name there, each replica is on a host of its own. `neighbours` are stages that it exchanges columns with, and the
+    other parts of a stage that is cut; of these, `kin` own a part of the model too, and take what it takes. `one_host`
     keeps the shards of a group on one host.
     """
 
@@ -46,6 +48,7 @@ class Unit:
     apart: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     one_host: bool = False
+    kin: tuple[str, ...] = ()
 
 
 def units_of(pipeline: Pipeline, wanted: Mapping[str, int]) -> list[Unit]:
@@ -106,7 +109,9 @@ def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
     apart |= {
         firsts[other.name] for other in pipeline.spec.stages for name in other.apart if firsts[name] == group.first.name
     }
-    beside = _names(pipeline, [i for node in group.nodes for i in (*node.preds, *node.succs)], firsts)
+    beside = set(_names(pipeline, [i for node in group.nodes for i in (*node.preds, *node.succs)], firsts))
+    parts, kin = _parts(pipeline, group)
+    beside.update(parts)
     return Unit(
         pipeline.ref,
         group.first.name,
@@ -115,8 +120,19 @@ def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
         presumed=presumed,
         labels=tuple(sorted({label for stage in group.stages for label in stage.hosts.labels})),
         apart=tuple(sorted(apart)),
-        neighbours=tuple(name for name in beside if name != group.first.name),
+        neighbours=tuple(sorted(beside - {group.first.name})),
+        kin=kin,
     )
+
+
+def _parts(pipeline: Pipeline, group: Group) -> tuple[list[str], tuple[str, ...]]:
+    """All parts of the stage that it is a part of; and, of one that owns a part of the model, the others that do."""
+    mine = group.stages[0]
+    if not isinstance(mine, PartConfig):
+        return [], ()
+    parts = [s for s in pipeline.spec.stages if isinstance(s, PartConfig) and s.of == mine.of]
+    kin = () if mine.combines else tuple(s.name for s in parts if not s.combines and s.name != mine.name)
+    return [s.name for s in parts], kin
 
 
 def _names(pipeline: Pipeline, nodes: Iterable[int], firsts: Mapping[str, str]) -> tuple[str, ...]:
@@ -126,6 +142,4 @@ def _names(pipeline: Pipeline, nodes: Iterable[int], firsts: Mapping[str, str]) 
 
 
 def _numbered(kind: Unit, replica: int, presumed: bool) -> Unit:
-    return Unit(
-        kind.ref, kind.stage, replica, 0, 1, kind.need, kind.device, presumed, kind.labels, kind.apart, kind.neighbours
-    )
+    return replace(kind, replica=replica, presumed=presumed)

@@ -16,7 +16,7 @@ the module, for one that is not there, is of another kind, or does not divide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch

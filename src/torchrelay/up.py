@@ -18,6 +18,7 @@ from torchrelay import terminal
 from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
+from torchrelay.config.shards import PartConfig, written_names
 from torchrelay.errors import BrokerError, ConfigError
 from torchrelay.queues.connection import open_broker
 from torchrelay.queues.registry import Registry
@@ -71,19 +72,17 @@ class Fleet:
         overrides: dict[str, str] | None = None,
         *,
         stage: str | None = None,
+        shard: int | None = None,
         device: str = "auto",
     ) -> None:
-        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker."""
+        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker. Of a
+        stage that is cut (`shards`) a worker of each part, or of number `shard`."""
         if pipeline.source is None:
             raise ConfigError(
                 f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
                 "as module.py:name, or write a YAML file"
             )
-        names = pipeline.stage_names
-        if stage is not None and stage not in names:
-            if is_runs(stage):
-                pipeline.for_runs()  # says why there are none
-            raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {', '.join(names)}")
+        names = None if stage is None else _names(pipeline, stage, shard)
         if not _DEVICE.match(device):
             raise ConfigError(f"device {device!r:.40} is none of auto, cpu, cuda, cuda:N")
         if device == "auto" and self._allow_cpu:
@@ -92,7 +91,7 @@ class Fleet:
         if stage is not None and is_runs(stage):
             self._plans.append(WorkerPlan(pipeline, stage, "cpu", overrides or {}))
         for group in pipeline.groups:
-            if stage is None or stage in group.names:
+            if names is None or not names.isdisjoint(group.names):
                 count = 1 if stage is not None else group.replicas
                 self._plans += [WorkerPlan(pipeline, group.first.name, device, overrides or {}) for _ in range(count)]
 
@@ -164,6 +163,24 @@ class Fleet:
 
     def close(self) -> None:
         self._broker.close()
+
+
+def _names(pipeline: Pipeline, stage: str, shard: int | None) -> set[str]:
+    """The stages that are meant; raises ConfigError where there are none."""
+    parts = pipeline.parts_of(stage)
+    if not parts:
+        if is_runs(stage):
+            pipeline.for_runs()  # says why there are none
+        known = ", ".join(written_names(pipeline.spec, pipeline.stage_names))
+        raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {known}")
+    if shard is None:
+        return set(parts)
+    mine = [s for s in pipeline.spec.stages if isinstance(s, PartConfig) and s.of == stage]
+    found = {s.name for s in mine if s.shard == shard and not s.combines}
+    if not found:
+        why = f"no shard {shard}; its parts are {', '.join(parts)}" if mine else "no shards; leave --shard out"
+        raise ConfigError(f"{pipeline.source}: stage {stage!r} has {why}")
+    return found
 
 
 def run_fleet(fleet: Fleet, *, live: bool, tick: Callable[[], object] = int) -> int:
