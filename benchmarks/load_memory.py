@@ -1,9 +1,9 @@
 """Host memory of the workers that load a model: whole, and cut into N parts in each mode of `shards`.
 
 Real workers on the CPU, one after the other per mode. What is told of each is the peak of its resident memory (VmHWM)
-until it is ready, less that of an idle worker (one with torch and a stage of a few numbers), over the bytes of the
-weights. A part should take at most 1/N and 15 % more: it holds its own weights, and never the whole model. In a fresh
-namespace, so that one of the parts of a pipeline also works out where to cut. Linux only.
+until it has computed a row, less that of an idle worker (one with torch and a stage of a few numbers), over the bytes
+of the weights. A part should take at most 1/N and 15 % more: it holds its own weights, and never the whole model. In a
+fresh namespace, so that one of the parts of a pipeline also works out where to cut. Linux only.
 
 Prints `load_memory.MODE.WORKER peak_mib weights_mib share`, and what the share may be.
 """
@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.harness import BenchServer, machine_line, ratio_line
 from benchmarks.load_stages import Mixture
 from tests import models
 from tests.model_stages import write_pipeline
-from torchrelay import Pipeline
+from torchrelay import Pipeline, Relay
 from torchrelay.testing.serving import await_ready, fresh_namespace
 from torchrelay.up import Fleet
 
@@ -70,11 +72,16 @@ def mixture(folder: Path, parts: int, sizes: Mapping[str, Any]) -> Path:
 
 
 def peaks(path: Path, url: str) -> dict[str, int]:
-    """Worker -> the peak of its resident memory in bytes, once all workers of a pipeline are ready."""
-    fleet = Fleet(url, fresh_namespace(), allow_cpu=True)
-    fleet.add(Pipeline.load(path), device="cpu")
+    """Worker -> the peak of its resident memory in bytes, once all workers of a pipeline have computed a row: what is
+    mapped from a file and was not looked at yet, is not resident."""
+    namespace, pipeline = fresh_namespace(), Pipeline.load(path)
+    fleet = Fleet(url, namespace, allow_cpu=True)
+    fleet.add(pipeline, device="cpu")
     with fleet:
         await_ready(fleet, _LOAD_S)
+        with Relay(url, namespace=namespace) as relay:
+            row = {c: np.zeros(kind.shape[0] or 8, kind.np_dtype) for c, kind in pipeline.input.items()}
+            relay.infer(pipeline.name, row, deadline_s=_LOAD_S)
         names = {report.pid: report.node.rpartition("/")[2] for report in fleet.registry.workers()}
         # The processes of a group report as one worker.
         found = sorted(_children(os.getpid()))

@@ -77,8 +77,9 @@ def cut_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def check_whole(name: str, piece: Piece, shape: Sequence[int]) -> None:
-    """Raises ConfigError for a shape that is not that of the whole model's tensor."""
-    if piece.dim >= len(shape) or shape[piece.dim] != piece.size:
+    """Raises ConfigError for a shape that is not that of the whole model's tensor; of a part that is nothing, none is
+    known."""
+    if piece.ranges and (piece.dim >= len(shape) or shape[piece.dim] != piece.size):
         raise ConfigError(
             f"{name!r} has shape {list(shape)}, and the whole model's has {piece.size} in dimension {piece.dim}; "
             "give the weights of the model before it was cut"
