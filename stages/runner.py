@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchrelay.stages.feeding import Departure, Exports, Fed, Feeder
     from torchrelay.stages.torch_stage import TorchStage
 
-__all__ = ["Launched", "Prepared", "Runner", "make_runner"]
+__all__ = ["Launched", "Prepared", "Runner", "configure", "make_runner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +378,12 @@ def make_runner(
     if spec.use is None:
         obj = Identity()
     stage = obj if isinstance(obj, Stage) else make_stage(obj, spec.args, spec.name)
+    configure(stage, spec)
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
+
+
+def configure(stage: Stage, spec: StageConfig) -> None:
+    """Tells a stage its `torch` options and `weights`; raises ConfigError for one that takes none."""
     options = spec.torch
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
@@ -388,7 +394,6 @@ def make_runner(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
 
 
 def _part(spec: StageConfig) -> str:
