@@ -6,6 +6,7 @@ Rank 0 sends the tokens to the others and brings the last token's hidden state t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import statistics
@@ -57,7 +58,11 @@ def cut(model: nn.Module, weights: Path, rank: int, world: int, device: str) -> 
             else:
                 share = part[:]
             state[name] = share.to(device)
-    model.load_state_dict(state, strict=True, assign=True)
+    if missing := dict(model.named_parameters()).keys() ^ state.keys():
+        raise SystemExit(f"{weights} and the model differ in {', '.join(sorted(missing))}")
+    for name, value in state.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     dtype = next(model.parameters()).dtype
     # What is never saved is made anew.
     for module in model.modules():
@@ -133,9 +138,9 @@ class BareTensor:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send(None)
             process.join()
 
     def hidden(self, tokens: np.ndarray) -> np.ndarray:
