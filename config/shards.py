@@ -34,6 +34,7 @@ __all__ = [
     "STATE",
     "PartConfig",
     "check_shards",
+    "combining",
     "parts_of",
     "shard_of",
     "spread",

@@ -37,10 +37,10 @@ def read_spec(source: Source, overrides: Mapping[str, str]) -> PipelineSpec | No
             if place not in taken:
                 origin = next((f"--set {o}: " for at, o in changed.items() if place[: len(at)] == at), "")
                 source.report(place, origin + _message(problem, place, data))
-        if any(problem["type"] == "missing" for _, problem in found):
-            return None
-        for place, _ in found:
-            whole = _removable(place)
+        for place, problem in found:
+            # What lacks a part goes whole; without a stage, or the name of one, there is nothing to look at.
+            missing = problem["type"] == "missing"
+            whole = None if missing and len(place) <= 3 else _removable(place[:-1] if missing else place)
             if whole is None or not (whole in taken or _take_out(data, whole)):
                 return None
             taken.add(whole)

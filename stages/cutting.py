@@ -106,49 +106,53 @@ def heads(
     model: nn.Module,
     context: StageContext,
     *names: str,
-    query: str = "q_proj",
-    key: str = "k_proj",
-    value: str = "v_proj",
-    out: str = "o_proj",
-    fused: str | None = None,
+    linears: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     count: str | int = "num_heads",
-    kv_count: str | int = "num_kv_heads",
+    kv_count: str | int = "num_key_value_heads",
+    per_kv: str = "num_key_value_groups",
     also: Sequence[str] = (),
 ) -> None:
     """Each shard computes its share of the heads of an attention; what they return is to be summed.
 
     Where there are fewer key and value heads than shards, several shards have the same one. The module must work with
-    the numbers that stand in its attributes, such as `x.view(*x.shape[:-1], self.num_heads, self.head_dim)`.
+    as many heads as its Linears make, or as its attributes say.
 
     Args:
         names: of the modules that hold these Linears.
-        query, key, value, out: what the module calls its Linears; `out` takes the heads' outputs.
-        fused: the one Linear that makes queries, keys and values, in this order, in place of three.
+        linears: what the module calls those for queries, keys, values and the heads' outputs; or two, where one makes
+            queries, keys and values, in this order.
         count, kv_count: attributes with the number of heads, and of key and value heads where the module has it; they
             become this shard's numbers. Or these numbers themselves, where the module keeps none.
+        per_kv: the attribute, where the module has it, with how many heads share a key and value head.
         also: other attributes that are multiples of the number of heads, such as the sum of their sizes; they are
             divided by the number of shards.
     """
+    if len(linears) not in (2, 4):
+        raise ConfigError(
+            f"heads: linears names 4 layers (query, key, value, out) or 2 (all three, out): {linears!r:.80}"
+        )
     for name, module in modules(model, names, nn.Module, "heads"):
         total, kv = _head_counts(name, module, count, kv_count)
         _check_heads(name, total, kv, context)
-        of_q = _head_range(total, context)
-        of_kv = _head_range(kv, context)
-        if fused is None:
-            for leaf, number, part in ((query, total, of_q), (key, kv, of_kv), (value, kv, of_kv)):
-                inner, linear = _linear(name, module, leaf)
-                size = _head_size(inner, linear.out_features, number)
-                _cut_columns(model, inner, linear, [_scaled(part, size)], context)
+        mine, my_kv = _head_range(total, context), _head_range(kv, context)
+        if len(linears) == 4:
+            made = [(linears[0], total, [mine]), (linears[1], kv, [my_kv]), (linears[2], kv, [my_kv])]
         else:
-            inner, linear = _linear(name, module, fused)
-            size = _head_size(inner, linear.out_features, total + 2 * kv)
-            starts = ((0, of_q), (total, of_kv), (total + kv, of_kv))
-            ranges = [_scaled((at + part[0], at + part[1]), size) for at, part in starts]
-            _cut_columns(model, inner, linear, ranges, context)
-        inner, linear = _linear(name, module, out)
-        size = _head_size(inner, linear.in_features, total)
-        _cut_rows(model, inner, linear, [_scaled(of_q, size)], context)
-        _set_counts(name, module, ((count, of_q), (kv_count, of_kv)), also, context)
+            later = [(at + my_kv[0], at + my_kv[1]) for at in (total, total + kv)]
+            made = [(linears[0], total + 2 * kv, [mine, *later])]
+        for leaf, number, parts in made:
+            path, linear = _linear(name, module, leaf)
+            size = _head_size(path, linear.out_features, number)
+            _cut_columns(model, path, linear, [(start * size, stop * size) for start, stop in parts], context)
+        path, linear = _linear(name, module, linears[-1])
+        size = _head_size(path, linear.in_features, total)
+        _cut_rows(model, path, linear, [(mine[0] * size, mine[1] * size)], context)
+        numbers = {count: mine[1] - mine[0], kv_count: my_kv[1] - my_kv[0]}
+        numbers[per_kv] = numbers[count] // numbers[kv_count]
+        for attribute, number in numbers.items():
+            if isinstance(attribute, str) and hasattr(module, attribute):
+                setattr(module, attribute, number)
+        _divide(name, module, also, context)
 
 
 def experts(model: nn.Module, context: StageContext, *names: str) -> None:
@@ -255,7 +259,7 @@ def _linear(name: str, module: nn.Module, leaf: str) -> tuple[str, nn.Linear]:
         what = "not there" if inner is None else f"a {type(inner).__qualname__}"
         raise ConfigError(
             f"heads: {path!r} is {what}, and heads cuts nn.Linear; say what {type(module).__qualname__} calls its "
-            f"Linears in query, key, value, out or fused (there are {there or 'none'})"
+            f"Linears in `linears` (there are {there or 'none'})"
         )
     return path, inner
 
@@ -295,21 +299,8 @@ def _head_size(name: str, features: int, number: int) -> int:
     return features // number
 
 
-def _scaled(part: tuple[int, int], size: int) -> tuple[int, int]:
-    return part[0] * size, part[1] * size
-
-
-def _set_counts(
-    name: str,
-    module: nn.Module,
-    counts: Sequence[tuple[str | int, tuple[int, int]]],
-    also: Sequence[str],
-    context: StageContext,
-) -> None:
-    for attribute, (start, stop) in counts:
-        if isinstance(attribute, str) and hasattr(module, attribute):
-            setattr(module, attribute, stop - start)
-    for attribute in also:
+def _divide(name: str, module: nn.Module, attributes: Sequence[str], context: StageContext) -> None:
+    for attribute in attributes:
         value = getattr(module, attribute, None)
         if not isinstance(value, int):
             raise ConfigError(f"heads: module {name!r} has no whole number {attribute!r}; take it out of `also`")
