@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import parse_type
 from torchrelay.errors import InputError
@@ -114,6 +115,16 @@ def test_ragged_axes_are_padded_up_to_a_bucket_each() -> None:
         assemble([{"image": [np.zeros((9, 1, 3), np.uint8)]}], [1], types, {"image": 0}, buckets={"image": [4, 8]})
 
 
+class NoBytes:
+    """A device's memory that nobody may look into."""
+
+    def copy_to(self, start: int, nbytes: int, address: int, stream: int) -> None:
+        raise AssertionError("copied")
+
+    def read(self, start: int, nbytes: int) -> np.ndarray[Any, np.dtype[Any]]:
+        raise AssertionError("read")
+
+
 def test_rows_of_one_length_are_padded_already() -> None:
     """They are put together as a column of fixed shape is, without a copy of a single job's; lengths and mask say the
     same as after padding."""
@@ -127,6 +138,11 @@ def test_rows_of_one_length_are_padded_already() -> None:
     np.testing.assert_array_equal(both.lengths["x"], [3, 3, 3])
     assert both.lengths["x"].dtype == np.int64
     np.testing.assert_array_equal(batch.mask("x"), np.ones((2, 3), bool))
+    # Rows on a device stay there.
+    there = DeviceRows(NoBytes(), 0, np.dtype(np.int64), (4, 3))
+    apart = assemble([{"x": one}, {"x": there}], [2, 4], kind, {"x": 0}, joined_by=as_pieces)
+    assert apart["x"].arrays[1] is there
+    np.testing.assert_array_equal(apart.lengths["x"], [3] * 6)
     # A bucket that is longer, or another length beside it: then they are padded.
     assert assemble([{"x": one}], [2], kind, {"x": 0}, buckets={"x": [3, 8]})["x"].shape == (2, 3)
     assert assemble([{"x": one}], [2], kind, {"x": 0}, buckets={"x": [8]})["x"].shape == (2, 8)
