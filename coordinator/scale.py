@@ -136,12 +136,12 @@ def decide(
         demands[one.key], after[one.key] = demand, group
         spare = max(wanted - max(one.clamp(demand.less), one.least), 0) if demand.known else 0
         wishes.append(Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, 1e-3)))
-    own = {wish.key: wish.wanted for wish in wishes}
+    less = _of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
     wishes = as_wholes(wishes, found)
     counts = evened(share(wishes, fits), found)
     plan = Plan(
         {key: counts[key] for key in found},
-        {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key], own[w.key]) for w in wishes},
+        {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key], less[w.key]) for w in wishes},
     )
     return plan, State({key: _settled(group, counts[key], demands[key], now_s) for key, group in after.items()})
 
@@ -248,6 +248,15 @@ def as_wholes(wishes: Sequence[Wish], limits: Mapping[Node, Limits]) -> list[Wis
     return [found.get(wish.key, wish) for wish in wishes]
 
 
+def _of_wholes(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
+    """The most of all parts of the same whole."""
+    most: dict[Node, int] = {}
+    for key, count in counts.items():
+        whole = (key[0], limits[key].whole or key[1])
+        most[whole] = max(count, most.get(whole, 0))
+    return {key: most[key[0], limits[key].whole or key[1]] for key in counts}
+
+
 def evened(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
     """No part of a stage that is cut has more workers than there are of each, but for the least that it must have."""
     fewest: dict[Node, int] = {}
@@ -266,8 +275,8 @@ def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:
     return replace(group, replicas=count, changed_s=now_s if count != group.replicas else group.changed_s)
 
 
-def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group, own: int) -> str:
-    """`own`: how many it wanted, were it no part of a whole."""
+def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group, less: int) -> str:
+    """`less`: how many may do, of the whole that it is a part of."""
     now = group.replicas
     change = f"stays at {count}" if count == now else f"{now} -> {count}"
     texts = [demand.why]
@@ -279,10 +288,10 @@ def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group, o
         texts.append(f"{demand.behind} jobs wait longer than {one.delay_ms[demand.behind]:g} ms")
     if count < wish.wanted:
         texts.append(f"no room for {wish.wanted}" if wish.wanted > now else "others need the room more")
-    elif count > own:
+    elif less > one.clamp(demand.less):
         texts.append(f"as many as the other parts of {one.whole}")
     elif group.floor and count == group.floor:
         texts.append("fewer were too few for this load before")
-    elif count > max(one.clamp(demand.less), 0) and count == now and one.pinned is None:
-        texts.append(f"{max(demand.less, one.least)} may do, if that lasts")
+    elif count > max(less, 0) and count == now and one.pinned is None:
+        texts.append(f"{less} may do, if that lasts")
     return f"{change}: " + ", ".join(texts)

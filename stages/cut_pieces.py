@@ -77,8 +77,7 @@ def cut_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def check_whole(name: str, piece: Piece, shape: Sequence[int]) -> None:
-    """Raises ConfigError for a shape that is not that of the whole model's tensor; of a part that is nothing, none is
-    known."""
+    """Raises ConfigError for a shape that is not that of the whole model's tensor."""
     if piece.ranges and (piece.dim >= len(shape) or shape[piece.dim] != piece.size):
         raise ConfigError(
             f"{name!r} has shape {list(shape)}, and the whole model's has {piece.size} in dimension {piece.dim}; "
