@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from torchrelay.config.settings import parse_bytes
+from torchrelay.config.shard_plans import check_plan
 from torchrelay.config.types import parse_type
 from torchrelay.errors import ConfigError
 
@@ -254,6 +255,7 @@ def _combine(value: Any) -> Any:
 def _plan(value: Any) -> Any:
     texts = isinstance(value, dict) and value and all(isinstance(x, str) for pair in value.items() for x in pair)
     if value is None or isinstance(value, str) or texts:
+        check_plan(value)
         return value
     raise ValueError(f"write the name of a plan, or {{PATTERN: STYLE}}; {value!r:.80} came")
 

@@ -78,7 +78,12 @@ def units_of(pipeline: Pipeline, wanted: Mapping[str, int]) -> list[Unit]:
             group = pipeline.group_of(name)
             kind, least = _kind(pipeline, group, firsts), 1 if group.stages[0].device == "gpu" else group.replicas
         # Only those without which the pipeline would not run make do with less than is presumed.
-        found += [_numbered(kind, number, kind.presumed and number < least) for number in range(count)]
+        shards = 1 if is_runs(name) else ranks_of(pipeline, name)
+        found += [
+            _numbered(kind, number, kind.presumed and number < least and shards == 1, shard, shards)
+            for number in range(count)
+            for shard in range(shards)
+        ]
     return found
 
 
@@ -100,6 +105,12 @@ def need_of(group: Group) -> tuple[Need, bool]:
         host_memory=sum(one.host_memory or 0 for one in given),
     )
     return need, not (compute if on_gpu else cpus)
+
+
+def ranks_of(pipeline: Pipeline, stage: str) -> int:
+    """How many processes make one worker of this stage."""
+    shards = pipeline.group_of(stage).stages[0].shards
+    return shards.count if shards is not None and shards.mode == "tensor" else 1
 
 
 def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
@@ -141,5 +152,5 @@ def _names(pipeline: Pipeline, nodes: Iterable[int], firsts: Mapping[str, str]) 
     return tuple(sorted({firsts[names[i - 1]] for i in nodes if 0 < i <= len(names)}))
 
 
-def _numbered(kind: Unit, replica: int, presumed: bool) -> Unit:
-    return replace(kind, replica=replica, presumed=presumed)
+def _numbered(kind: Unit, replica: int, presumed: bool, shard: int = 0, shards: int = 1) -> Unit:
+    return replace(kind, replica=replica, presumed=presumed, shard=shard, shards=shards)

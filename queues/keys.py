@@ -231,6 +231,10 @@ class ControlKeys:
         """STRING that stands while the run's driver is asked to end it."""
         return f"{self.tag}run-cancel:{run}"
 
+    def group(self, name: str) -> str:
+        """HASH: which ranks of a group live, in which epoch it is, and where they meet."""
+        return f"{self.tag}group:{name}"
+
     @property
     def schedules(self) -> str:
         """HASH id -> a run that is repeated (JSON)."""

@@ -148,7 +148,8 @@ class Runner:
         Raises:
             StageLoadError: the stage raised. Where a shape does not fit the device's memory, it is only left out.
         """
-        shaped = self.stage.shaped if is_torch_stage(self.stage) else None
+        stage = getattr(self.stage, "inner", self.stage)  # of a group
+        shaped = stage.shaped if is_torch_stage(stage) else None
         if shaped is None:
             return
         try:
@@ -388,11 +389,20 @@ def configure(stage: Stage, spec: StageConfig) -> None:
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
 
-        stage.configure(TorchOptions(**options.model_dump(), row_buckets=row_buckets(spec.batch)), spec.weights)
+        try:
+            told = TorchOptions(**options.model_dump(), row_buckets=row_buckets(spec.batch))
+            stage.configure(told, spec.weights, None if spec.shards is None else spec.shards.plan)
+        except ConfigError as error:
+            raise ConfigError(f"stage {spec.name!r}: {error}") from error
     elif spec.weights or options != TorchSpec():
         raise ConfigError(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
+        )
+    elif spec.shards is not None and spec.shards.plan is not None:
+        raise ConfigError(
+            f"stage {spec.name!r}: `shards: {{plan}}` is for a TorchStage, and {type(stage).__qualname__} is a plain "
+            "Stage, which cuts its model itself, by context.rank and context.world_size; take the plan out"
         )
 
 

@@ -138,10 +138,13 @@ class BareTensor:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
+        # All are told before any is waited for: NCCL's ranks leave their group together.
+        for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send(None)
-            process.join()
+        for process in self._processes:
+            process.join(20)
+            process.kill()
 
     def hidden(self, tokens: np.ndarray) -> np.ndarray:
         """The last token's hidden state, [1, width]."""

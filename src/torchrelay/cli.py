@@ -158,6 +158,7 @@ def worker(
         int | None, typer.Option(metavar="K", min=0, help="Of a stage with shards, this one; default all.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    group: Annotated[str, typer.Option(help="Name of the group that ranks of several hosts form.")] = "",
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -176,7 +177,7 @@ def worker(
     """
     overrides = overrides_of(set_)
     fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
-    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, shard=shard, device=device)
+    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device, shard=shard, group=group)
     raise typer.Exit(run_fleet(fleet, live=False))
 
 

@@ -54,10 +54,11 @@ class System(Fleet):
         stage: str | None = None,
         shard: int | None = None,
         device: str = "auto",
+        group: str = "",
     ) -> None:
         """Adds a pipeline that the coordinator may place here, or one stage that runs here in any case."""
         before = len(self._plans)
-        super().add(pipeline, overrides, stage=stage, shard=shard, device=device)
+        super().add(pipeline, overrides, stage=stage, device=device, shard=shard, group=group)
         if stage is None:
             del self._plans[before:]
             self._servable[pipeline.ref] = Servable(pipeline, overrides or {})

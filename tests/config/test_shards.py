@@ -103,8 +103,6 @@ def test_what_changes_results_changes_the_version(load: Load) -> None:
         )
     ]
     assert len(set(versions)) == 5
-    balanced = {load(stage(shards=f"count: 2, mode: pipeline, balance: {b}")).version for b in ("time", "memory")}
-    assert len(balanced) == 1
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,11 @@ def test_parts_of_a_cut_stage_belong_together(units) -> None:
         "cpu",
     )
     assert found["a"].neighbours == ("s.0", "s.1")
+
+
+def test_a_replica_of_a_tensor_stage_is_a_group_of_ranks(units) -> None:
+    """Each rank takes what the stage says; replicas count whole groups."""
+    cut = stage("a", "shards: {count: 2, mode: tensor}, resources: {cpus: 3}")
+    found = units(cut, {"a": 2})
+    assert [(u.replica, u.shard, u.shards) for u in found] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    assert {u.need for u in found} == {Need(cpus=3.0)}
