@@ -240,7 +240,7 @@ class Runner:
             batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join, empty=empty)
             batch = replace(batch, ended=ended)
             if feeder is not None:
-                fed = feeder.feed(batch)
+                fed = feeder.feed(batch, self.stage.on_host if takes_tensors(self.stage) else ())
                 return Prepared(rows, fed.batch, fed)
             if takes_tensors(self.stage):
                 batch = self.stage.tensors(batch, self._device)
@@ -342,7 +342,9 @@ class Runner:
 
 
 class TensorStage(Protocol):
-    """A stage whose batches hold tensors."""
+    """A stage whose batches hold tensors, but for the columns of `on_host`."""
+
+    on_host: frozenset[str]
 
     def tensors(self, batch: Batch, device: str) -> Batch: ...
     def infer(self, batch: Batch) -> Mapping[str, Any] | Expand: ...
