@@ -31,9 +31,10 @@ def test_a_stage_without_shards_is_explained(tmp_path: Path, capsys: pytest.Capt
     assert (told["stage"], told["device"], told["balance"]) == ("model", "cpu", "time")
     first, last = told["parts"]
     assert (first["part"], last["part"]) == ("model.0", "model.1")
-    numbers = sum(p.numel() for p in build("bert").parameters())
+    whole = build("bert")
+    numbers, buffers = sum(p.numel() for p in whole.parameters()), sum(b.nbytes for b in whole.buffers())
     assert first["parameters"] + last["parameters"] == numbers
-    assert first["weight_bytes"] + last["weight_bytes"] == 4 * numbers
+    assert first["weight_bytes"] + last["weight_bytes"] == 4 * numbers + buffers
     assert first["crossing_bytes_per_row"] > 0
     assert last["crossing_bytes_per_row"] is None
     assert first["ms"] > 0

@@ -202,7 +202,9 @@ def _tensor(number: int, found: Sequence[tuple[int, Any]]) -> TensorArgument:
 def _check(number: int, leaf: Any, planned: TensorArgument) -> None:
     if not isinstance(leaf, torch.Tensor) or leaf.dtype != planned.torch_dtype or leaf.ndim != len(planned.shape):
         came = f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else f"{leaf!r:.40}"
-        raise InputError(f"argument {number} of the model's call is {came}, and was {planned.dtype}{list(planned.shape)}")
+        raise InputError(
+            f"argument {number} of the model's call is {came}, and was {planned.dtype}{list(planned.shape)}"
+        )
     for dim, (size, before) in enumerate(zip(leaf.shape, planned.shape, strict=True)):
         if size != before and dim not in planned.varies:
             raise InputError(

@@ -40,9 +40,7 @@ _MOST_ROWS = {"cuda": 256, "cpu": 31}
 _LENGTHS = (128, 64, 32, 16, 8, 1)
 
 
-def make_plan(
-    stage: TorchStage, context: StageContext, spec: PartConfig, types: Mapping[str, ColumnType]
-) -> SplitPlan:
+def make_plan(stage: TorchStage, context: StageContext, spec: PartConfig, types: Mapping[str, ColumnType]) -> SplitPlan:
     """Works out where a stage's model is cut.
 
     Args:
@@ -117,7 +115,9 @@ class _Maker:
             names = [name for node in traced.nodes[cut.start : cut.stop] if (name := _module_of(traced, node))]
             time = float(seconds[cut.start : cut.stop].sum())
             crosses = 0 if cut.goes is None else int(nbytes[cuts[i]])
-            parts.append(Part(names[0] if names else "", names[-1] if names else "", time, parameters, weight_bytes, crosses))
+            parts.append(
+                Part(names[0] if names else "", names[-1] if names else "", time, parameters, weight_bytes, crosses)
+            )
         return SplitPlan("graph", "", traced.call, traced.digest, tuple(cuts), tuple(parts))
 
     def _measured(self, traced: Traced) -> tuple[list[torch.Tensor], np.ndarray]:
@@ -151,7 +151,7 @@ class _Maker:
             )
         if not all(argument.rows for argument in call.arguments):
             raise StageLoadError(f"{what}, and is called with a tensor that has not the batch's rows first")
-        for name in source.unsaved():
+        for name in source.others():
             set_tensor(model, name, source.read(name, self._device))
         length = min(_LENGTHS[1], *(l for l in _LENGTHS if l > 1))
         args, kwargs = self._samples.call(self._rows(), length)
@@ -206,9 +206,8 @@ def _weights_of(traced: Traced) -> list[float]:
 
 def _module_of(traced: Traced, node: fx.Node) -> str:
     """The module that an operation belongs to, as far as that is known."""
-    for other in node.all_input_nodes:
-        if other in traced.names:
-            return traced.names[other].rpartition(".")[0]
     stack = list(node.meta.get("nn_module_stack", {}).values())
     name = str(stack[-1][0]) if stack else ""
-    return name.removeprefix("root").lstrip(".") if name.startswith("root") else ""
+    if name.startswith("root."):
+        return name.removeprefix("root.")
+    return next((traced.names[o].rpartition(".")[0] for o in node.all_input_nodes if o in traced.names), "")

@@ -15,10 +15,9 @@ import torch
 
 from torchrelay.config.shards import PADDED, SIZES, STATE, PartConfig
 from torchrelay.config.types import ColumnType
-from torchrelay.errors import InputError, StageLoadError
+from torchrelay.errors import StageLoadError
 from torchrelay.stages.batch import Batch
 from torchrelay.stages.outputs import Expand
-from torchrelay.stages.padding import Padded
 from torchrelay.stages.shapes import ShapedModel
 from torchrelay.stages.splitting.calls import Reached
 from torchrelay.stages.splitting.crossing import Crossing, groups_of, pack, unpack
@@ -55,6 +54,7 @@ class PartStage(TorchStage):
         self.dtype = stage.dtype
         self._options = stage.options
         self._piece: GraphPiece | ModulePiece | None = None
+        self.model = None
 
     def load(self, context: StageContext) -> None:
         """Builds the model without values, finds the part in it, and reads that part's weights alone.

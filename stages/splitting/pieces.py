@@ -171,7 +171,9 @@ class _Builder:
             kwargs = fx.map_arg(node.kwargs, self._get)
             place = fx.node.map_aggregate
             made = self._graph.call_function(
-                node.target, place(args, self._placed), place(kwargs, self._placed)  # type: ignore[arg-type]
+                node.target,
+                place(args, self._placed),
+                place(kwargs, self._placed),  # type: ignore[arg-type]
             )
         self._made[node] = made
         return made

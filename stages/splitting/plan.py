@@ -58,7 +58,13 @@ class SplitPlan:
 
     def encode(self) -> str:
         """The plan as JSON."""
-        plain: dict[str, Any] = {"form": 1, "how": self.how, "why": self.why, "call": self.call.plain(), "digest": self.digest}
+        plain: dict[str, Any] = {
+            "form": 1,
+            "how": self.how,
+            "why": self.why,
+            "call": self.call.plain(),
+            "digest": self.digest,
+        }
         if self.form is not None:
             plain["form_of_chain"] = {**asdict(self.form), "behind": sorted(self.form.behind)}
         return json.dumps({**plain, "cuts": self.cuts, "parts": [asdict(p) for p in self.parts]})

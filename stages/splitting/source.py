@@ -49,7 +49,9 @@ class Source:
         self._values = {n: t.detach() for n, t in own_tensors(model) if n not in self._names and not t.is_meta}
         lost = [name for name, tensor in own_tensors(model) if tensor.is_meta and name not in self._names]
         if lost:
-            raise StageLoadError(f"{', '.join(lost[:8])} of the model are computed of parameters; save them, or split by hand")
+            raise StageLoadError(
+                f"{', '.join(lost[:8])} of the model are computed of parameters; save them, or split by hand"
+            )
         _to_meta(model)
         self._like = dict(own_tensors(model))
 
@@ -75,9 +77,9 @@ class Source:
         """Of all its tensors."""
         return list(self._like)
 
-    def unsaved(self) -> list[str]:
-        """Of those that are in no file."""
-        return [name for name in self._like if name in self._values]
+    def others(self) -> list[str]:
+        """Of those that are no parameters, and whose values are in no file."""
+        return [n for n, like in self._like.items() if n in self._values and not isinstance(like, nn.Parameter)]
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
         """The values of a tensor of the model, on a device, in the model's type; memory of their own."""

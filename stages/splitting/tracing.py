@@ -49,7 +49,7 @@ class _Called(nn.Module):
 def trace(model: nn.Module, call: Call) -> Traced:
     """Traces a model that is on the meta device, as this call calls it. Raises Untraceable."""
     samples = tuple(torch.empty(a.shape, dtype=a.torch_dtype, device="meta") for a in call.arguments)
-    varying = tuple({dim: Dim.AUTO for dim in a.varies} for a in call.arguments)
+    varying = tuple(dict.fromkeys(a.varies, Dim.AUTO) for a in call.arguments)
     quiet = [(log, log.level) for log in map(logging.getLogger, ("torch.export", "torch.fx"))]
     for log, _ in quiet:
         log.setLevel(logging.CRITICAL)
@@ -232,9 +232,10 @@ class Traced:
         return node
 
     def _fit_type(self, node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.Tensor) and len([
-            n for n in node.all_input_nodes if self._per_row.get(n)
-        ]) == 1
+        return (
+            isinstance(node.meta.get("val"), torch.Tensor)
+            and len([n for n in node.all_input_nodes if self._per_row.get(n)]) == 1
+        )
 
     def _fit(self, node: fx.Node) -> bool:
         """Whether its rows are the batch's, each by itself."""

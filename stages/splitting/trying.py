@@ -82,7 +82,9 @@ class _Trial:
             raise
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise StageLoadError(f"its model raised when it was tried with weights of no meaning: {text:.200}") from error
+            raise StageLoadError(
+                f"its model raised when it was tried with weights of no meaning: {text:.200}"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
