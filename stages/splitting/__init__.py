@@ -2,8 +2,8 @@
 
 `make_plan` works out the cuts once: the model's call is captured (`calls`, `samples`), traced with torch.export
 (`tracing`), or, where that does not go, looked at as a chain of modules (`modules`), measured, and cut evenly
-(`balance`). `PartStage` is one part in a worker: `pieces` and `modules` compute it, `crossing` has the form of what goes
-from a part to the next. Knows nothing of Redis, and nothing of how parts are placed.
+(`balance`). `PartStage` is one part in a worker: `pieces` and `modules` compute it, `crossing` has the form of what
+goes from a part to the next. Knows nothing of Redis, and nothing of how parts are placed.
 """
 
 from torchrelay.stages.splitting.making import make_plan

@@ -17,7 +17,7 @@ def cut_evenly(costs: Sequence[float], crossing: Sequence[float], count: int) ->
 
     Args:
         costs: of each step, from 0.
-        crossing: what it costs to cut before each step; infinite where that cannot be. The first one's is not looked at.
+        crossing: what it costs to cut before each step; infinite where that cannot be. The first counts not.
         count: how many parts.
 
     Returns: `count` - 1 rising numbers; None where there are too few places.

@@ -1,6 +1,6 @@
 """How a stage's `forward` calls its model: a stand-in for the model, and the call's form as a plain value.
 
-Promise: `forward` is the user's and runs unchanged; a call of another form than the planned one is refused, not guessed.
+Promise: `forward` is the user's and runs unchanged; a call of another form than planned is refused, not guessed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Call:
         _, first, spec = found[0]
         if any(other != spec for _, _, other in found):
             raise StageLoadError("its forward calls the model with other arguments for other batches")
-        leaves = []
+        leaves: list[TensorArgument | Fixed] = []
         for number, leaf in enumerate(first):
             if isinstance(leaf, torch.Tensor):
                 leaves.append(_tensor(number, [(rows, more[number]) for rows, more, _ in found]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,8 +106,8 @@ class _Maker:
         if cuts is None:
             places = sum(np.isfinite(nbytes[1:]))
             raise StageLoadError(
-                f"its model has {places} places where it can be cut, too few for {self._spec.count} parts; what crosses "
-                "must have the batch's rows first. Lower shards.count, or use mode: gather or tensor"
+                f"its model has {places} places where it can be cut, too few for {self._spec.count} parts; what "
+                "crosses must have the batch's rows first. Lower shards.count, or use mode: gather or tensor"
             )
         parts = []
         for i, cut in enumerate(graph_cuts(traced, cuts)):
@@ -146,14 +147,14 @@ class _Maker:
         what = f"its model does not trace ({why})"
         if chain is None:
             raise StageLoadError(
-                f"{what}, and it has no nn.Sequential or nn.ModuleList of {count} modules or more to cut between; write "
-                "it so, or split the stage by hand"
+                f"{what}, and it has no nn.Sequential or nn.ModuleList of {count} modules or more to cut between; "
+                "write it so, or split the stage by hand"
             )
         if not all(argument.rows for argument in call.arguments):
             raise StageLoadError(f"{what}, and is called with a tensor that has not the batch's rows first")
         for name in source.others():
             set_tensor(model, name, source.read(name, self._device))
-        length = min(_LENGTHS[1], *(l for l in _LENGTHS if l > 1))
+        length = _LENGTHS[3]
         args, kwargs = self._samples.call(self._rows(), length)
         tried = try_model(model, chain, args, kwargs, self._rows(), self._device)
         # Middle parts need the call's own arguments too.
@@ -168,7 +169,7 @@ class _Maker:
         self, chain: Chain, call: Call, why: str, seconds: list[float], nbytes: list[float], cuts: list[int], form: Any
     ) -> SplitPlan:
         parts, bounds = [], [0, *cuts, len(chain.names)]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             names = chain.owned(self._source.model, start, stop, form)
             parameters, weight_bytes = self._source.parameters(names)
             crosses = 0 if stop == len(chain.names) else int(nbytes[stop])

@@ -34,7 +34,8 @@ def seconds_of(traced: Traced, tensors: Sequence[torch.Tensor], device: torch.de
                 took.append(seconds)
             if time.monotonic() - began > _ENOUGH_S:
                 break
-    return np.min(took, axis=0)
+    least: np.ndarray = np.min(took, axis=0)
+    return least
 
 
 def made_up(like: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -89,7 +90,7 @@ class _Pass:
         place = fx.node.map_aggregate
         args = place(fx.map_arg(node.args, values.__getitem__), self._placed)
         kwargs = place(fx.map_arg(node.kwargs, values.__getitem__), self._placed)
-        return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _placed(self, value: Any) -> Any:
         return self._device if isinstance(value, torch.device) and value.type == "meta" else value

@@ -1,4 +1,4 @@
-"""A part of a traced model as a module that can be called: its operations, the tensors it owns, what it takes and gives.
+"""A part of a traced model as a module that can be called: its operations, the tensors it owns, what goes in and out.
 
 Whatever an earlier part made and this one needs comes across, is a size, or is computed here again.
 """
@@ -170,11 +170,8 @@ class _Builder:
             args = fx.map_arg(node.args, self._get)
             kwargs = fx.map_arg(node.kwargs, self._get)
             place = fx.node.map_aggregate
-            made = self._graph.call_function(
-                node.target,
-                place(args, self._placed),
-                place(kwargs, self._placed),  # type: ignore[arg-type]
-            )
+            target: Any = node.target
+            made = self._graph.call_function(target, place(args, self._placed), place(kwargs, self._placed))
         self._made[node] = made
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from torchrelay.errors import DecodeError
@@ -83,7 +84,7 @@ class SplitPlan:
             raise DecodeError(f"no split plan: {type(error).__name__}: {error}", length=len(text)) from error
         if (plan.how == "graph") != (form is None):
             raise DecodeError("a split plan without the form of its chain", length=len(text))
-        if len(parts) < 2 or len(cuts) != len(parts) - 1 or any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+        if len(parts) < 2 or len(cuts) != len(parts) - 1 or any(a >= b for a, b in pairwise(cuts)):
             raise DecodeError(f"a split plan of {len(parts)} parts with {len(cuts)} cuts", length=len(text))
         return plan
 

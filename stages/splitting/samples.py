@@ -1,4 +1,4 @@
-"""Batches made up for a stage whose model is to be split: what its forward makes of them shows how it calls the model."""
+"""Batches made up for a stage whose model is to be split: they show how its forward calls it."""
 
 from __future__ import annotations
 

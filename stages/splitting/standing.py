@@ -28,6 +28,6 @@ def stand_in_for(stage: TorchStage, context: StageContext) -> Source:
     stage.load(context)
     if not made or not isinstance(stage.model, StandIn):
         raise StageLoadError(
-            "its load() makes the model itself; define build() and let TorchStage.load() call it, so that it can be split"
+            "its load() makes the model itself; define build() and let TorchStage.load() call it, or it cannot be split"
         )
     return made[0]

@@ -84,7 +84,7 @@ class Traced:
         graph = program.graph
         self.nodes = [n for n in graph.nodes if n.op in ("call_function", "get_attr") and not _is_check(n)]
         self.place = {node: i for i, node in enumerate(self.nodes)}
-        self.results: Sequence[Any] = graph.output_node().args[0]  # type: ignore[assignment]
+        self.results: Sequence[Any] = graph.output_node().args[0]
         self.module = program.graph_module
         self._find_symbols()
         self._per_row = self._depending()
@@ -225,7 +225,7 @@ class Traced:
 
     def _base(self, node: fx.Node, sizes: Sequence[int]) -> fx.Node:
         while node in self.place and _is_view(node) and self._fit_type(node):
-            (source,) = [n for n in node.all_input_nodes if self._per_row.get(n)] or [None]
+            source = next((n for n in node.all_input_nodes if self._per_row.get(n)), None)
             if source is None or not self._fit(source) or self.row_bytes(source, sizes) > self.row_bytes(node, sizes):
                 break
             node = source

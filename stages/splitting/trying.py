@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class _Trial:
                 "split the stage by hand, or use mode: gather or tensor"
             )
         starts = [began, *(self._at[name] for name in names[1:]), ended]
-        self._found.seconds = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        self._found.seconds = [b - a for a, b in pairwise(starts)]
         return self._found
 
     def _entered(self, name: str) -> Any:
@@ -145,7 +146,8 @@ class _Trial:
             module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
         )
         for inner in module.modules() if whole else [module]:
-            for holder in (inner._parameters, inner._buffers):
+            holders: list[dict[str, Any]] = [inner._parameters, inner._buffers]
+            for holder in holders:
                 for leaf, tensor in holder.items():
                     if tensor is not None and tensor.is_meta:
                         self._put_back.append((holder, leaf, tensor))
