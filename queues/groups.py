@@ -8,6 +8,7 @@ What belongs to an epoch (an address) is written and read under it, so that two 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -18,7 +19,7 @@ from torchrelay.queues.keys import ControlKeys
 from torchrelay.queues.registry import run
 from torchrelay.queues.scripts import Arg, Call, script
 
-__all__ = ["PRESENT_S", "GroupRecord", "GroupState", "Kind", "Member", "check_group"]
+__all__ = ["PRESENT_S", "GroupRecord", "GroupState", "GroupView", "Kind", "Member", "RankTaken", "check_group", "views"]
 
 PRESENT_S: Final = 3.0
 """How long a rank's supervisor is taken to live after it was heard of."""
@@ -54,6 +55,58 @@ class GroupState:
     draining: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """How a group stands, for people: `ready` and `waiting` are the ranks that live, by whether they have no process of
+    an epoch before `epoch`; `formed` says whether all have met. `kind` and `why` say how the epoch before ended."""
+
+    group: str
+    size: int
+    epoch: int
+    ready: tuple[int, ...]
+    waiting: tuple[int, ...]
+    formed: bool
+    kind: Kind = ""
+    why: str = ""
+    cap: int = 0
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks of which nothing is heard."""
+        return [rank for rank in range(self.size) if rank not in self.ready and rank not in self.waiting]
+
+
+class RankTaken(ConfigError):
+    """Another process has the rank, or had it and is not taken for dead yet."""
+
+
+def views(client: redis.Redis, control: ControlKeys, groups: Iterable[str]) -> dict[str, GroupView]:
+    """Of these groups those that have a record."""
+    names = sorted(groups)
+    if not names:
+        return {}
+    seconds, micros = client.time()  # type: ignore[misc]  # its stubs say it may be awaited
+    now_ms = int(seconds) * 1000 + int(micros) // 1000
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hgetall(control.group(name))
+        records: list[dict[bytes, bytes]] = pipe.execute()
+    return {name: _view(name, record, now_ms) for name, record in zip(names, records, strict=True) if record}
+
+
+def _view(name: str, record: dict[bytes, bytes], now_ms: int) -> GroupView:
+    def number(key: str) -> int:
+        return int(record.get(key.encode(), 0))
+
+    size, epoch = number("size"), number("epoch")
+    living = [rank for rank in range(size) if number(f"until:{rank}") > now_ms]
+    ready = tuple(rank for rank in living if number(f"at:{rank}") == epoch)
+    waiting = tuple(rank for rank in living if rank not in ready)
+    kind: Any = _text(record.get(b"kind"))
+    formed = len(ready) == size and b"address" in record
+    return GroupView(name, size, epoch, ready, waiting, formed, kind, _text(record.get(b"why")), number("cap"))
+
+
 def check_group(name: str) -> str:
     """The name; ConfigError for what cannot be one."""
     if not _NAME.fullmatch(name):
@@ -76,14 +129,14 @@ class GroupRecord:
     def tend(self, ready_for: int, *, drain: bool = False, leave: bool = False) -> GroupState:
         """Says that this rank lives, and is ready for that epoch; with `drain`, that all are to end.
 
-        Raises ConfigError while another process has the rank, or for a group of another size.
+        Raises RankTaken while another process has the rank, ConfigError for a group of another size.
         """
         member = self.member
         life = 0 if leave else round(PRESENT_S * 1000)
         args: list[Arg] = [member.size, member.rank, self._who, life, ready_for, round(_KEPT_S * 1000), int(drain)]
         found = self._call("group", args)
         if found[0] == 0:
-            raise ConfigError(
+            raise RankTaken(
                 f"rank {member.rank} of group {member.group!r} is served by {_text(found[1])}; "
                 "end that one first, or start this one with another --shard or --group"
             )
