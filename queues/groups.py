@@ -58,17 +58,20 @@ class GroupState:
 @dataclass(frozen=True, slots=True)
 class GroupView:
     """How a group stands, for people: `ready` and `waiting` are the ranks that live, by whether they have no process of
-    an epoch before `epoch`; `formed` says whether all have met. `kind` and `why` say how the epoch before ended."""
+    an epoch before `epoch`; it is `formed` once all are. `kind` and `why` say how the epoch before ended."""
 
     group: str
     size: int
     epoch: int
     ready: tuple[int, ...]
     waiting: tuple[int, ...]
-    formed: bool
     kind: Kind = ""
     why: str = ""
     cap: int = 0
+
+    @property
+    def formed(self) -> bool:
+        return len(self.ready) == self.size
 
     @property
     def missing(self) -> list[int]:
@@ -103,8 +106,7 @@ def _view(name: str, record: dict[bytes, bytes], now_ms: int) -> GroupView:
     ready = tuple(rank for rank in living if number(f"at:{rank}") == epoch)
     waiting = tuple(rank for rank in living if rank not in ready)
     kind: Any = _text(record.get(b"kind"))
-    formed = len(ready) == size and b"address" in record
-    return GroupView(name, size, epoch, ready, waiting, formed, kind, _text(record.get(b"why")), number("cap"))
+    return GroupView(name, size, epoch, ready, waiting, kind, _text(record.get(b"why")), number("cap"))
 
 
 def check_group(name: str) -> str:
