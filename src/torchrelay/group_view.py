@@ -59,15 +59,13 @@ def _rank(rank: int, view: GroupView, reports: Sequence[WorkerReport]) -> dict[s
 
 def _why_not(view: GroupView, stage: str, *, assigned: bool) -> str:
     """Why the group does not form, and what to do."""
-    if view.kind == "hopeless":
-        return f"{view.why}; mend that, and start its ranks again"
     if view.missing:
         names = " and ".join(f"rank {rank}" for rank in view.missing)
         start = f"torchrelay worker FILE --stage {stage} --shard {view.missing[0]} --group {view.group}"
         remedy = "its coordinator starts it anew" if assigned else f"start it again: {start}"
         return f"nothing is heard of {names}; {remedy}"
     late = " and ".join(f"rank {rank}" for rank in view.waiting)
-    return f"{late} has still a process of an epoch before {view.epoch}, which is being ended"
+    return f"a process of an epoch before {view.epoch} is still to end: of {late}"
 
 
 def group_rows(groups: Sequence[dict[str, Any]], node: str) -> Iterator[tuple[object, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchrelay.errors import ConfigError
-from torchrelay.queues.groups import GroupRecord, Member
+from torchrelay.queues.groups import GroupRecord, Member, RankTaken, views
 from torchrelay.queues.registry import Registry
 
 
@@ -65,7 +65,34 @@ def test_a_rank_that_is_silent_ends_its_epoch_and_an_outage_does_not(registry: R
     assert "rank 1" in state.why
 
 
-def _shift(registry: Registry, key: str, names: list[str]) -> None:
-    """A minute passes for these."""
+def test_ranks_that_come_after_all_were_killed_have_their_places_in_a_while(registry: Registry) -> None:
+    """Nobody tended the group for a minute. The old ones may only have lost the server: they have their time, once."""
+    for rank in (0, 1):
+        record(registry, rank).tend(1)
+    key, new = registry.control.group("g"), record(registry, 0, "new")
+    _shift(registry, key, ["until:0", "until:1", "tick"])
+    for _ in range(3):
+        with pytest.raises(RankTaken, match="served by w0"):
+            new.tend(0)
+        _shift(registry, key, ["until:0", "until:1", "tick"], 1_000)
+    assert (new.tend(0).epoch, new.tend(2).ready) == (2, 1)
+
+
+def test_people_see_who_is_missing_and_who_has_not_ended_its_process(registry: Registry) -> None:
+    zero, one = record(registry, 0), record(registry, 1)
+    zero.tend(zero.tend(0).epoch)
+    (half,) = views(registry.client, registry.control, ["g", "no such group"]).values()
+    assert (half.group, half.size, half.ready, half.waiting, half.missing) == ("g", 2, (0,), (), [1])
+    one.tend(1)
+    assert views(registry.client, registry.control, ["g"])["g"].formed
+    one.end(1, "room", "rank 1 ran out of memory", 4)
+    zero.tend(2)
+    over = views(registry.client, registry.control, ["g"])["g"]
+    assert (over.epoch, over.ready, over.waiting, over.missing, over.formed) == (2, (0,), (1,), [], False)
+    assert (over.kind, over.why, over.cap) == ("room", "rank 1 ran out of memory", 4)
+
+
+def _shift(registry: Registry, key: str, names: list[str], ms: int = 60_000) -> None:
+    """A minute, or so long, passes for these."""
     for name in names:
-        registry.client.hincrby(key, name, -60_000)
+        registry.client.hincrby(key, name, -ms)
