@@ -12,8 +12,8 @@ from torch import nn
 from tests.stages.parallel_models import FUSED, Bert, Fused, Llama, SelfAttention, mlp
 from torchrelay.config.spec import ShardsSpec
 from torchrelay.errors import StageLoadError
+from torchrelay.stages.cuts import Cut
 from torchrelay.stages.plans import find_plan
-from torchrelay.stages.slices import Cut
 from torchrelay.stages.tensor_parallel import parallelize
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from torchrelay.errors import StageLoadError
 from torchrelay.stages import slices
-from torchrelay.stages.slices import Cut, open_weights
+from torchrelay.stages.cuts import Cut
+from torchrelay.stages.slices import open_weights
 from torchrelay.stages.weights import read_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64, torch.uint16]
@@ -211,7 +212,8 @@ READER = """
 import sys
 from pathlib import Path
 import torch
-from torchrelay.stages.slices import Cut, open_weights
+from torchrelay.stages.cuts import Cut
+from torchrelay.stages.slices import open_weights
 kept = []
 if sys.argv[1:]:
     with open_weights(Path(sys.argv[1])) as weights:
