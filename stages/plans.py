@@ -134,7 +134,10 @@ def _attributes(modules: Mapping[str, nn.Module], model: nn.Module, pattern: str
             has = f"; whole numbers of it are {_some(there)}" if there else ""
             raise StageLoadError(f"plan: module {name!r} has no whole number {attribute!r} to divide{has}")
         if value % count:
-            raise StageLoadError(f"module {name!r}: its {attribute} of {value} does not divide by {count} shards")
+            raise StageLoadError(
+                f"module {name!r}: its {attribute} of {value} does not divide by {count} shards; choose another count, "
+                "or leave the attribute, and the layers that it counts, whole"
+            )
         yield f"{name}.{attribute}"
 
 
