@@ -123,7 +123,7 @@ class Uneven(TorchStage):
     [
         (
             {"y": "float32[4]", "z": "float32[*, *]"},
-            "stage 'uneven.0': column 'y': float32[2] is expected in each of 1 rows, float32[3] came; it is shard 0 of 2",
+            "stage 'uneven.0': column 'y': float32[2] is expected in each of 1 rows, float32[3] came; it is shard 0 of",
         ),
         (
             {"y": "float32[*]", "z": "float32[*, *]"},
