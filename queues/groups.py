@@ -34,11 +34,12 @@ supervisor or host is gone. `hopeless`: a rank cannot start; nobody is to try ag
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One rank of a group of so many."""
+    """One rank of a group of so many, which computes the stage `of` (`pipeline@version/stage`)."""
 
     group: str
     rank: int
     size: int
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +132,12 @@ class GroupRecord:
     def tend(self, ready_for: int, *, drain: bool = False, leave: bool = False) -> GroupState:
         """Says that this rank lives, and is ready for that epoch; with `drain`, that all are to end.
 
-        Raises RankTaken while another process has the rank, ConfigError for a group of another size.
+        Raises RankTaken while another process has the rank, ConfigError for a group of another size or stage.
         """
         member = self.member
         life = 0 if leave else round(PRESENT_S * 1000)
         args: list[Arg] = [member.size, member.rank, self._who, life, ready_for, round(_KEPT_S * 1000), int(drain)]
+        args.append(member.of)
         found = self._call("group", args)
         if found[0] == 0:
             raise RankTaken(
@@ -145,6 +147,11 @@ class GroupRecord:
         if found[0] == -1:
             raise ConfigError(
                 f"group {member.group!r} has {_text(found[1])} ranks, not {member.size}; take another name"
+            )
+        if found[0] == -2:
+            raise ConfigError(
+                f"group {member.group!r} computes {_text(found[1])}, and this rank is of {member.of}; end the ranks of "
+                "that one first, or take another name"
             )
         kind: Any = _text(found[4])
         return GroupState(found[1], found[2], _text(found[3]), kind, _text(found[5]), found[6], bool(found[7]))

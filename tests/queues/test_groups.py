@@ -50,6 +50,29 @@ def test_a_rank_has_one_process_and_a_group_one_size(registry: Registry) -> None
     assert record(registry, 0, "other").tend(0).epoch >= 1
 
 
+def test_ranks_of_another_version_or_stage_do_not_join(registry: Registry) -> None:
+    """They would compute another model, in shapes that may fit. Once all are gone, the name is free."""
+
+    def of(rank: int, node: str) -> GroupRecord:
+        return GroupRecord(registry.client, registry.control, Member("g", rank, 2, node), f"w{rank}-{node}")
+
+    old = [of(rank, "p@1/s") for rank in (0, 1)]
+    epoch = old[0].tend(0).epoch
+    old[0].tend(epoch)
+    assert old[1].tend(epoch).ready == 2
+    assert old[0].end(epoch, "room", "", 4) == epoch + 1
+    old[1].tend(0, leave=True)
+    with pytest.raises(
+        ConfigError, match=r"group 'g' computes p@1/s, and this rank is of p@2/s; end the ranks of that"
+    ):
+        of(1, "p@2/s").tend(epoch + 1)
+    old[0].tend(0, leave=True)
+    new = of(1, "p@2/s").tend(0)
+    assert (new.ready, new.cap) == (0, 0)
+    assert of(0, "p@2/s").tend(new.epoch).ready == 1
+    assert of(1, "p@2/s").tend(new.epoch).ready == 2
+
+
 def test_a_rank_that_is_silent_ends_its_epoch_and_an_outage_does_not(registry: Registry) -> None:
     """Its time is over while another one tends: the epoch ends. A gap for all moves everybody's time."""
     zero, one = record(registry, 0), record(registry, 1)
