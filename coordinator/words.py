@@ -179,7 +179,7 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     host = slot.host
     parts = []
     if len(option.slots) > 1:
-        parts.append(_shards_words(option))
+        parts.append(_shards_words(board, kind, option))
     beside = sorted(k[1] for k in kind.neighbours if host.machine.counts.get(k))
     if board.near(kind, host) > 0:
         parts.append(f"shares memory with {', '.join(beside)}")
@@ -206,10 +206,13 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     return "; ".join(parts)
 
 
-def _shards_words(option: Option) -> str:
+def _shards_words(board: Board, kind: Kind, option: Option) -> str:
     hosts = {slot.host for slot in option.slots}
     if len(hosts) > 1:
-        return f"shards on {len(hosts)} hosts: none has room for all"
+        free = [host for host in kind.hosts if board.barred(kind, host) is None]
+        most = max(free, key=lambda host: (board.fitting(kind, host), -host.order))
+        room = f"{most.name}, which has most, has it for {board.fitting(kind, most)}"
+        return f"shards on {len(hosts)} hosts: none has room for all {len(kind.wants)}; {room}"
     host = option.slots[0].host
     linked = any(set(option.slots) <= set(group) for group in host.links)
     return "shards on one host" + (", joined by NVLink" if linked else "")
