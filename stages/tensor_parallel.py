@@ -238,7 +238,8 @@ def _part(name: str, leaf: str, module: nn.Module, style: Style, heads: Heads | 
         cut = _rounded(module.num_embeddings, rank, count)
         if (count - 1) * -(-module.num_embeddings // count) >= module.num_embeddings:
             raise StageLoadError(
-                f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards"
+                f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards; choose a "
+                "smaller count, or the style whole"
             )
         return VocabEmbedding(module, ranks, cut)
     assert isinstance(module, nn.Linear)  # the plan saw to it

@@ -143,12 +143,23 @@ def test_a_dataset_goes_through_shards(
     assert (error["_row"], error["stage"]) == (7, "s.1")
 
 
-def test_a_model_of_torch_in_shards_gives_what_it_gives_here(relay: Relay, workers: Workers, tmp_path: Path) -> None:
-    """Two gathered stages, on six workers; rows of many lengths go from one to the other."""
+def test_a_model_of_torch_in_shards_gives_what_it_gives_here_also_when_one_is_killed(
+    relay: Relay, registry: Registry, workers: Workers, tmp_path: Path
+) -> None:
+    """Two gathered stages, on six workers; rows of many lengths go from one to the other. kill -9 of a shard of the
+    second in mid work: its jobs are done again, and each is done once."""
     path = write_chain(tmp_path, "bert", 2, most=2)
-    rows = models.rows_of("bert", 24)
+    rows = models.rows_of("bert", 96)
     expected = Pipeline.load(path).run_local(rows)
-    relay.register(path)
+    ref = relay.register(path)
     workers.start(path, ready_s=120.0)
-    for made, exact in zip(relay.map("bert", rows), expected, strict=True):
-        np.testing.assert_allclose(made["h"], exact["h"], rtol=1e-5, atol=1e-5)
+    victim = next(w.pid for w in registry.workers() if w.node == f"{ref}/bertattend.1")
+    futures = relay.submit_many("bert", rows * 10)
+    wait_until(lambda: registry.loads().get(f"{ref}/bertattend.1.committed"))
+    os.kill(victim, signal.SIGKILL)
+    assert not futures[-1].done()
+    for future, exact in zip(futures, expected * 10, strict=True):
+        np.testing.assert_allclose(future.result(60)["h"], exact["h"], rtol=1e-5, atol=1e-5)
+    assert victim not in {w.pid for w in registry.workers()}
+    parts = [f"{stage}.{part}" for stage in ("bertembed", "bertattend") for part in ("0", "1", "combine")]
+    assert_settled(registry, dict.fromkeys(parts, 960))
