@@ -89,7 +89,7 @@ def views(client: redis.Redis, control: ControlKeys, groups: Iterable[str]) -> d
     names = sorted(groups)
     if not names:
         return {}
-    seconds, micros = client.time()  # type: ignore[misc]  # its stubs say it may be awaited
+    seconds, micros = client.time()
     now_ms = int(seconds) * 1000 + int(micros) // 1000
     with client.pipeline(transaction=False) as pipe:
         for name in names:

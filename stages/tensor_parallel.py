@@ -239,7 +239,7 @@ def _part(name: str, leaf: str, module: nn.Module, style: Style, heads: Heads | 
         if (count - 1) * -(-module.num_embeddings // count) >= module.num_embeddings:
             raise StageLoadError(
                 f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards; choose a "
-                "lower count, or the style whole"
+                "smaller count, or the style whole"
             )
         return VocabEmbedding(module, ranks, cut)
     assert isinstance(module, nn.Linear)  # the plan saw to it

@@ -47,14 +47,8 @@ def _rank(rank: int, view: GroupView, reports: Sequence[WorkerReport]) -> dict[s
         state = "missing"
     else:
         state = "waits" if report.state == "loading" and not view.formed else report.state
-    there = report is not None
-    return {
-        "rank": rank,
-        "host": report.host if there else None,
-        "pid": (report.pid or None) if there else None,
-        "device": report.device if there else None,
-        "state": state,
-    }
+    host, pid, device = (None, None, None) if report is None else (report.host, report.pid or None, report.device)
+    return {"rank": rank, "host": host, "pid": pid, "device": device, "state": state}
 
 
 def _why_not(view: GroupView, stage: str, *, assigned: bool) -> str:

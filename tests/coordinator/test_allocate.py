@@ -114,10 +114,13 @@ def test_shards_go_to_gpus_that_nvlink_joins() -> None:
 
 
 def test_shards_go_over_hosts_when_none_has_room_for_all() -> None:
-    """Unless they are to be on one host: then the group is refused as a whole."""
+    """And say so. Unless they are to be on one host: then the group is refused as a whole."""
     fleet = [host("h1", 1), host("h2", 2)]
     shards = numbered([replace(GPU, shards=3)], [1])
-    assert len(allocate(fleet, shards, []).assignments) == 3
+    spread = allocate(fleet, shards, []).assignments
+    assert [a.host for a in spread] == ["h1", "h2", "h2"]
+    said = "shards on 2 hosts, since none has room for all 3: h1 for 1, h2 for 2"
+    assert {a.why.partition(" stay free")[0] for a in spread} == {said}
     found = allocate(fleet, [replace(u, one_host=True) for u in shards], [])
     assert found.assignments == ()
     assert [(r.what, r.missing) for r in found.refused] == [("shards", 1)] * 3

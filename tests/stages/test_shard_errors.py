@@ -64,12 +64,12 @@ def load(build: Build, spec: StageConfig, context: StageContext) -> None:
         (
             Fused,
             {"h": FUSED["h"]},
-            "module '': its h of 4 does not divide by 3 shards; choose another count, or leave the attribute, and the",
+            "module '': its h of 4 does not divide by 3 shards; choose a count of 2, 4",
         ),
         (
             lambda: nn.Sequential(nn.Embedding(4, 6)),
             {"0": "embedding"},
-            "module '0': its 4 embeddings are too few for 3 shards; choose a lower count, or the style whole",
+            "module '0': its 4 embeddings are too few for 3 shards; choose a smaller count, or the style whole",
         ),
     ],
 )

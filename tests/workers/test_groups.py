@@ -218,7 +218,7 @@ def test_four_ranks_outlive_their_server_a_stopped_rank_and_drain_under_load(
     under load: what was claimed is done or given back."""
     with private_server() as server, Relay(server.url, namespace=namespace) as relay:
         registry = relay.registry
-        made = Group(make_pipeline, tmp_path, registry, 4, "timeout_s: 2", "batch: {max_rows: 2}")
+        made = Group(make_pipeline, tmp_path, registry, 4, "timeout_s: 3", "batch: {max_rows: 2}")
         relay.register(made.path)
         worker = WorkerProcess(registry, server.url, made.path)
         try:
