@@ -52,7 +52,9 @@ CODE = """
                 rank, _, told = order.partition(" ")
                 if told and int(rank) in (self.rank, self.size):
                     self.obey(told, len(batch))
-            mine = self.model(batch["x"])
+            # Rows of many lengths, and none.
+            more = [0.0 if row is None else float(row.sum()) for row in batch["more"]]
+            mine = self.model(batch["x"]) + torch.tensor(more)[:, None]
             if self.size == 1:
                 return {"y": mine}
             parts = [torch.empty_like(mine) for _ in range(self.size)]
@@ -73,7 +75,7 @@ CODE = """
 
 YAML = """
     pipeline: cut
-    input: {{n: str, x: "float32[4]", do: str = ""}}
+    input: {{n: str, x: "float32[4]", do: str = "", more: "float32[*]?"}}
     output: [y]
     stages:
       - name: work
@@ -168,10 +170,12 @@ def test_memory_that_one_rank_lacks_costs_no_strike_and_lowers_the_cap(
 ) -> None:
     """8 rows do not fit rank 1: the group forms anew and takes 4; a row that fits nowhere is an attempt."""
     made = group(2, "batch: {max_rows: 8}", "retry: {attempts: 1}")
-    futures = relay.submit_many("cut", [{"n": str(i), "x": X[i], "do": "1 room 4"} for i in range(8)])
+    more = [[float(i)] * i if i % 3 else None for i in range(8)]
+    rows = [{"n": str(i), "x": X[i], "do": "1 room 4", "more": more[i]} for i in range(8)]
+    futures = relay.submit_many("cut", rows)
     worker = spawn(made.path)
-    for future, wanted in zip(futures, expected(made, X), strict=True):
-        check(future.result(90), wanted)
+    for future, wanted, added in zip(futures, expected(made, X), more, strict=True):
+        check(future.result(90), [y + sum(added or ()) for y in wanted])
     first, *others = [len(names) for _, rank, names in made.forwards() if rank == 0]
     assert (first, max(others), sum(others)) == (8, 4, 8)
     name = registry.ranks()[0].group
