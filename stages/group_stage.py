@@ -135,17 +135,17 @@ class GroupStage(Stage):
         """Waits for all ranks. What one of them raised alone, the hearing threads notice even while this one hangs."""
         size = len(self._lines) + 1
         with self._changed:
-            whole = self._changed.wait_for(
+            self._changed.wait_for(
                 lambda: len(mine.reports) == size or mine.gone, _PATIENCE_S if error is not None else None
             )
-            reports = dict(mine.reports)
+            reports, gone = dict(mine.reports), mine.gone
+        whole = len(reports) == size
         failed = {rank: report for rank, report in reports.items() if report.kind}
         if mine.aborted:
             failed.pop(0, None)  # what came of the other rank's fault
-        if mine.gone or not (whole or failed):
-            # What this rank raised for want of the other is no fault of the batch.
-            report = failed.get(mine.gone) or Report("LineClosed", f"rank {mine.gone} is gone")
-            self._break(mine.gone, report, mine, stuck=True)
+        # Of a rank that is gone: what others raised may be no more than that their collective lost it.
+        if gone not in reports or (not failed and (gone or not whole)):
+            self._break(gone, Report("LineClosed", f"rank {gone} is gone"), mine, stuck=True)
         if not failed:
             return
         kinds = {(report.kind, report.room) for report in reports.values()}
