@@ -356,7 +356,7 @@ def _broadcast(tensors: Sequence[Any]) -> None:
             if not small or len(part) > _SMALL_BYTES:
                 dist.broadcast(part, 0)
         if small:
-            together = torch.cat(small)
+            together: Any = torch.cat(small)
             dist.broadcast(together, 0)
             if dist.get_rank():
                 for part, came in zip(small, together.split(list(map(len, small))), strict=True):
