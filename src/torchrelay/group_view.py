@@ -47,7 +47,9 @@ def _rank(rank: int, view: GroupView, reports: Sequence[WorkerReport]) -> dict[s
         state = "missing"
     else:
         state = "waits" if report.state == "loading" and not view.formed else report.state
-    host, pid, device = (None, None, None) if report is None else (report.host, report.pid or None, report.device)
+    host, device = (None, None) if report is None else (report.host, report.device)
+    # Of one that waits the process is over.
+    pid = report.pid or None if report is not None and state != "waits" else None
     return {"rank": rank, "host": host, "pid": pid, "device": device, "state": state}
 
 
