@@ -90,13 +90,14 @@ def test_a_group_that_lacks_a_rank_says_which_and_how_it_is_started(registry: Re
 
 
 def test_a_group_whose_epoch_is_over_says_why_it_ended_and_for_whom_it_waits(registry: Registry, node: str) -> None:
+    """What a rank raised does not steer the terminal."""
     ranks = Ranks(registry, node)
     record = ranks.tends(0, "ready")
     ranks.tends(1, "ready")
-    record.end(1, "room", "rank 1 ran out of memory", 4)
+    record.end(1, "room", "rank 1 ran out of \x1b[31mmemory", 4)
     ranks.tends(0, "loading", 2)
     found = ranks.group()
     assert [one["state"] for one in found["ranks"]] == ["waits", "ready"]
-    assert (found["epoch"], found["max_rows"], found["ended"]) == (2, 4, "rank 1 ran out of memory")
+    assert (found["epoch"], found["max_rows"], found["ended"]) == (2, 4, "rank 1 ran out of \x1b[31mmemory")
     assert found["why"] == "a process of an epoch before 2 is still to end: of rank 1"
-    assert "(the epoch before ended: rank 1 ran out of memory)" in ranks.text()
+    assert "(the epoch before ended: rank 1 ran out of \\x1b[31mmemory)" in ranks.text()

@@ -23,7 +23,7 @@ __all__ = ["GroupWatch"]
 log = logging.getLogger("torchrelay.group")
 _LOOK_S = 0.25
 # A process that was killed has its rank so long; then it is another that lives.
-_TAKEN_S = PRESENT_S + 1.5
+_TAKEN_S = 2 * PRESENT_S
 _FAULTS = (BrokerError, redis.RedisError, OSError)
 
 

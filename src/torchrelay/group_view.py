@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import RenderableType
-from rich.text import Text
-
 from torchrelay.config.run_graph import base_ref
 from torchrelay.queues.groups import GroupView, views
 from torchrelay.queues.registry import Registry, WorkerReport
 
-__all__ = ["group_rows", "groups_of", "why_text"]
+__all__ = ["group_rows", "groups_of", "why_lines"]
 
 
 def groups_of(registry: Registry, ranks: Sequence[WorkerReport]) -> dict[str, list[dict[str, Any]]]:
@@ -72,9 +69,9 @@ def group_rows(groups: Sequence[dict[str, Any]], node: str) -> Iterator[tuple[ob
             yield (node, group["group"], one["rank"], *place)
 
 
-def why_text(groups: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
+def why_lines(groups: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line for each group that does not form."""
     for group in groups:
         if group["why"]:
             ended = f" (the epoch before ended: {group['ended']})" if group["ended"] else ""
-            yield Text(f"group {group['group']} does not form: {group['why']}{ended}", "yellow")
+            yield f"group {group['group']} does not form: {group['why']}{ended}"

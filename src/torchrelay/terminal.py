@@ -22,7 +22,7 @@ from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import base_ref, run_ref
 from torchrelay.config.shards import PartConfig, combining
 from torchrelay.config.spec import ShardsSpec, StageConfig
-from torchrelay.group_view import group_rows, groups_of, why_text
+from torchrelay.group_view import group_rows, groups_of, why_lines
 from torchrelay.queues import operate
 from torchrelay.queues.registry import Registry, WorkerReport
 
@@ -267,7 +267,7 @@ def status_view(registry: Registry, most_delayed: int = 1_000) -> Group:
     if grouped:
         names = ["node", "group", "#rank", "host", "#pid", "device", "state", "#epoch"]
         parts += [Text(""), table(names, grouped)]
-    parts += [line for r in status["nodes"] for line in why_text(r["groups"])]
+    parts += [Text(shown(line), "yellow") for r in status["nodes"] for line in why_lines(r["groups"])]
     return Group(*parts, *below)
 
 
