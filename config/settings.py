@@ -54,6 +54,8 @@ class Settings:
     """`file.py:Writer` that a worker of `@write` may import for runs with that format; what a job names is never."""
     group_address: str = ""
     """Where others reach this host's rank 0 of a group (`mode: tensor`); empty: by which it reaches Redis."""
+    nursery: bool = True
+    """Whether workers may be forked from a process that has imported what they need; 0: each a fresh interpreter."""
     log: Literal["text", "json"] = "text"
     """Form of the workers' logs."""
 
@@ -84,6 +86,7 @@ class Settings:
         need("device_arena_bytes", _whole(self.device_arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("run_writer", isinstance(self.run_writer, str), "file.py:Writer, or empty")
         need("group_address", isinstance(self.group_address, str), "a host name or address, or empty")
+        need("nursery", isinstance(self.nursery, bool), "0 or 1")
         need("log", self.log in ("text", "json"), "text or json")
 
     @property
@@ -126,4 +129,6 @@ def _from_text(name: str, text: str) -> Any:
             return parse_bytes(int(text) if text.strip().isdecimal() else text)
         except (ConfigError, ValueError) as error:
             raise ConfigError(f"TORCHRELAY_{name.upper()}: {error}") from None
+    if name == "nursery" and text in ("0", "1"):
+        return text == "1"
     return text

@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -19,6 +18,7 @@ import hypothesis
 import pytest
 import redis
 
+from tests.cli_server import COMMANDS
 from torchrelay import Relay
 from torchrelay.config import Pipeline, Settings
 from torchrelay.queues.registry import Registry
@@ -237,5 +237,4 @@ def settings(server_url: str, namespace: str) -> Settings:
 
 def run_cli(*arguments: str, cwd: Path | None = None, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     """The command line as a real process."""
-    command = [sys.executable, "-m", "torchrelay.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return COMMANDS.run(arguments, cwd, timeout_s)

@@ -6,11 +6,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 
-def lines_of(act: Callable[[], object], folders: Sequence[str], die_at: int | None = None) -> list[tuple[str, int]]:
+def lines_of(
+    act: Callable[[], object],
+    folders: Sequence[str],
+    die_at: int | None = None,
+    at_each: Callable[[], object] = lambda: None,
+) -> list[tuple[str, int]]:
     """The lines of code in these folders that an act runs through; the process ends at number `die_at`."""
     events: list[tuple[str, int]] = []
 
@@ -20,6 +26,7 @@ def lines_of(act: Callable[[], object], folders: Sequence[str], die_at: int | No
         if event == "line":
             if len(events) == die_at:
                 os._exit(9)
+            at_each()
             events.append((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
@@ -33,14 +40,44 @@ def lines_of(act: Callable[[], object], folders: Sequence[str], die_at: int | No
 
 def deaths(act: Callable[[], object], folders: Sequence[str]) -> list[int]:
     """Where to die: when each line runs for the first time. Found in a child."""
-    read_end, write_end = os.pipe()
 
-    def rehearse() -> None:
+    def rehearse() -> list[int]:
         events = lines_of(act, folders)
         first = {event: i for i, event in reversed(list(enumerate(events)))}
-        os.write(write_end, " ".join(map(str, sorted(first.values()))).encode())
+        return sorted(first.values())
 
-    assert in_a_child(rehearse) == 0
+    return _found_in_a_child(rehearse)
+
+
+def deaths_that_differ(act: Callable[[], object], folders: Sequence[str], left: Path) -> list[int]:
+    """Where to die, when all that a dead process leaves is below `left`: at the first line, and at each before which
+    something changed there, however often the line runs. Who dies at the lines between leaves the same as at these."""
+
+    def rehearse() -> list[int]:
+        states: list[object] = []
+        lines_of(act, folders, at_each=lambda: states.append(_content(left)))
+        return [i for i, state in enumerate(states) if i == 0 or state != states[i - 1]]
+
+    return _found_in_a_child(rehearse)
+
+
+def _content(folder: Path) -> list[object]:
+    """Each name below a folder, with what a reader can tell of it; the same bytes written anew are a change."""
+    found: list[object] = []
+    for path in sorted(folder.rglob("*")):
+        stat = path.lstat()
+        told = (stat.st_ino, stat.st_mode, stat.st_nlink, stat.st_mtime_ns) if path.is_file() else (stat.st_mode,)
+        found.append((str(path), told, path.read_bytes() if path.is_file() else b""))
+    return found
+
+
+def _found_in_a_child(rehearse: Callable[[], list[int]]) -> list[int]:
+    read_end, write_end = os.pipe()
+
+    def tell() -> None:
+        os.write(write_end, " ".join(map(str, rehearse())).encode())
+
+    assert in_a_child(tell) == 0
     os.close(write_end)
     with os.fdopen(read_end) as told:
         return [int(word) for word in told.read().split()]

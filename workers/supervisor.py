@@ -8,13 +8,10 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import IO, Any, TextIO
 
 import redis
@@ -34,6 +31,7 @@ from torchrelay.queues.registry import Registry, WorkerReport, run
 from torchrelay.queues.spiller import Spiller
 from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
+from torchrelay.workers.children import Child, children, wants_torch
 from torchrelay.workers.device_deaths import DeviceDeaths
 from torchrelay.workers.group import GroupWatch
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage, Tallies
@@ -102,7 +100,7 @@ class Supervisor:
         self._spiller: Spiller | None = None
         self._changed = threading.Event()
         self._stopping = False
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._page: ProgressPage | None = None
         self._incarnation = ""
         self._started_at = self._load_s = 0.0
@@ -277,13 +275,12 @@ class Supervisor:
         finally:
             if child.poll() is None:
                 child.kill()
-            child.wait()
+            status = child.wait()
             with contextlib.suppress(OSError):
-                child.stdin.close()  # type: ignore[union-attr]  # opened by PIPE
+                child.stdin.close()  # type: ignore[union-attr]  # it is a pipe
         last = page.read(dead=True)
         was_ready = last.state > 0
         page.close(unlink=True)
-        status = child.returncode
         if status == EXIT_DRAINED and last.state != DRAINING:
             status = EXIT_FAILED  # the stage ended the process, in good order or so it says
         self._end_epoch(status)
@@ -297,7 +294,7 @@ class Supervisor:
             self._deaths.clear()
         return status, was_ready
 
-    def _start_child(self, page: ProgressPage) -> subprocess.Popen[bytes]:
+    def _start_child(self, page: ProgressPage) -> Child:
         plan = self._plan
         orders = Orders(
             pipeline=plan.pipeline.source or "",
@@ -319,18 +316,24 @@ class Supervisor:
             run_writer=self._settings.run_writer,
             **self._place(),
         )
-        command = [sys.executable, "-m", "torchrelay.workers.child"]
-        stderr = None if self._output is None else subprocess.PIPE
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr, cwd=Path.cwd())
+        torch = plan.member is not None or wants_torch(plan.group.stages, plan.home.base_dir)
+        piped = self._output is not None
+        child = children.start(torch=torch, stderr=piped, fork=self._settings.nursery, given_up=self._waits_in_vain)
         if child.stderr is not None:
             threading.Thread(target=self._copy_output, args=(child.stderr,), daemon=True).start()
         self._child = child
-        assert child.stdin is not None  # asked for by PIPE
+        assert child.stdin is not None  # it is a pipe
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(orders.encode().encode())
             child.stdin.flush()
         threading.Thread(target=self._announce_exit, args=(child,), daemon=True).start()
         return child
+
+    def _waits_in_vain(self) -> bool:
+        """Called while no child is there yet: says now and then that this worker lives."""
+        if time.monotonic() >= self._next_beat:
+            self._beat(Progress(), "loading")
+        return self._stopping
 
     def _place(self) -> dict[str, Any]:
         """What the child is told of its group."""
@@ -352,11 +355,11 @@ class Supervisor:
             for line in lines:
                 self._output.write(line.decode(errors="replace"))
 
-    def _announce_exit(self, child: subprocess.Popen[bytes]) -> None:
+    def _announce_exit(self, child: Child) -> None:
         child.wait()
         self._changed.set()
 
-    def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
+    def _watch(self, child: Child, page: ProgressPage) -> None:
         kill_at, told, began, self._hangs = float("inf"), "", time.monotonic(), False
         while child.poll() is None:
             if self._watchers is not None:
@@ -405,7 +408,7 @@ class Supervisor:
             return now - progress.forward_since > self._timeout_s
         return progress.state > 0 and now - progress.beat > self._timeout_s + _SILENT_S
 
-    def _dump_stack(self, child: subprocess.Popen[bytes]) -> None:
+    def _dump_stack(self, child: Child) -> None:
         log.error("nothing moved within timeout_s (%g s); the stack follows, then the worker is ended", self._timeout_s)
         if hasattr(signal, "SIGUSR1"):
             child.send_signal(signal.SIGUSR1)

@@ -18,9 +18,10 @@ def test_order() -> None:
         "TORCHRELAY_NAMESPACE": "prod",
         "TORCHRELAY_LEASE_MS": "2000",
         "TORCHRELAY_RESULTS_MAX_BYTES": "2MiB",
+        "TORCHRELAY_NURSERY": "0",
     }
     settings = Settings.load(environment, namespace="test", url=None)
-    assert settings == Settings("redis://h:1/0", "test", 1, 2000, 600, 2 << 20)
+    assert settings == Settings("redis://h:1/0", "test", 1, 2000, 600, 2 << 20, nursery=False)
     assert Settings.load({}) == Settings()
     assert Settings.load({"TORCHRELAY_RESULTS_MAX_BYTES": "4096"}).results_max_bytes == 4096
 
@@ -34,6 +35,7 @@ def test_order() -> None:
         ({"TORCHRELAY_RESULTS_MAX_BYTES": "much"}, "TORCHRELAY_RESULTS_MAX_BYTES"),
         ({"TORCHRELAY_REDIS_URL": "http://h"}, "TORCHRELAY_REDIS_URL"),
         ({"TORCHRELAY_LOG": "xml"}, "TORCHRELAY_LOG"),
+        ({"TORCHRELAY_NURSERY": "off"}, "TORCHRELAY_NURSERY"),
     ],
 )
 def test_environment_refused(environment: dict[str, str], says: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 
+from tests.cli_server import COMMANDS, Command
 from tests.conftest import run_cli, wait_until
 from torchrelay.config.fleet import Assignment
 from torchrelay.queues.fleet import FleetRecords, FleetView
@@ -30,16 +31,18 @@ class Processes:
         self.registry = Registry(self.client, namespace, 1)
         self.registry.open()
         self.records = FleetRecords(self.client, self.registry.control)
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, Command | subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str, prefix: tuple[str, ...] = (), url: str = "", **environment: str) -> None:
         where = ["--redis", url or self.url, "--namespace", self.namespace]
-        line = [*prefix, sys.executable, "-m", "torchrelay.cli", *command, *where]
+        env = os.environ | environment
+        # A session of its own: what is done to it is not done to the tests.
         with self.log_path(name).open("ab") as log:
-            # A session of its own: what is done to it is not done to the tests.
-            self.running[name] = subprocess.Popen(
-                line, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
-            )
+            if prefix:
+                line = [*prefix, sys.executable, "-m", "torchrelay.cli", *command, *where]
+                self.running[name] = subprocess.Popen(line, stdout=log, stderr=log, env=env, start_new_session=True)
+            else:
+                self.running[name] = COMMANDS.start([*command, *where], stdout=log, stderr=log, env=env, session=True)
 
     def coordinator(self, name: str, **options: Any) -> None:
         self.start(name, "coordinator", "--name", name, **options)

@@ -23,6 +23,7 @@ from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from tests.cli_server import COMMANDS, Command
 from tests.conftest import Workers, private_server, run_cli, wait_until
 from tests.workers.support import CODE, YAML, ForwardLog
 from torchrelay.producer.runs.detached import queue_of, runs_queues
@@ -40,13 +41,13 @@ class Agents:
         self.url, self.namespace, self.folder, self.path = url, namespace, folder, path
         self.out = folder / "out"
         self.where = ["--redis", url, "--namespace", namespace]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Command | subprocess.Popen[bytes]] = []
         self.client = redis.Redis.from_url(url)
 
-    def start(self, path: Path | None = None, *more: str, **environment: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "torchrelay.cli", "agent", str(path or self.path), *self.where, *more]
+    def start(self, path: Path | None = None, *more: str, **environment: str) -> Command | subprocess.Popen[bytes]:
+        command = ["agent", str(path or self.path), *self.where, *more]
         with self.log_path(len(self.processes)).open("wb") as log:
-            process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ | environment)
+            process = COMMANDS.start(command, stderr=log, stdout=log, env=os.environ | environment)
         self.processes.append(process)
         wait_until(lambda: "agent torchrelay-" in self.log(-1), 30.0)
         return process

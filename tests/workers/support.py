@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.cli_server import COMMANDS
 from tests.conftest import wait_until
 from torchrelay.queues.registry import Registry, WorkerReport, run
 
@@ -107,11 +106,10 @@ class WorkerProcess:
         self.registry = registry
         self.stderr_path = path.parent / f"worker-{len(list(path.parent.glob('worker-*')))}.log"
         namespace = registry.control.namespace
-        command = [sys.executable, "-m", "torchrelay.cli", "worker", str(path), "--stage", stage]
-        command += ["--redis", url, "--namespace", namespace, *more]
+        command = ["worker", str(path), "--stage", stage, "--redis", url, "--namespace", namespace, *more]
         env = os.environ | {f"TORCHRELAY_{name.upper()}": value for name, value in settings.items()}
         with self.stderr_path.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, env=env)
+            self.process = COMMANDS.start(command, stderr=stderr, env=env)
 
     @property
     def pid(self) -> int:

@@ -16,7 +16,7 @@ import pyarrow.dataset
 import pytest
 
 from tests.conftest import wait_until
-from tests.dying import deaths, die
+from tests.dying import deaths_that_differ, die
 from tests.stages.writing.support import (
     FORMATS,
     RUN,
@@ -65,8 +65,10 @@ def writers_die(folder: str, kind: str) -> None:
 
     # What is imported at its first use is not to count.
     life(Path(folder) / "first", "w-1")
-    points = deaths(partial(life, Path(folder) / "dry", "w-1"), CODE)
-    assert len(points) > 150
+    dry = Path(folder) / "dry" / "out"
+    dry.parent.mkdir()
+    points = deaths_that_differ(partial(life, dry, "w-1"), CODE, dry.parent)
+    assert len(points) > 10
     left, published = 0, 0
     for at in points:
         where = Path(folder) / f"at-{at}"
@@ -84,8 +86,8 @@ def writers_die(folder: str, kind: str) -> None:
         assert unfinished(where) == []
         check_visible(where, kind)
     # It died with files in the making, and with a part that was there already.
-    assert left > 20
-    assert published > 3
+    assert left > 5
+    assert published > 1
 
 
 def check_visible(folder: Path, kind: str) -> None:
