@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
+from torchrelay.coordinator.pace import Pace, jammed
 from torchrelay.coordinator.sharing import Fits, Wish, share
 from torchrelay.coordinator.signals import sane
 from torchrelay.queues.waiting import CLASSES
@@ -67,6 +68,7 @@ class Group:
     behind_rows: float = 0.0
     came: float = 0.0
     sent: float = 0.0
+    pace: Pace = Pace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,10 @@ def decide(
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
         group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
+        behind = [loads.nodes[o.key] for o in found.values() if _follows(o, one) and o.key in loads.nodes]
+        pace = group.pace.seen(nodes[0], now_s, gated=any(map(jammed, behind)))
+        group = replace(group, pace=pace)
+        nodes[0] = replace(nodes[0], seconds_per_row=sane(nodes[0].seconds_per_row, 1e9) * pace.factor)
         coming, group = _coming(one, nodes[0], group, loads, demands, found)
         demand = demand_of(one, nodes, group.replicas, coming)
         wanted, group = _over_time(one, demand, group, nodes[0], now_s)
@@ -138,6 +144,10 @@ def decide(
         {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key]) for w in wishes},
     )
     return plan, State({key: _settled(group, counts[key], demands[key], now_s) for key, group in after.items()})
+
+
+def _follows(one: Limits, before: Limits) -> bool:
+    return one.ref == before.ref and before.stage in one.after
 
 
 def _in_order(limits: Sequence[Limits]) -> list[Limits]:
