@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
+from torchrelay.coordinator.lately import Lately, looped
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
 from torchrelay.coordinator.pace import Pace, jammed
 from torchrelay.coordinator.sharing import Fits, Wish, share
@@ -69,6 +70,8 @@ class Group:
     came: float = 0.0
     sent: float = 0.0
     pace: Pace = Pace()
+    lately: Lately = Lately()
+    again: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +131,43 @@ def decide(
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
         group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
-        behind = [loads.nodes[o.key] for o in found.values() if _follows(o, one) and o.key in loads.nodes]
-        pace = group.pace.seen(nodes[0], now_s, gated=any(map(jammed, behind)))
-        group = replace(group, pace=pace)
-        nodes[0] = replace(nodes[0], seconds_per_row=sane(nodes[0].seconds_per_row, 1e9) * pace.factor)
+        followers = [loads.nodes[o.key] for o in found.values() if _follows(o, one) and o.key in loads.nodes]
+        group = _watched(group, nodes[0], followers, now_s)
+        nodes[0] = replace(nodes[0], seconds_per_row=sane(nodes[0].seconds_per_row, 1e9) * group.pace.factor)
         coming, group = _coming(one, nodes[0], group, loads, demands, found)
-        demand = demand_of(one, nodes, group.replicas, coming)
+        before = [after[one.ref, a] for a in one.after if (one.ref, a) in after]
+        group = _again(group, nodes[0], before, now_s)
+        again = replace(coming, least=max(coming.least, group.again))
+        demand = demand_of(one, nodes, group.replicas, again if looped(nodes[0]) else coming)
         wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
-        spare = max(wanted - max(one.clamp(demand.less), one.least), 0) if demand.known else 0
-        wishes.append(Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, 1e-3)))
+        wishes.append(_wish(one, wanted, group, demand, demand_of(one, nodes, group.replicas, again)))
     counts = share(wishes, fits)
     plan = Plan(
         {key: counts[key] for key in found},
         {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key]) for w in wishes},
     )
     return plan, State({key: _settled(group, counts[key], demands[key], now_s) for key, group in after.items()})
+
+
+def _watched(group: Group, load: NodeLoad, followers: Sequence[NodeLoad], now_s: float) -> Group:
+    """With what this look tells of its workers' pace."""
+    return replace(group, pace=group.pace.seen(load, now_s, gated=any(map(jammed, followers))))
+
+
+def _again(group: Group, load: NodeLoad, before: Sequence[Group], now_s: float) -> Group:
+    """With the rate that may come again: of what came from outside a moment ago. A wave within the pipeline is none."""
+    if not before:
+        lately = group.lately.seen(load.arrivals_per_s, now_s)
+        return replace(group, lately=lately, again=lately.highest)
+    gain = min(group.came / group.sent, 1e6) if group.sent > 0 else 0.0
+    return replace(group, again=gain * sum(one.again for one in before))
+
+
+def _wish(one: Limits, wanted: int, group: Group, demand: Demand, again: Demand) -> Wish:
+    """Where room is short, nobody is taken who is needed `again` when what came a moment ago comes again."""
+    spare = max(wanted - max(one.clamp(max(demand.less, again.less)), one.least), 0) if demand.known else 0
+    return Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, again.need, 1e-3))
 
 
 def _follows(one: Limits, before: Limits) -> bool:
