@@ -69,8 +69,8 @@ class Group:
     behind_rows: float = 0.0
     came: float = 0.0
     sent: float = 0.0
-    pace: Pace = Pace()
-    lately: Lately = Lately()
+    pace: Pace = field(default_factory=Pace)
+    lately: Lately = field(default_factory=Lately)
     again: float = 0.0
 
 

@@ -22,6 +22,7 @@ _MEMORY_S = 45.0
 _ENOUGH_BATCHES = 30.0
 # So few tell of a move already where their times in powers of two have moved by so many standard errors, and so far:
 # a slow batch or two of many fast ones, which is what heavy tails look like, moves that little.
+_FIRST_COUNT = 0.25
 _FEW_BATCHES, _SURE_OCTAVES, _LEAST_OCTAVES = 8.0, 4.5, 0.5
 # A worker that was at work before anybody watched counts as so many batches.
 _SEED_BATCHES = 200.0
@@ -233,6 +234,8 @@ class Service:
         self.batches, self._rows, self._seconds = batches, rows, spent
         self._rows2, self._rows_seconds = rows * rows / batches, rows * spent / batches
         self._moved = 0
+        # These may be from the very moment at which it moved; those to come count more.
+        self._scale(_FIRST_COUNT)
 
     def _scale(self, kept: float) -> None:
         self.batches *= kept

@@ -1,5 +1,5 @@
-"""A small simulated fleet: two stages that sleep, few slots, a closed loop of jobs; what `benchmarks/fleet_shift.py` has
-in the real world. One event after the other, so that hundreds of cases take seconds."""
+"""A small simulated fleet: two stages that sleep, few slots, a closed loop of jobs; what `benchmarks/fleet_shift.py`
+has in the real world. One event after the other, so that hundreds of cases take seconds."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Worker:
 
 
 class ShiftWorld:
-    """`cost_s` are the seconds of a job at each stage, times a log-normal of mean 1 with this `sigma`; it may be changed
-    at any time. A new worker is ready after `load_s` seconds, drawn evenly. Each stage may have all of the slots."""
+    """`cost_s` are the seconds of a job at each stage, times a log-normal of mean 1 with this `sigma`; it may be
+    changed at any time. A new worker is ready after `load_s` seconds, drawn evenly. A stage may have all slots."""
 
     def __init__(
         self,
@@ -55,9 +55,7 @@ class ShiftWorld:
     ) -> None:
         self.cost_s, self.sigma, self.load_s = dict(cost_s), sigma, load_s
         self.draw = random.Random(seed)
-        self.limits = [
-            Limits(REF, name, (name,), STAGES[:i], 1, slots, "cpu") for i, name in enumerate(STAGES)
-        ]
+        self.limits = [Limits(REF, name, (name,), STAGES[:i], 1, slots, "cpu") for i, name in enumerate(STAGES)]
         self.slots = slots
         self.at_s = 0.0
         self.waiting = Counter({STAGES[0]: in_flight})
@@ -170,7 +168,7 @@ class ShiftWorld:
             if worker.state == "ready" and not worker.busy and self.waiting[worker.stage]:
                 self.waiting[worker.stage] -= 1
                 worker.busy = True
-                took = self.cost_s[worker.stage] * self.draw.lognormvariate(-self.sigma**2 / 2.0, self.sigma)
+                took = self.cost_s[worker.stage] * self.draw.lognormvariate(-(self.sigma**2) / 2.0, self.sigma)
                 worker.took_s = took
                 self._at(self.at_s + took, "done", worker.name)
 
