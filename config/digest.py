@@ -15,11 +15,11 @@ VERSION_LENGTH = 8
 
 
 def version_of(spec: PipelineSpec, base_dir: Path) -> str:
-    """8 hex digits over input, output, graph, code, args, weights, torch options, padding and wire.
+    """8 hex digits over input, output, graph, code, args, weights, torch options, padding, wire and shards.
 
-    Batch sizes, costs and buckets, waits, replicas, scaling, resources, hosts, retries, time-outs, queue marks, devices
-    and what is fused are tuning: they do not change it. What is at its default is left out, so that a new option with a
-    default leaves old versions as they were.
+    Batch sizes, costs and buckets, waits, replicas, scaling, resources, hosts, retries, time-outs, queue marks,
+    devices, what is fused and how a cut model is balanced are tuning: they do not change it. What is at its default is
+    left out, so that a new option with a default leaves old versions as they were.
     Raises ConfigError when code or weights cannot be read.
     """
     after = any(s.after is not None for s in spec.stages)
@@ -48,12 +48,30 @@ def _stage(stage: StageConfig, base_dir: Path, after: bool) -> dict[str, Any]:
         "rows": stage.rows if stage.rows == "expand" else stage.collapses and {"collapse": stage.collapses},
         "when": stage.when,
         "wire": stage.wire.model_dump(exclude_defaults=True),
+        "shards": stage.shards and stage.shards.model_dump(exclude_defaults=True, exclude={"balance"}),
     }
     # `inputs: []` reads nothing, while no `inputs` reads all: the one is no default of the other.
     out |= {k: v for k, v in optional.items() if v or v == []}
     if stage.weights is not None:
-        out["weights"] = file_digest(resolve_inside(stage.weights, base_dir, "weights")).hex()
+        out["weights"] = _weights_digest(resolve_inside(stage.weights, base_dir, "weights")).hex()
     return out
+
+
+def _weights_digest(path: Path) -> bytes:
+    """Of an index, what it says and what is in the files that it names."""
+    if not path.name.endswith(".safetensors.index.json"):
+        return file_digest(path)
+    try:
+        named = json.loads(path.read_bytes())["weight_map"]
+        files = sorted(set(named.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is no index of weights, with a weight_map of names to files") from error
+    parts = [file_digest(path)]
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(f"{path}: names the file {file!r}; its files must lie beside it")
+        parts.append(file_digest(path.with_name(file)))
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 def file_digest(path: Path) -> bytes:

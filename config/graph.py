@@ -30,6 +30,9 @@ class Node:
     how its columns travel to the nodes that read them. Where these may be lost with the process that made them, what it
     read stays until the nodes of the mask `kept_for` are done, so that it can run again from there; 0 elsewhere.
 
+    `older` says of output columns where rows that skip find the value that they keep, as `stage.column`, where branches
+    that meet each bring it.
+
     A stack lists the expanding nodes (by number) that rows came through and that no collapse has undone: `before` is
     that of the rows that come in, `at` that of the rows that `forward` sees, `stack` that of what it returns.
 
@@ -53,6 +56,7 @@ class Node:
     wire: WireSpec = _AS_THEY_ARE
     gathers: frozenset[int] | None = None
     kept_for: int = 0
+    older: dict[str, str] | None = None
 
     @property
     def bit(self) -> int:

@@ -12,8 +12,34 @@ from torchrelay.config.graph import Graph, Node
 from torchrelay.config.handoff import check_handoff, kept_for
 from torchrelay.config.resources import check_resources
 from torchrelay.config.row_rules import check_rows
+from torchrelay.config.shards import PartConfig, check_shards, spread, written_place
 from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.types import parse_type
+
+
+def build_spread(spec: PipelineSpec, report: Report, *, columns: bool = True) -> tuple[PipelineSpec, Graph] | None:
+    """The pipeline as its workers see it, every cut stage as the stages that it becomes, and its graph; None after
+    reporting what is wrong. Arguments as of `build_graph`."""
+    problems = 0
+
+    def counted(place: tuple[str | int, ...], text: str) -> None:
+        nonlocal problems
+        problems += 1
+        report(place, text)
+
+    graph = build_graph(spec, counted, columns=columns)
+    check_shards(spec, counted)
+    wide = spread(spec) if graph is not None and not problems else spec
+    if wide is spec:
+        return None if graph is None else (spec, graph)
+
+    def placed(place: tuple[str | int, ...], text: str) -> None:
+        at = (place[0], written_place(wide, int(place[1]))) if place[:1] == ("stages",) and len(place) > 1 else place
+        report(at, text)
+
+    # Its columns were checked where the user wrote them.
+    graph = build_graph(wide, placed, columns=False)
+    return None if graph is None else (wide, graph)
 
 
 def build_graph(spec: PipelineSpec, report: Report, *, columns: bool = True) -> Graph | None:
@@ -129,7 +155,13 @@ def _node(number: int, stage: StageConfig, preds: list[tuple[int, ...]]) -> Node
     outputs = {c: parse_type(t) for c, t in stage.outputs.items()}
     rows = stage.rows if isinstance(stage.rows, str) else "collapse"
     before = preds[number - 1]
-    return Node(number, stage.name, before, succs, _inputs(stage), outputs, None, rows, stage.when, wire=stage.wire)
+    inputs, older = _inputs(stage), None
+    if isinstance(stage, PartConfig) and stage.combines:
+        # A row that skips every shard keeps in each what it had.
+        older = {column: f"{stage.of}.0.{column}" for column in outputs}
+    return Node(
+        number, stage.name, before, succs, inputs, outputs, None, rows, stage.when, wire=stage.wire, older=older
+    )
 
 
 def _with_columns(spec: PipelineSpec, preds: list[tuple[int, ...]]) -> Graph:

@@ -40,6 +40,8 @@ def check_handoff(spec: PipelineSpec, graph: Graph, report: Report) -> None:
 def _problems(node: Node, stage: StageConfig, inside: set[str]) -> Iterator[str]:
     if stage.device != "gpu":
         yield f"and runs on device: {stage.device}; only a GPU's memory is handed over: write device: gpu"
+    if stage.shards is not None and stage.shards.mode == "pipeline":
+        return  # between its parts it can, whatever comes behind them
     if not node.succs:
         yield "and no stage follows it: a result goes to the client through Redis; take it out"
     if stage.rows != "same":

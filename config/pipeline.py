@@ -15,9 +15,10 @@ from typing import Any, Literal, overload
 from torchrelay.config.digest import version_of
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph import Graph
-from torchrelay.config.graph_build import build_graph
+from torchrelay.config.graph_build import build_spread
 from torchrelay.config.imports import import_named
 from torchrelay.config.run_graph import is_runs, run_ref, run_twin
+from torchrelay.config.shards import parts_of
 from torchrelay.config.spec import PipelineSpec
 from torchrelay.config.stage_spec import StageSpec, plain, use_text
 from torchrelay.config.types import ColumnType
@@ -42,6 +43,7 @@ class Pipeline:
         fuse: lists of consecutive stages, by name, that one worker runs without leaving its device's memory.
         base_dir: the folder that files are relative to; default that of the file that calls this, else the current one.
 
+    `written` is what its file says; `spec` and `graph` have every cut stage (`shards`) as the stages that it becomes.
     `path` is its file, `source` the text that loads it anew in a worker: a file, or module.py:name. Both are None for
     one that was only built in memory, or that came out of a namespace's registry.
 
@@ -50,6 +52,7 @@ class Pipeline:
 
     name: str
     version: str
+    written: PipelineSpec
     spec: PipelineSpec
     graph: Graph
     _folder: Path | None
@@ -139,21 +142,25 @@ class Pipeline:
         text: str | None = None,
     ) -> None:
         spec = read_spec(source, overrides)
-        graph = None
+        built = None
         if spec is not None:
             wrong_keys = bool(source.problems)
-            graph = build_graph(spec, source.report, columns=not wrong_keys)
+            built = build_spread(spec, source.report, columns=not wrong_keys)
             check_files(spec, base_dir, source)
-        if source.problems or spec is None or graph is None:
+        if source.problems or spec is None or built is None:
             lines = source.lines()
             lines = lines or (f"{source.label}:1:1: the file is empty; a pipeline has `pipeline:` and `stages:`",)
             raise ConfigError("\n".join(lines), lines)
-        self._fill(spec, version_of(spec, base_dir), graph, base_dir)
+        self._fill(spec, version_of(spec, base_dir), built, base_dir)
         self.__dict__.update(path=path, source=text, _data=source.data, _marks=source.marks)
 
-    def _fill(self, spec: PipelineSpec, version: str, graph: Graph, folder: Path | None) -> None:
+    def _fill(
+        self, written: PipelineSpec, version: str, built: tuple[PipelineSpec, Graph], folder: Path | None
+    ) -> None:
         # Frozen: only a constructor may, and by this way.
+        spec, graph = built
         self.__dict__.update(name=spec.pipeline, version=version, spec=spec, graph=graph, _folder=folder)
+        self.__dict__.update(written=written)
         self.__dict__.update(path=None, source=None, _data={}, _marks={}, _base=None)
 
     def __hash__(self) -> int:
@@ -211,7 +218,7 @@ class Pipeline:
         if self.of_runs or isinstance(made, str):
             return None
         twin = type(self).__new__(type(self))
-        twin._fill(made[0], run_ref(self.version), made[1], self._folder)
+        twin._fill(self.written, run_ref(self.version), made, self._folder)
         twin.__dict__.update(path=self.path, source=self.source, _data=self._data, _marks=self._marks, _base=self)
         return twin
 
@@ -225,6 +232,13 @@ class Pipeline:
     def stage_names(self) -> list[str]:
         """Everything that a worker may serve: its stages, and the two of its run graph."""
         return [s.name for s in (self.twin or self).spec.stages]
+
+    def parts_of(self, stage: str) -> list[str]:
+        """The stages that a worker may serve under this name: itself, or the parts of a stage that is cut (`shards`).
+        None when there is no such stage."""
+        if is_runs(stage):
+            return [stage] if self.twin is not None else []
+        return parts_of(self.spec, stage)
 
     def group_of(self, stage: str) -> Group:
         """The group that this stage is in; KeyError when there is no such stage."""
@@ -279,7 +293,7 @@ class Pipeline:
         """What the registry keeps: enough for a producer without the files, and never an import path to follow."""
         base = self.base
         # Not pydantic's JSON, which turns inf and nan into null.
-        content = {"format": RECORD_FORMAT, "version": base.version, "spec": base.spec.model_dump()}
+        content = {"format": RECORD_FORMAT, "version": base.version, "spec": base.written.model_dump()}
         if self.of_runs:
             content["runs"] = True
         return json.dumps(content, sort_keys=True)
@@ -293,11 +307,11 @@ class Pipeline:
                 raise ValueError("it is of another format")
             spec = PipelineSpec.model_validate(content["spec"])
             problems: list[str] = []
-            graph = build_graph(spec, lambda place, message: problems.append(message))
-            if graph is None:
+            built = build_spread(spec, lambda place, message: problems.append(message))
+            if built is None:
                 raise ValueError("; ".join(problems))
             made = cls.__new__(cls)
-            made._fill(spec, content["version"], graph, None)
+            made._fill(spec, content["version"], built, None)
             return made.for_runs() if content.get("runs") else made
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(f"a registered pipeline cannot be read by this torchrelay: {error}") from error

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torchrelay.config.graph import TO_THE_END, Graph, Made, Node, is_runs, seen_at
 from torchrelay.config.graph_build import placed_in
+from torchrelay.config.shards import PartConfig
 from torchrelay.config.spec import BatchSpec, CollapseSpec, LimitsSpec, PipelineSpec, StageConfig
 from torchrelay.config.types import ColumnType, parse_type
 
@@ -109,7 +110,10 @@ class RunGraph(Graph):
 def run_twin(spec: PipelineSpec, graph: Graph) -> tuple[PipelineSpec, RunGraph] | str:
     """Spec and graph of the run graph of a pipeline, or why it cannot have one."""
     if len(spec.stages) > _MOST_STAGES:
-        return f"a run takes pipelines of at most {_MOST_STAGES} stages, this one has {len(spec.stages)}; fuse some"
+        parts = ", ".join(dict.fromkeys(s.of for s in spec.stages if isinstance(s, PartConfig)))
+        has = f"{len(spec.stages)}" + (f" with the parts of {parts}" if parts else "")
+        remedy = "lower shards.count, or join stages" if parts else "join some"
+        return f"a run takes pipelines of at most {_MOST_STAGES} stages, this one has {has}; {remedy}"
     stacks = {n.name: n.stack for n in graph.terminals}
     if len(set(stacks.values())) > 1:
         names = " and ".join(stacks)

@@ -52,6 +52,8 @@ class Settings:
     """Memory of its GPU that a worker may take to hand columns to other GPUs (`handoff: device`); 0 turns that off."""
     run_writer: str = ""
     """`file.py:Writer` that a worker of `@write` may import for runs with that format; what a job names is never."""
+    group_address: str = ""
+    """Where others reach this host's rank 0 of a group (`mode: tensor`); empty: by which it reaches Redis."""
     log: Literal["text", "json"] = "text"
     """Form of the workers' logs."""
 
@@ -81,6 +83,7 @@ class Settings:
         need("arena_dir", isinstance(self.arena_dir, str) and self.arena_dir.startswith("/"), "an absolute path")
         need("device_arena_bytes", _whole(self.device_arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("run_writer", isinstance(self.run_writer, str), "file.py:Writer, or empty")
+        need("group_address", isinstance(self.group_address, str), "a host name or address, or empty")
         need("log", self.log in ("text", "json"), "text or json")
 
     @property

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from torchrelay.config.settings import parse_bytes
+from torchrelay.config.shard_plans import check_plan
 from torchrelay.config.types import parse_type
 from torchrelay.errors import ConfigError
 
@@ -27,8 +28,7 @@ SOURCE = r"^([a-z][a-z0-9_-]{0,63}\.)?[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_STAGES = 30
 # More would sort better, and hold back from other workers what this one computes only later.
 _SORTED_BATCHES = 4
-# Keys of the design that later versions bring; naming them now gets a plain answer instead of a riddle.
-COMING = frozenset({"shards"})
+MAX_SHARDS = 16
 
 
 def _type_text(text: Any) -> str:
@@ -243,6 +243,40 @@ class WireSpec(_Model):
     compress: Literal["lz4", "zstd"] | None = None
 
 
+def _combine(value: Any) -> Any:
+    if value == "sum":
+        return value
+    dim = value["concat"] if isinstance(value, dict) and list(value) == ["concat"] else None
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        return value
+    raise ValueError(f"write sum or {{concat: DIMENSION}}; {value!r:.80} came")
+
+
+def _plan(value: Any) -> Any:
+    texts = isinstance(value, dict) and value and all(isinstance(x, str) for pair in value.items() for x in pair)
+    if value is None or isinstance(value, str) or texts:
+        check_plan(value)
+        return value
+    raise ValueError(f"write the name of a plan, or {{PATTERN: STYLE}}; {value!r:.80} came")
+
+
+class ShardsSpec(_Model):
+    """How a stage's model is cut into `count` parts.
+
+    `gather`: each shard gets the same input, and their outputs are combined: a column is concatenated along the last
+    dimension of a row's value, or as `combine` says. `tensor`: one group of processes computes together; `plan` names
+    which modules are cut how, None is found by the model's class. `pipeline`: parts of the model one behind the other,
+    of equal measured time or of equal memory, as `balance` says.
+    """
+
+    count: Annotated[int, Field(ge=2, le=MAX_SHARDS)]
+    mode: Literal["gather", "tensor", "pipeline"]
+    # Any, because a union would report each problem once per member.
+    combine: dict[Column, Annotated[Any, AfterValidator(_combine)]] = {}
+    plan: Annotated[Any, AfterValidator(_plan)] = None
+    balance: Literal["time", "memory"] = "time"
+
+
 class CollapseSpec(_Model):
     """Undoes the expansion of the named stage."""
 
@@ -288,6 +322,7 @@ class StageConfig(_Model):
     scale: ScaleSpec = ScaleSpec()
     wire: WireSpec = WireSpec()
     handoff: Literal["host", "device"] = "host"
+    shards: ShardsSpec | None = None
 
     @model_validator(mode="before")
     @classmethod

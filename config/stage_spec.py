@@ -44,6 +44,8 @@ class StageSpec:
         scale: delay_ms, how long jobs of each priority should wait at most.
         wire: dtype and compress, of what it sends to the next stages.
         handoff: "device" leaves what it made in its GPU's memory, for other GPUs of its host; default "host".
+        shards: count and mode ("gather", "tensor" or "pipeline") of the parts that its model is cut into; combine, plan
+            and balance say how.
 
     Raises ConfigError for a value that no file could hold; all else is checked when the Pipeline is made.
     """
@@ -74,6 +76,7 @@ class StageSpec:
         scale: Mapping[str, Any] | None = None,
         wire: Mapping[str, Any] | None = None,
         handoff: Literal["host", "device"] | None = None,
+        shards: Mapping[str, Any] | None = None,
     ) -> None:
         keys: dict[str, Any] = {
             "after": after,
@@ -95,6 +98,7 @@ class StageSpec:
             "scale": scale,
             "wire": wire,
             "handoff": handoff,
+            "shards": shards,
         }
         self.name = name
         self.use = use

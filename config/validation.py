@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from torchrelay.config.imports import resolve_inside, source_digest
-from torchrelay.config.spec import COMING, PipelineSpec, StageConfig
+from torchrelay.config.spec import PipelineSpec, StageConfig
 from torchrelay.config.yaml_source import Place, Source
 from torchrelay.errors import ConfigError
 
@@ -37,10 +37,10 @@ def read_spec(source: Source, overrides: Mapping[str, str]) -> PipelineSpec | No
             if place not in taken:
                 origin = next((f"--set {o}: " for at, o in changed.items() if place[: len(at)] == at), "")
                 source.report(place, origin + _message(problem, place, data))
-        if any(problem["type"] == "missing" for _, problem in found):
-            return None
-        for place, _ in found:
-            whole = _removable(place)
+        for place, problem in found:
+            # What lacks a part goes whole; without a stage, or the name of one, there is nothing to look at.
+            missing = problem["type"] == "missing"
+            whole = None if missing and len(place) <= 3 else _removable(place[:-1] if missing else place)
             if whole is None or not (whole in taken or _take_out(data, whole)):
                 return None
             taken.add(whole)
@@ -152,8 +152,6 @@ def _model(annotation: Any) -> Any:
 
 
 def _unknown_key(key: str, place: Place) -> str:
-    if key in COMING:
-        return f"key {key!r} is not supported by this version of torchrelay yet; take it out"
     near = difflib.get_close_matches(key, _fields(place), 1)
     known = ", ".join(_fields(place))
     return f"unknown key {key!r:.80}; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {known}")

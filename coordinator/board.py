@@ -6,11 +6,12 @@ Of the places that fit, in this order:
 2. shards of a group on GPUs that NVLink joins, else on one host, else on as few hosts as it takes;
 3. where neighbours share memory with it: the host whose share of the neighbours most exceeds its share of this stage,
    so that copies of a pipeline gather on one host each;
-4. the host with the fewest workers of this stage, so that one host's end leaves others; this costs no locality, for a
+4. for a part of a stage that is cut (`shards`) a host with room for the other parts too, else for most of them;
+5. the host with the fewest workers of this stage, so that one host's end leaves others; this costs no locality, for a
    host that has its share of them counts as far as any other;
-5. for a GPU the tightest fit, so that whole GPUs, and whole hosts of them, stay free for what needs them; for
+6. for a GPU the tightest fit, so that whole GPUs, and whole hosts of them, stay free for what needs them; for
    processors hosts without GPUs, then the host with most processors left;
-6. the first by name.
+7. the first by name.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ _ONE_CPU = 1_000_000
 @dataclass(eq=False, slots=True)
 class Kind:
     """Units, or groups of shards, that differ in their number alone. `elsewhere` is what each takes on processors that
-    stand in for a GPU. `hosts` are those that it may ever be on."""
+    stand in for a GPU. `kin` are the other parts of what it is a part of. `hosts` are those that it may ever be on."""
 
     key: Key
     units: tuple[Unit, ...]
     wants: tuple[Want, ...]
     apart: frozenset[Key] = frozenset()
     neighbours: tuple[Key, ...] = ()
+    kin: tuple[Key, ...] = ()
     hosts: list[HostRoom] = field(default_factory=list)
     options: dict[tuple[int, bool], tuple[int, Option | None]] = field(default_factory=dict)
 
@@ -201,8 +203,33 @@ class Board:
         score = (float(kind.gpu and slot.on_cpu), 0.0, *self._where(kind, host), *self._left(slot, left), host.order)
         return Option(score, (slot,), (want,))
 
-    def _where(self, kind: Kind, host: HostRoom) -> tuple[float, float]:
-        return -self.near(kind, host), host.counts.get(kind.key, 0)
+    def _where(self, kind: Kind, host: HostRoom) -> tuple[float, float, float]:
+        return -self.near(kind, host), self._left_out(kind, host), host.counts.get(kind.key, 0)
+
+    def _left_out(self, kind: Kind, host: HostRoom) -> int:
+        """How many of the parts that belong to it would have no room on this host."""
+        if not kind.kin:
+            return 0
+        mine = host.counts.get(kind.key, 0)
+        coming = 1 + sum(host.counts.get(key, 0) <= mine for key in kind.kin)
+        return coming - self._room_for(kind, host, coming)
+
+    def _room_for(self, kind: Kind, host: HostRoom, most: int) -> int:
+        """How many that take what it takes have room on this host, `most` of them at most."""
+        found, cpus, host_memory = 0, host.cpus, host.memory - host.others
+        for slot in kind.slots_of(host):
+            want, compute, memory = kind.want_on(slot), slot.compute, slot.memory - slot.others
+            while (
+                found < most
+                and want.compute <= compute
+                and want.cpus <= cpus
+                and (not want.memory or want.memory <= memory)
+                and (not want.host_memory or want.host_memory <= host_memory)
+            ):
+                found += 1
+                compute, memory = compute - want.compute, memory - want.memory
+                cpus, host_memory = cpus - want.cpus, host_memory - want.host_memory
+        return found
 
     def _left(self, slot: SlotRoom, tight: tuple[float, ...]) -> tuple[float, ...]:
         host = slot.host

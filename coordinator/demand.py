@@ -47,7 +47,7 @@ class Limits:
 
     `stages` are all of the group and `after` the first stages of the groups before it, in the same version. `delay_ms`
     is the wished delay by class of priority. A `pinned` number of workers, which a user set, goes before `min` and
-    `max`.
+    `max`. `whole` is the stage that it is a part of (`shards`), whose parts have as many workers each.
     """
 
     ref: str
@@ -60,6 +60,7 @@ class Limits:
     need: Need = field(default_factory=Need)
     delay_ms: Mapping[str, float] = field(default_factory=dict)
     pinned: int | None = None
+    whole: str = ""
 
     @property
     def key(self) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.shards import PartConfig
 from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
 from torchrelay.coordinator.lately import Lately, looped
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
@@ -87,13 +88,15 @@ class State:
 
 
 def limits_of(pipeline: Pipeline, pinned: Mapping[str, int] | None = None, *, old: bool = False) -> tuple[Limits, ...]:
-    """The limits of each group of stages of a version. `pinned` are numbers that a user set, by any stage of the group;
-    an `old` version takes no new jobs, and needs nobody once the last is done."""
+    """The limits of each group of stages of a version. `pinned` are numbers that a user set, by any stage of the group
+    or the one that it is a part of; an `old` version takes no new jobs, and needs nobody once the last is done."""
     found = []
     for group in pipeline.groups:
         firsts = [pipeline.graph.nodes[p - 1].name for p in group.first.preds if p]
         delays = group.stages[0].scale.delay_ms
-        pins = [pinned[name] for name in group.names if name in (pinned or {})] if pinned else []
+        part = group.stages[0]
+        whole = part.of if isinstance(part, PartConfig) else ""
+        pins = [pinned[name] for name in (*group.names, whole) if name in pinned] if pinned else []
         found.append(
             Limits(
                 ref=pipeline.ref,
@@ -105,6 +108,7 @@ def limits_of(pipeline: Pipeline, pinned: Mapping[str, int] | None = None, *, ol
                 device=group.stages[0].device,
                 delay_ms={n: d for n in CLASSES if (d := getattr(delays, n)) is not None},
                 pinned=pins[0] if pins else None,
+                whole=whole,
             )
         )
     return tuple(found)
@@ -142,10 +146,12 @@ def decide(
         wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
         wishes.append(_wish(one, wanted, group, demand, demand_of(one, nodes, group.replicas, again)))
-    counts = share(wishes, fits)
+    less = _of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
+    wishes = as_wholes(wishes, found)
+    counts = evened(share(wishes, fits), found)
     plan = Plan(
         {key: counts[key] for key in found},
-        {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key]) for w in wishes},
+        {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key], less[w.key]) for w in wishes},
     )
     return plan, State({key: _settled(group, counts[key], demands[key], now_s) for key, group in after.items()})
 
@@ -262,13 +268,49 @@ def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:
     return replace(group, floor=number, floor_need=need, floor_until_s=now_s + hold_s, hold_s=hold_s)
 
 
+def as_wholes(wishes: Sequence[Wish], limits: Mapping[Node, Limits]) -> list[Wish]:
+    """All parts of a stage that is cut want as many as the one that wants most: a job needs each of them."""
+    wholes: dict[Node, list[Wish]] = {}
+    for wish in wishes:
+        if whole := limits[wish.key].whole:
+            wholes.setdefault((wish.key[0], whole), []).append(wish)
+    found: dict[Node, Wish] = {}
+    for parts in wholes.values():
+        wanted, kept = max(w.wanted for w in parts), max(w.wanted - w.spare for w in parts)
+        need = max(w.need for w in parts)
+        found.update((w.key, replace(w, wanted=wanted, spare=max(wanted - kept, 0), need=need)) for w in parts)
+    return [found.get(wish.key, wish) for wish in wishes]
+
+
+def _of_wholes(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
+    """The most of all parts of the same whole."""
+    most: dict[Node, int] = {}
+    for key, count in counts.items():
+        whole = (key[0], limits[key].whole or key[1])
+        most[whole] = max(count, most.get(whole, 0))
+    return {key: most[key[0], limits[key].whole or key[1]] for key in counts}
+
+
+def evened(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
+    """No part of a stage that is cut has more workers than there are of each, but for the least that it must have."""
+    fewest: dict[Node, int] = {}
+    for key, count in counts.items():
+        whole = (key[0], limits[key].whole)
+        fewest[whole] = min(count, fewest.get(whole, count))
+    return {
+        key: max(fewest[key[0], limits[key].whole], min(limits[key].least, count)) if limits[key].whole else count
+        for key, count in counts.items()
+    }
+
+
 def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:
     if count < group.replicas:
         group = replace(group, lowered_s=now_s, lowered_need=demand.need)
     return replace(group, replicas=count, changed_s=now_s if count != group.replicas else group.changed_s)
 
 
-def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group) -> str:
+def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group, less: int) -> str:
+    """`less`: how many may do, of the whole that it is a part of."""
     now = group.replicas
     change = f"stays at {count}" if count == now else f"{now} -> {count}"
     texts = [demand.why]
@@ -280,8 +322,10 @@ def _reason(one: Limits, wish: Wish, count: int, demand: Demand, group: Group) -
         texts.append(f"{demand.behind} jobs wait longer than {one.delay_ms[demand.behind]:g} ms")
     if count < wish.wanted:
         texts.append(f"no room for {wish.wanted}" if wish.wanted > now else "others need the room more")
+    elif less > one.clamp(demand.less):
+        texts.append(f"as many as the other parts of {one.whole}")
     elif group.floor and count == group.floor:
         texts.append("fewer were too few for this load before")
-    elif count > max(one.clamp(demand.less), 0) and count == now and one.pinned is None:
-        texts.append(f"{max(demand.less, one.least)} may do, if that lasts")
+    elif count > max(less, 0) and count == now and one.pinned is None:
+        texts.append(f"{less} may do, if that lasts")
     return f"{change}: " + ", ".join(texts)

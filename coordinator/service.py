@@ -204,7 +204,8 @@ def placeable(host: HostReport, view: FleetView, aside: Sequence[Aside]) -> Host
 def stage_limits(pipeline: Pipeline, wishes: Wishes, *, current: bool) -> list[Limits]:
     """Between which numbers each stage may have workers. One that takes no new jobs, yet or any more, has at least one
     everywhere: its jobs are not to wait for a stage to be noticed."""
-    pinned = {name: n for name in pipeline.stage_names if (n := wishes.replicas(pipeline.ref, name)) is not None}
+    names = dict.fromkeys([*pipeline.stage_names, *(stage.name for stage in pipeline.written.stages)])
+    pinned = {name: n for name in names if (n := wishes.replicas(pipeline.ref, name)) is not None}
     found = limits_of(pipeline, pinned)
     return [one if current else replace(one, min=max(one.min, 1), max=max(one.max, 1)) for one in found]
 

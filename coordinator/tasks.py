@@ -50,7 +50,7 @@ def _parts(units: list[Unit]) -> list[tuple[Unit, ...]]:
 
 def _task(units: tuple[Unit, ...], kinds: dict[tuple[object, ...], Kind], apart: dict[Key, set[Key]]) -> Task:
     name = tuple(
-        (u.ref, u.stage, u.need, u.device, u.presumed, u.labels, u.neighbours, u.one_host, u.replica == 0)
+        (u.ref, u.stage, u.need, u.device, u.presumed, u.labels, u.neighbours, u.one_host, u.kin, u.replica == 0)
         for u in units
     )
     kind = kinds.get(name)
@@ -63,6 +63,7 @@ def _task(units: tuple[Unit, ...], kinds: dict[tuple[object, ...], Kind], apart:
             tuple(Want.of(u.need) for u in units),
             frozenset(apart.get(key, ())),
             tuple((unit.ref, n) for n in unit.neighbours),
+            tuple((unit.ref, n) for n in unit.kin),
         )
     return Task(kind, units)
 

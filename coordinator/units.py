@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torchrelay.config.fleet import Need
 from torchrelay.config.fusing import Group
 from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.shards import PartConfig
 from torchrelay.errors import ConfigError
 
 __all__ = ["Unit", "need_of", "units_of"]
@@ -30,7 +31,8 @@ class Unit:
     on a small machine.
 
     `labels` must all be the host's. `apart` are stages of the same ref that must not be on its host; with its own
-    name there, each replica is on a host of its own. `neighbours` are stages that it exchanges columns with. `one_host`
+    name there, each replica is on a host of its own. `neighbours` are stages that it exchanges columns with, and the
+    other parts of a stage that is cut; of these, `kin` own a part of the model too, and take what it takes. `one_host`
     keeps the shards of a group on one host.
     """
 
@@ -46,6 +48,7 @@ class Unit:
     apart: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     one_host: bool = False
+    kin: tuple[str, ...] = ()
 
 
 def units_of(pipeline: Pipeline, wanted: Mapping[str, int]) -> list[Unit]:
@@ -75,7 +78,12 @@ def units_of(pipeline: Pipeline, wanted: Mapping[str, int]) -> list[Unit]:
             group = pipeline.group_of(name)
             kind, least = _kind(pipeline, group, firsts), 1 if group.stages[0].device == "gpu" else group.replicas
         # Only those without which the pipeline would not run make do with less than is presumed.
-        found += [_numbered(kind, number, kind.presumed and number < least) for number in range(count)]
+        shards = 1 if is_runs(name) else ranks_of(pipeline, name)
+        found += [
+            _numbered(kind, number, kind.presumed and number < least and shards == 1, shard, shards)
+            for number in range(count)
+            for shard in range(shards)
+        ]
     return found
 
 
@@ -99,6 +107,12 @@ def need_of(group: Group) -> tuple[Need, bool]:
     return need, not (compute if on_gpu else cpus)
 
 
+def ranks_of(pipeline: Pipeline, stage: str) -> int:
+    """How many processes make one worker of this stage."""
+    shards = pipeline.group_of(stage).stages[0].shards
+    return shards.count if shards is not None and shards.mode == "tensor" else 1
+
+
 def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
     need, presumed = need_of(group)
     apart = {firsts[name] for stage in group.stages for name in stage.apart}
@@ -106,7 +120,9 @@ def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
     apart |= {
         firsts[other.name] for other in pipeline.spec.stages for name in other.apart if firsts[name] == group.first.name
     }
-    beside = _names(pipeline, [i for node in group.nodes for i in (*node.preds, *node.succs)], firsts)
+    beside = set(_names(pipeline, [i for node in group.nodes for i in (*node.preds, *node.succs)], firsts))
+    parts, kin = _parts(pipeline, group)
+    beside.update(parts)
     return Unit(
         pipeline.ref,
         group.first.name,
@@ -115,8 +131,19 @@ def _kind(pipeline: Pipeline, group: Group, firsts: Mapping[str, str]) -> Unit:
         presumed=presumed,
         labels=tuple(sorted({label for stage in group.stages for label in stage.hosts.labels})),
         apart=tuple(sorted(apart)),
-        neighbours=tuple(name for name in beside if name != group.first.name),
+        neighbours=tuple(sorted(beside - {group.first.name})),
+        kin=kin,
     )
+
+
+def _parts(pipeline: Pipeline, group: Group) -> tuple[list[str], tuple[str, ...]]:
+    """All parts of the stage that it is a part of; and, of one that owns a part of the model, the others that do."""
+    mine = group.stages[0]
+    if not isinstance(mine, PartConfig):
+        return [], ()
+    parts = [s for s in pipeline.spec.stages if isinstance(s, PartConfig) and s.of == mine.of]
+    kin = () if mine.combines else tuple(s.name for s in parts if not s.combines and s.name != mine.name)
+    return [s.name for s in parts], kin
 
 
 def _names(pipeline: Pipeline, nodes: Iterable[int], firsts: Mapping[str, str]) -> tuple[str, ...]:
@@ -125,7 +152,5 @@ def _names(pipeline: Pipeline, nodes: Iterable[int], firsts: Mapping[str, str]) 
     return tuple(sorted({firsts[names[i - 1]] for i in nodes if 0 < i <= len(names)}))
 
 
-def _numbered(kind: Unit, replica: int, presumed: bool) -> Unit:
-    return Unit(
-        kind.ref, kind.stage, replica, 0, 1, kind.need, kind.device, presumed, kind.labels, kind.apart, kind.neighbours
-    )
+def _numbered(kind: Unit, replica: int, presumed: bool, shard: int = 0, shards: int = 1) -> Unit:
+    return replace(kind, replica=replica, presumed=presumed, shard=shard, shards=shards)

@@ -186,6 +186,7 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     elif board.totals.get(key, 1) > len(option.slots):
         mine = host.counts.get(key, 0)
         parts.append(f"spread: {mine} more of it here, as few as anywhere" if mine else "spread: no other of it here")
+    parts += _far_from(board, kind, host)
     want, full = option.wants[0], kind.want_on(slot)
     for name in (name for name in Want._fields if getattr(want, name) < getattr(full, name)):
         had = amount(name, getattr(want, name), bare=True)
@@ -212,6 +213,44 @@ def _shards_words(option: Option) -> str:
     host = option.slots[0].host
     linked = any(set(option.slots) <= set(group) for group in host.links)
     return "shards on one host" + (", joined by NVLink" if linked else "")
+
+
+def _far_from(board: Board, kind: Kind, host: HostRoom) -> list[str]:
+    """Why it does not go to a host where other parts of the same stage wait for it."""
+
+    def waiting(there: HostRoom) -> list[str]:
+        mine = there.counts.get(kind.key, 0)
+        return sorted(key[1] for key in kind.kin if there.counts.get(key, 0) > mine)
+
+    if not kind.kin or waiting(host):
+        return []
+    found = []
+    for other in board.hosts:
+        names = waiting(other) if other is not host else []
+        why = _why_not(board, kind, other) if names else ""
+        if why:
+            found.append(f"not beside {', '.join(names)} on {other.name}, which {why}")
+    return found[:_FEW]
+
+
+def _why_not(board: Board, kind: Kind, host: HostRoom) -> str:
+    """Why it has no place on this host; '' where it has one."""
+    bars = _bars(kind, host)
+    if bars is not None:
+        return bars[1]
+    barred = board.barred(kind, host)
+    if barred is not None:
+        return f"has {barred[1]}, from which it must be apart"
+    slots = kind.slots_of(host)
+    if not slots:
+        return "has no slot that it may use"
+    wants = [kind.want_on(slot) for slot in slots]
+    if any(slot.fits(want) for slot, want in zip(slots, wants, strict=True)):
+        return ""
+    lacks = [_lacks(want, slot) for slot, want in zip(slots, wants, strict=True)]
+    least = min(range(len(slots)), key=lambda i: [lack > 0 for lack in lacks[i]])
+    fields = [name for name in Want._fields if getattr(lacks[least], name)]
+    return "lacks " + " and ".join(amount(name, getattr(lacks[least], name)) for name in fields)
 
 
 def _place(slot: SlotRoom) -> str:

@@ -205,6 +205,15 @@ class ControlKeys:
         """ZSET node that reads or writes, and that a run lacks -> until when it asks, ms of the server's clock."""
         return self.tag + "wanted"
 
+    def plans(self, ref: str) -> str:
+        """HASH of one pipeline version: stage, count and balance -> how the stage's model is split (text). Who drops a
+        version drops this with it."""
+        return f"{self.tag}plans:{ref}"
+
+    def plan_maker(self, ref: str, which: str) -> str:
+        """STRING that stands while somebody makes this split plan: who."""
+        return f"{self.tag}plan-maker:{ref}:{which}"
+
     @property
     def runs(self) -> str:
         """ZSET run id -> when it began, ms of its driver's clock."""
@@ -221,6 +230,10 @@ class ControlKeys:
     def run_cancel(self, run: str) -> str:
         """STRING that stands while the run's driver is asked to end it."""
         return f"{self.tag}run-cancel:{run}"
+
+    def group(self, name: str) -> str:
+        """HASH: which ranks of a group live, in which epoch it is, and where they meet."""
+        return f"{self.tag}group:{name}"
 
     @property
     def schedules(self) -> str:

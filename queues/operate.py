@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchrelay.config.graph import Node
+from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import base_ref
+from torchrelay.config.shards import parts_of, written_names
 from torchrelay.errors import ConfigError, InputError, PipelineNotFound
 from torchrelay.queues.registry import Registered, Registry, WorkerReport, run
 from torchrelay.queues.transitions import MAX_JOBS_PER_CALL
@@ -40,9 +43,16 @@ def find_version(registry: Registry, name: str, version: str) -> str:
     return f"{name}@{version}"
 
 
+def _meant(pipeline: Pipeline, stage: str) -> list[Node]:
+    """The nodes of a stage, or of all where it is ''."""
+    names = parts_of(pipeline.spec, stage)
+    return [n for n in pipeline.graph.nodes if not stage or n.name in names]
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """PIPELINE[/STAGE]: a pipeline's name or name@version, and a stage of it. '' stands for all of them."""
+    """PIPELINE[/STAGE]: a pipeline's name or name@version, and a stage of it, which stands for all its parts where it
+    is cut (`shards`). '' stands for all of them."""
 
     name: str
     version: str
@@ -60,27 +70,21 @@ class Target:
         refs = [found] if version else [r for r in registry.versions() if r.partition("@")[0] == name]
         versions = [registry.find(ref) for ref in registry.with_runs(refs)]
         stages = {n.name for v in versions for n in v.pipeline.graph.nodes}
+        stages |= {s.name for v in versions for s in v.pipeline.written.stages}
         if stage and stage not in stages:
             raise ConfigError(
                 f"pipeline {text.partition('/')[0]!r} has no stage {stage!r:.80}; {_nearest(stage, stages)}"
             )
-        having = [v for v in versions if not stage or any(n.name == stage for n in v.pipeline.graph.nodes)]
+        having = [v for v in versions if _meant(v.pipeline, stage)]
         return cls(name, version, stage, tuple(having))
 
     def masks(self) -> dict[int, int]:
         """Bits of the nodes that are meant, by the version's number."""
-        return {
-            v.number: sum(n.bit for n in v.pipeline.graph.nodes if self.stage in ("", n.name)) for v in self.versions
-        }
+        return {v.number: sum(n.bit for n in _meant(v.pipeline, self.stage)) for v in self.versions}
 
     def nodes(self) -> list[str]:
         """`name@version/stage` of every node that is meant."""
-        return [
-            f"{v.pipeline.ref}/{n.name}"
-            for v in self.versions
-            for n in v.pipeline.graph.nodes
-            if self.stage in ("", n.name)
-        ]
+        return [f"{v.pipeline.ref}/{n.name}" for v in self.versions for n in _meant(v.pipeline, self.stage)]
 
 
 def pause(registry: Registry, target: Target, *, on: bool = True) -> list[str]:
@@ -209,10 +213,12 @@ def live_versions(
         totals.setdefault(node.partition("/")[0], Standing()).add(jobs.waiting, jobs.running, jobs.delayed)
     found = []
     for ref, total in sorted(totals.items()):
-        graph = registry.find(ref).pipeline.graph
+        pipeline = registry.find(ref).pipeline
+        graph = pipeline.graph
         here = [n for n in graph.nodes if f"{ref}/{n.name}" in standing]
         needed = {n.index for n in here} | {d.index for n in here for d in graph.descendants(n.index)}
-        missing = tuple(n.name for n in graph.nodes if n.index in needed and f"{ref}/{n.name}" not in served)
+        lacking = [n.name for n in graph.nodes if n.index in needed and f"{ref}/{n.name}" not in served]
+        missing = tuple(written_names(pipeline.spec, lacking))
         found.append(LiveVersion(ref, base_ref(ref) in current, total, missing, sources.get(base_ref(ref), "")))
     return found
 

@@ -56,6 +56,7 @@ class WorkerReport:
     batches by how full they were (`queues.histogram`, zeros at the end left out); `memory` is what it holds of its
     GPU's memory, what all processes use, and what there is; `load_s` how long its stage took to start, 0 before that.
     `assignment` is the decision of a coordinator by which it runs, '' for none. `sent_at` is when this was said.
+    `rank` of `ranks` is its place in a `group` that computes together.
     """
 
     worker: str
@@ -82,6 +83,9 @@ class WorkerReport:
     load_s: float = 0.0
     assignment: str = ""
     sent_at: float = 0.0
+    rank: int = 0
+    ranks: int = 1
+    group: str = ""
 
     @property
     def nodes(self) -> list[str]:
@@ -246,13 +250,17 @@ class Registry:
         return run(self.client, Call(script("heartbeat"), keys, args, int))
 
     def workers(self) -> list[WorkerReport]:
-        """Workers whose heartbeat has not run out, by the server's clock."""
+        """Workers whose heartbeat has not run out, by the server's clock. A group is one: its rank 0."""
+        return [report for report in self.ranks() if not report.rank]
+
+    def ranks(self) -> list[WorkerReport]:
+        """The same with every rank of each group by itself."""
         alive: Any = self.client.zrangebyscore(self.control.alive, self._server_ms(), "+inf")
         if not alive:
             return []
         found: Any = self.client.hmget(self.control.workers, alive)
         reports = [WorkerReport.decode(v) for v in found if v]
-        return sorted((r for r in reports if r), key=lambda r: (r.node, r.worker))
+        return sorted((r for r in reports if r), key=lambda r: (r.node, r.group, r.rank, r.worker))
 
     def want(self, nodes: Iterable[str]) -> None:
         """Says that a run lacks these nodes, which read or write. It is believed for some seconds, so that who waits

@@ -17,7 +17,7 @@ from torchrelay.errors import BrokerError, BrokerMisconfigured, PipelineNotFound
 T = TypeVar("T")
 Arg = bytes | str | int | float
 
-CONTROL_SCRIPTS = frozenset({"register", "heartbeat", "wish"})
+CONTROL_SCRIPTS = frozenset({"register", "heartbeat", "wish", "group", "group_end", "group_address"})
 FLEET_SCRIPTS = frozenset({"host", "lead", "decree"})
 
 

@@ -17,7 +17,7 @@ from torchrelay.config.device_rows import DeviceRows, on_host
 from torchrelay.config.ragged import RaggedRows, shown
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
-from torchrelay.stages.padding import Allocate, Padded, mask_of, pad_rows
+from torchrelay.stages.padding import Allocate, Padded, mask_of, pad_rows, padded_already
 
 __all__ = ["Batch", "Pieces", "Refusal", "as_pieces", "assemble", "join_rows", "read_only"]
 
@@ -177,7 +177,7 @@ def assemble(
         pad: columns to pad to the longest row of the batch, and the value to fill with.
         meta: per job, what its submitter attached; may be empty.
         buckets: padded columns -> the sizes, rising, of which the smallest that holds the longest row is taken.
-        joined_by: how the pieces of a column that is not padded are put together; default `join_rows`.
+        joined_by: how the pieces of a column that needs no padding are put together; default `join_rows`.
         empty: makes the array of a padded column.
 
     Raises:
@@ -198,11 +198,14 @@ def assemble(
     fresh: set[str] = set()
     for name in names:
         pieces = [table[name] for table in full]
-        if name in pad:
-            sizes = buckets.get(name, ())
+        sizes = buckets.get(name, ())
+        even = padded_already(name, pieces, types.get(name), pad[name], sizes) if name in pad else None
+        if name in pad and even is None:
             joined[name], padded[name] = pad_rows(name, pieces, types.get(name), pad[name], sizes, empty)
             fresh.add(name)
         else:
+            if even is not None:
+                padded[name] = even
             joined[name] = join(pieces)
             if len(pieces) > 1:
                 fresh.add(name)

@@ -13,7 +13,8 @@ __all__ = ["check_stages"]
 def check_stages(pipeline: Pipeline) -> tuple[str, ...]:
     """Every problem of the pipeline's stages as `file:line:column: what; remedy`. Runs the modules, builds no stage."""
     problems: list[str] = []
-    for i, spec in enumerate(pipeline.spec.stages):
+    # As the file has them: what is wrong with a stage that is cut is not wrong once per part.
+    for i, spec in enumerate(pipeline.written.stages):
         if spec.use is None:
             continue  # it only regroups rows
         try:

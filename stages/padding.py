@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Padded", "bucket_of", "mask_of", "pad_rows", "ragged_axes"]
+__all__ = ["Padded", "bucket_of", "mask_of", "pad_rows", "padded_already", "ragged_axes"]
 
 # Up to so many elements a row, one assignment by a mask of all is faster than one assignment each. They fit an int16.
 _MASKED_ELEMENTS = 1024
@@ -74,6 +75,24 @@ def pad_rows(
     _place(full, rows)
     lengths = shapes[:, axes[0]] if len(axes) == 1 else shapes[:, list(axes)]
     return full, Padded(np.ascontiguousarray(lengths), axes)
+
+
+def padded_already(
+    name: str, pieces: Sequence[Column], declared: ColumnType | None, value: float, buckets: Sequence[int] = ()
+) -> Padded | None:
+    """How a column is padded whose rows are all of one shape, and as long as a bucket where there are any: they can be
+    put together where they lie, on a device too. None for any other column; arguments and errors as of `pad_rows`."""
+    kinds = {(p.dtype, p.shape[1:]) if isinstance(p, np.ndarray | DeviceRows) else None for p in pieces}
+    dtype, shape = next(iter(kinds)) or (None, ())
+    if len(kinds) != 1 or dtype is None or not shape:
+        return None
+    axes = ragged_axes(declared, len(shape))
+    if any(bucket_of(name, shape[axis], buckets) != shape[axis] for axis in axes if buckets):
+        return None
+    _fill(name, value, dtype)
+    rows = sum(map(len, pieces))
+    lengths = np.full((rows, len(axes)), [shape[axis] for axis in axes], np.int64)
+    return Padded(lengths[:, 0].copy() if len(axes) == 1 else lengths, axes)
 
 
 def _rows(pieces: Sequence[Column]) -> RaggedRows | list[Any]:

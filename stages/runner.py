@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 import numpy as np
 
 from torchrelay.config.columns import Column
+from torchrelay.config.shards import shard_of
 from torchrelay.config.spec import BatchSpec, StageConfig, TorchSpec
 from torchrelay.config.types import ColumnType
-from torchrelay.errors import ConfigError, StageLoadError, TorchrelayError
+from torchrelay.errors import ConfigError, InputError, StageLoadError, TorchrelayError
 from torchrelay.stages.batch import Batch, as_pieces, assemble, join_rows
 from torchrelay.stages.faults import DeviceLost, blame, is_device_lost, is_out_of_memory, let_go
 from torchrelay.stages.loading import Identity, make_stage
@@ -73,6 +74,7 @@ class Runner:
         outputs: declared types of what it returns; empty where nothing is declared.
         batch: which columns are padded, with what, and up to which buckets.
         expands: whether it returns Expand.
+        part: which part of a stage it is, for errors; "" where it is the whole.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Runner:
         batch: BatchSpec | None = None,
         *,
         expands: bool = False,
+        part: str = "",
     ) -> None:
         self.stage = stage
         self.name = name
@@ -91,6 +94,7 @@ class Runner:
         self._outputs = outputs or {}
         self._batch = batch or BatchSpec()
         self._expands = expands
+        self._part = part
         self._device = "cpu"
         self._loaded = False
         self._overlaps = False
@@ -117,15 +121,17 @@ class Runner:
         """Load the stage's model.
 
         Raises:
-            StageLoadError: whatever the stage raised, with its type and message.
+            ConfigError: the stage raised it: it would never load.
+            StageLoadError: whatever else the stage raised, with its type and message.
         """
         self._device = context.device
         self._loaded = True
         try:
             self.stage.load(context)
         except TorchrelayError as error:
-            if isinstance(error, StageLoadError) and f"stage {self.name!r}" not in str(error):
-                raise StageLoadError(f"stage {self.name!r}: {error}") from error
+            if isinstance(error, StageLoadError | ConfigError) and f"stage {self.name!r}" not in str(error):
+                kind = ConfigError if isinstance(error, ConfigError) else StageLoadError
+                raise kind(f"stage {self.name!r}: {error}") from error
             raise
         except Exception as error:
             raise StageLoadError(f"stage {self.name!r} does not load: {type(error).__name__}: {error}") from error
@@ -142,7 +148,8 @@ class Runner:
         Raises:
             StageLoadError: the stage raised. Where a shape does not fit the device's memory, it is only left out.
         """
-        shaped = self.stage.shaped if is_torch_stage(self.stage) else None
+        stage = getattr(self.stage, "inner", self.stage)  # of a group
+        shaped = stage.shaped if is_torch_stage(stage) else None
         if shaped is None:
             return
         try:
@@ -257,7 +264,12 @@ class Runner:
         return Launched([own(m) for m in made] if self._overlaps else made)
 
     def _split(self, outputs: object, rows: Sequence[int], batch: Batch) -> list[Made]:
-        return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+        try:
+            return split(outputs, rows, self.name, self._outputs, expands=self._expands, rejected=batch.rejected)
+        except InputError as error:
+            if not self._part:
+                raise
+            raise InputError(f"{error}; {self._part}") from None
 
     def _launch_fed(
         self, rows: Sequence[int], batch: Batch, fed: Fed, stage: TensorStage, exports: Exports | None
@@ -371,10 +383,32 @@ def make_runner(
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
 
-        stage.configure(TorchOptions(**options.model_dump(), row_buckets=row_buckets(spec.batch)), spec.weights)
+        try:
+            told = TorchOptions(**options.model_dump(), row_buckets=row_buckets(spec.batch))
+            stage.configure(told, spec.weights, None if spec.shards is None else spec.shards.plan)
+        except ConfigError as error:
+            raise ConfigError(f"stage {spec.name!r}: {error}") from error
     elif spec.weights or options != TorchSpec():
         raise ConfigError(
             f"stage {spec.name!r}: `weights` and `torch` are for a TorchStage, and {type(stage).__qualname__} is a "
             "plain Stage; derive it from torchrelay.TorchStage, or read the file in load() and name it in `args`"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand")
+    elif spec.shards is not None and spec.shards.plan is not None:
+        raise ConfigError(
+            f"stage {spec.name!r}: `shards: {{plan}}` is for a TorchStage, and {type(stage).__qualname__} is a plain "
+            "Stage, which cuts its model itself, by context.rank and context.world_size; take the plan out"
+        )
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
+
+
+def _part(spec: StageConfig) -> str:
+    """What to tell of a shard that returned what does not fit: it is declared for all of them together."""
+    shard, shards = shard_of(spec)
+    if shards == 1:
+        return ""
+    whole = spec.name.rpartition(".")[0]
+    return (
+        f"it is shard {shard} of {shards}, and returns its part of what {whole} declares: what is concatenated is "
+        "divided by the number of shards, what is summed is whole. Cut the layers that make it alike "
+        "(torchrelay.cutting, or context.shard and context.shards), or change shards.combine"
+    )

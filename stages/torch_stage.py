@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchrelay.config.shard_plans import Plan, check_plan
 from torchrelay.errors import ConfigError, DeviceError, StageLoadError
 from torchrelay.stages.batch import Batch
+from torchrelay.stages.building import parameters_on_meta
+from torchrelay.stages.cut_pieces import pieces_of
 from torchrelay.stages.outputs import Expand
 from torchrelay.stages.shapes import ShapedModel, allow_shapes
 from torchrelay.stages.stage import Stage, StageContext
@@ -58,13 +61,19 @@ class TorchStage(Stage):
     _takes_tensors = True
     _options: TorchOptions = TorchOptions()
     _weights: str | None = None
+    _plan: Plan = None
 
-    def configure(self, options: TorchOptions, weights: str | None) -> None:
-        """Take the YAML's `torch:` options and `weights:` path; called once, before `load`.
+    def configure(self, options: TorchOptions, weights: str | None, plan: Plan = None) -> None:
+        """Take the YAML's `torch:` options, `weights:` path and `shards: {plan}`; called once, before `load`.
 
         Raises:
-            ConfigError: the dtype is none that a model can have.
+            ConfigError: the dtype is none that a model can have, or the plan is none.
         """
+        try:
+            check_plan(plan)
+        except ValueError as error:
+            raise ConfigError(f"shards.plan: {error}") from error
+        self._plan = plan
         if options.dtype is not None and options.dtype not in _FLOATS:
             raise ConfigError(f"torch.dtype {options.dtype!r} must be one of {', '.join(_FLOATS)}")
         self._options = options
@@ -76,14 +85,20 @@ class TorchStage(Stage):
         raise NotImplementedError(f"{type(self).__qualname__} must define build(self, context)")
 
     def load(self, context: StageContext) -> None:
-        """Build the model, fill in its weights and bring it to the device; see the class.
+        """Build the model, fill in its weights and bring it to the device; see the class. In a process group, this
+        rank's part of it.
 
         Raises:
-            StageLoadError: the weights cannot be read or do not fit, or `build` returned no module.
+            StageLoadError: the weights or the plan do not fit, or `build` returned no module.
             DeviceError: the device is not there.
         """
         self.device = _device(context.device)
-        model = self._build(context) if self._weights is None else self._build_with(self._weights, context)
+        if context.world_size > 1 and self._plan != "own":
+            model = self._load_part(context)
+        elif self._weights is None:
+            model = self._build(context)
+        else:
+            model = self._build_with(self._weights, context)
         model = model.to(self.device).eval().requires_grad_(False)
         if self.dtype is not None:
             model = model.to(dtype=self.dtype)
@@ -129,8 +144,19 @@ class TorchStage(Stage):
             raise StageLoadError(f"{type(self).__qualname__}.build returned a {type(model).__name__}, not an nn.Module")
         return model
 
+    def _load_part(self, context: StageContext) -> nn.Module:
+        from torchrelay.stages.tensor_parallel import Wanted, load_parallel
+
+        if self._options.cuda_graphs:
+            # A recording runs the model several times, which the other ranks would have to do at the same moment.
+            raise StageLoadError(
+                "torch.cuda_graphs does not go with shards of mode: tensor; take it out, or use compile"
+            )
+        weights = None if self._weights is None else context.path(self._weights)
+        wanted = Wanted(self._plan, weights, self.device, self.dtype)
+        return load_parallel(lambda: self._build(context), wanted)
+
     def _build_with(self, weights: str, context: StageContext) -> nn.Module:
-        state = read_weights(context.path(weights), self.device)
         try:
             with torch.device("meta"):
                 model = self._build(context)
@@ -138,9 +164,16 @@ class TorchStage(Stage):
             # Some modules compute with their tensors while they are built, which meta tensors cannot do.
             log.info("%s is built on the CPU, since the meta device refused: %s", type(self).__qualname__, error)
             model = self._build(context)
+        # Of layers that were cut for shards, only this shard's parts.
+        state = read_weights(context.path(weights), self.device, pieces_of(model))
         left = fill_model(model, state, weights)
         if left:
             # Buffers that are not saved (persistent=False) get their values only from a real build.
+            with parameters_on_meta():
+                model = self._build(context)
+            left = fill_model(model, state, weights)
+        if left:
+            # They are computed of parameters.
             log.info("%s is built on the CPU for its unsaved buffers %s", type(self).__qualname__, ", ".join(left))
             model = self._build(context)
             fill_model(model, state, weights)

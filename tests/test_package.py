@@ -30,6 +30,7 @@ PUBLIC = {
     "StageSpec",
     "TorchStage",
     "__version__",
+    "cutting",
     "errors",
     "testing",
 }
@@ -139,14 +140,15 @@ def test_a_producer_works_where_torch_is_not_installed(server_url, namespace):
     assert (done.returncode, done.stdout) == (0, "answered\n"), done.stderr
 
 
-def test_torch_stage_without_torch_is_a_named_error():
-    """Where torch is missing, TorchStage says what to install."""
+@pytest.mark.parametrize("name", ["TorchStage", "cutting"])
+def test_what_needs_torch_is_a_named_error_without_it(name):
+    """Where torch is missing, TorchStage and the helpers that cut models say what to install."""
     done = _run(
         BLOCK_TORCH
-        + textwrap.dedent("""
+        + textwrap.dedent(f"""
         from torchrelay import errors
         try:
-            from torchrelay import TorchStage
+            from torchrelay import {name}
         except errors.ConfigError as error:
             print(error)
         """)

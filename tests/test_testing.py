@@ -226,3 +226,50 @@ def test_importing_it_imports_no_pytest() -> None:
     code = "import sys; from torchrelay import testing; testing.run_stage; print('pytest' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"
+
+
+class Halves(Stage):
+    """Its share of x, times what it is told; refuses what is negative in its share."""
+
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
+
+    def load(self, context):
+        self.shard, self.shards = context.shard, context.shards
+
+    def forward(self, batch):
+        part = np.split(np.asarray(batch["x"]), self.shards, axis=1)[self.shard]
+        for row in np.flatnonzero((part < 0).any(axis=1)):
+            batch.reject(int(row), f"negative in shard {self.shard}")
+        return {"y": part * self.times, "n": part.sum(axis=1)}
+
+
+@pytest.mark.parametrize("stage", [Halves(2), Halves])
+def test_shards_are_run_one_by_one_and_combined(stage):
+    """Each is told which it is; rows that one of them refuses are refused; the rest is as of the whole."""
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    x[1, 3] = -1
+    how = {"outputs": {"y": "float32[4]", "n": "float32"}, "args": None if isinstance(stage, Stage) else {"times": 2}}
+    shards = {"count": 2, "mode": "gather", "combine": {"n": "sum"}}
+    rejected: dict[int, str] = {}
+    made = run_stage(stage, {"x": x}, shards=shards, rejected=rejected, **how)
+    np.testing.assert_array_equal(made["y"], 2 * x[[0, 2]])
+    np.testing.assert_array_equal(made["n"], x[[0, 2]].sum(axis=1))
+    assert rejected == {1: "negative in shard 1"}
+
+
+@pytest.mark.parametrize(
+    ("shards", "says"),
+    [
+        (
+            {"count": 3, "mode": "gather"},
+            "stage 'halves': column 'y' is float32[4], whose dimension -1 of 4 does not divi",
+        ),
+        ({"count": 2, "mode": "tensor"}, "shards.mode: run_stage runs shards of mode gather, not tensor"),
+        ({"mode": "gather"}, "shards.count: Field required"),
+    ],
+)
+def test_shards_that_cannot_be_are_refused(shards, says):
+    with pytest.raises(ConfigError) as raised:
+        run_stage(Halves(), {"x": np.ones((1, 4))}, outputs={"y": "float32[4]"}, shards=shards)
+    assert says in str(raised.value)

@@ -208,8 +208,9 @@ class Assembler(Generic[J]):
         if node.when is not None:
             wanted[_WHEN] = self._source(parts, merged, node.when)
         if node.keeps_older:
+            older = node.older or {}
             for column in node.outputs.keys() & merged.columns.keys():
-                wanted[_BEFORE + column] = self._unique(parts, merged, column)
+                wanted[_BEFORE + column] = self._source(parts, merged, older.get(column, column))
         return wanted
 
     def _of_the_run(self, parts: Sequence[Payload], merged: Payload) -> dict[str, tuple[Packed, tuple[int, ...]]]:

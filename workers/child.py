@@ -28,12 +28,15 @@ from torchrelay.config.graph import is_runs
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
+from torchrelay.config.shards import shard_of
 from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
+from torchrelay.queues.groups import GroupRecord, Member
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import WorkerRetired
-from torchrelay.stages import StageContext, make_group_runner
+from torchrelay.stages import Runner, StageContext, make_group_runner
+from torchrelay.stages.group_line import LineClosed
 from torchrelay.workers.device import pick_device
 from torchrelay.workers.edge import check_codecs
 from torchrelay.workers.logs import set_up_logs
@@ -42,12 +45,15 @@ from torchrelay.workers.node import NodeContext
 from torchrelay.workers.overlap import OverlappedLoop
 from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
+from torchrelay.workers.rank import Rank
 from torchrelay.workers.run_stages import StillHeld, run_stage
 from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import Ends, SharedMemory
 
 log = logging.getLogger("torchrelay.worker")
 EXIT_DRAINED, EXIT_FAILED, EXIT_CONFIG, EXIT_LOAD, EXIT_RETIRED, EXIT_BROKER, EXIT_DEVICE = range(7)
+# Of a group: a forward did not fit on one rank; one rank failed, and the group is over.
+EXIT_ROOM, EXIT_GROUP = 107, 108
 _ORPHAN_GRACE_S = 3.0
 # Batches made ready ahead, where the stage does not say.
 _AHEAD = {"cuda": 2}
@@ -74,6 +80,12 @@ class Orders:
     arena_dir: str
     device_arena_bytes: int
     run_writer: str = ""
+    group: str = ""
+    rank: int = 0
+    ranks: int = 1
+    epoch: int = 0
+    group_address: str = ""
+    row_cap: int = 0
 
     def encode(self) -> str:
         return json.dumps(asdict(self)) + "\n"
@@ -142,11 +154,17 @@ def serve(orders: Orders, stop: Stop) -> None:
     device = pick_device(spec, orders.device)
     still_held = StillHeld(orders.lease_ms)
     runner = make_group_runner(lambda s: _stage(s, home, still_held, orders.run_writer), group)
-    runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
-    for member, node in zip(runner.members, group.nodes, strict=True):
-        member.warm_up(columns_of(home.graph, node))
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
+    rank = _join(orders, registry, device, max(stage.timeout_s for stage in group.stages))
+    runner.load(_stage_context(orders, device, pipeline, spec))
+    if rank is not None and orders.rank:
+        _follow(rank, runner, orders, device)
+        return
+    if rank is not None:
+        rank.lead(runner, stop, {"room": EXIT_ROOM, "died": EXIT_GROUP})
+    for member, node in zip(runner.members, group.nodes, strict=True):
+        member.warm_up(columns_of(home.graph, node))
     registry.open()
     still_held.connect(client, registry.lanes)
     registry.register(pipeline, current=False)
@@ -168,11 +186,51 @@ def serve(orders: Orders, stop: Stop) -> None:
         # Only the overlapped loop knows how to copy from another device, and to leave columns on its own.
         ends = Ends(reads=runner.takes_tensors and group.follows_device(), writes=group.stages[-1].handoff == "device")
         memory = SharedMemory.open(registry, settings, pinned_for=device if ahead else "", ends=ends)
-        around = Surroundings(context, client, page, memory, stop)
+        around = Surroundings(context, client, page, memory, stop, orders.row_cap)
         # What was loaded stays for good: each full collection would look through all of it again, for every few jobs.
         gc.collect()
         gc.freeze()
         (OverlappedLoop(around, runner, ahead) if ahead else StageLoop(around, runner)).run()
+        if rank is not None and rank.broken:
+            # All is given back. A collective that the failed rank never joined may still hold the device.
+            log.warning("one rank failed; the group forms anew")
+            os._exit(EXIT_GROUP)
+    finally:
+        runner.close()
+
+
+def _join(orders: Orders, registry: Registry, device: str, timeout_s: float) -> Rank | None:
+    """The process group must be there before the stage loads."""
+    if not orders.group:
+        return None
+    from torchrelay.workers.rank import join_group
+
+    member = Member(orders.group, orders.rank, orders.ranks)
+    record = GroupRecord(registry.client, registry.control, member, orders.worker)
+    return join_group(registry, record, orders.epoch, device, timeout_s, orders.group_address)
+
+
+def _stage_context(orders: Orders, device: str, pipeline: Pipeline, spec: StageConfig) -> StageContext:
+    shard, shards = shard_of(spec) if orders.ranks == 1 else (orders.rank, orders.ranks)
+    return StageContext(
+        device=device,
+        shard=shard,
+        shards=shards,
+        rank=orders.rank,
+        world_size=orders.ranks,
+        version=pipeline.version,
+        base_dir=pipeline.base_dir,
+    )
+
+
+def _follow(rank: Rank, runner: Runner, orders: Orders, device: str) -> None:
+    page = ProgressPage(Path(orders.page))
+    page.path.unlink(missing_ok=True)
+    try:
+        log.info("ready on %s as rank %d of %d", device, orders.rank, orders.ranks)
+        gc.collect()
+        gc.freeze()
+        rank.serve(runner, page, device)
     finally:
         runner.close()
 
@@ -193,6 +251,9 @@ def main() -> int:
     except WorkerRetired:
         log.warning("this worker was retired while it was away; ending")
         return EXIT_RETIRED
+    except LineClosed as error:
+        log.warning("%s", error)
+        return EXIT_GROUP
     except (ConfigError, DeviceError) as error:
         log.error("%s", error)
         return EXIT_CONFIG

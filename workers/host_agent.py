@@ -25,6 +25,7 @@ from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.fleet import FleetRecords
+from torchrelay.queues.groups import Member
 from torchrelay.queues.job import host_text
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import open_home
@@ -310,7 +311,8 @@ class HostAgent:
         if not self._room(one):
             return False
         servable = self._servable[one.ref]
-        plan = WorkerPlan(servable.pipeline, one.stage, one.slot, servable.overrides, one.id)
+        member = Member(one.group, one.shard, one.shards) if one.shards > 1 else None
+        plan = WorkerPlan(servable.pipeline, one.stage, one.slot, servable.overrides, one.id, member)
         supervisor = Supervisor(plan, self._registry, self._url, self._settings, self._output)
         thread = threading.Thread(target=self._run, args=(one.id, supervisor), name=supervisor.name)
         self._workers[one.id] = _Worker(one, supervisor, thread)
@@ -327,8 +329,6 @@ class HostAgent:
             return f"{one.ref} has no stage {one.stage!r:.80}"
         if one.slot != CPU and one.slot not in {gpu.slot for gpu in self._offer.gpus}:
             return f"this host has no slot {one.slot!r:.80}"
-        if one.shards != 1:
-            return "this torchrelay runs no shards"
         return ""
 
     def _room(self, one: Assignment) -> bool:

@@ -30,14 +30,15 @@ from torchrelay.workers.work import Work
 
 
 class Surroundings(NamedTuple):
-    """Where one worker works: its node, the server, the page that its supervisor reads, shared memory, and whether it
-    is to end."""
+    """Where one worker works: its node, the server, the page that its supervisor reads, shared memory, whether it is
+    to end, and the most rows that a forward may have for now, 0 for what the stage allows."""
 
     context: NodeContext
     client: redis.Redis
     page: ProgressPage
     memory: SharedMemory
     stopping: Stop
+    row_cap: int = 0
 
 
 class Parts:
@@ -60,6 +61,8 @@ class Parts:
         self._entrances = entrances = context.entrances()
         self._assemblers: list[Assembler[Held]] = [self._assembler(entrance) for entrance in entrances]
         self._planners: list[Planner[Held]] = [Planner(e.group.batch, e.group.types) for e in entrances]
+        for planner in self._planners if around.row_cap else ():
+            planner.cap.begin(around.row_cap)
         self.settler = Settler(context, self._assemblers, self.storage, self.committer, self.custody, self.claimer)
         self.status = Status(
             around.page,

@@ -31,6 +31,10 @@ class RowCap:
         self._good = 0
         self._patience = _PATIENCE
 
+    def begin(self, rows: int) -> None:
+        """More did not fit in a process before this one."""
+        self.rows = min(self._max_rows, max(rows, 1))
+
     def fitted(self, rows: int) -> None:
         """A forward of so many rows passed."""
         self._passed = max(self._passed, rows)

@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 import redis
 
@@ -26,6 +26,7 @@ from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, DeviceError, StageLoadError, WorkerError
 from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
+from torchrelay.queues.groups import Kind, Member
 from torchrelay.queues.job import Failure, host_text
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import MOVED, open_home, wanted_by
@@ -34,6 +35,7 @@ from torchrelay.queues.spiller import Spiller
 from torchrelay.queues.upkeep import Upkeep
 from torchrelay.workers.child import EXIT_BROKER, EXIT_CONFIG, EXIT_DEVICE, EXIT_DRAINED, EXIT_FAILED, Orders
 from torchrelay.workers.device_deaths import DeviceDeaths
+from torchrelay.workers.group import GroupWatch
 from torchrelay.workers.progress import DRAINING, LOADING, STATES, Progress, ProgressPage, Tallies
 
 log = logging.getLogger("torchrelay.supervisor")
@@ -48,18 +50,22 @@ _LOADS_BEFORE_BREAKER = 3
 _SILENT_S = 90.0
 _DEVICE_PAUSE_S = 0.5
 _WINDOWS_IN_HAND = 16
+# How an epoch of a group ends without any fault of the jobs under way, or of the stage.
+_NO_FAULT = ("room", "vanished", "drained")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
     """One worker to run: which stage of which pipeline, and where. It serves what is fused to the stage as well.
-    `assignment` is the coordinator's decision by which it runs, '' for none."""
+    `assignment` is the coordinator's decision by which it runs, '' for none. `member` is its place in a group of
+    ranks."""
 
     pipeline: Pipeline
     stage: str
     device: str = "auto"
     overrides: dict[str, str] = field(default_factory=dict)
     assignment: str = ""
+    member: Member | None = None
 
     @property
     def group(self) -> Group:
@@ -106,7 +112,8 @@ class Supervisor:
         self._next_renewal = 0.0
         self._keep_at = 0.0
         group = plan.group
-        chosen = {"gpu": "cuda:0", "cpu": "cpu"}[group.stages[0].device]
+        number = plan.device.partition(":")[2] or "0"
+        chosen = {"gpu": f"cuda:{number}", "cpu": "cpu"}[group.stages[0].device]
         self._device = chosen if plan.device.startswith("auto") else plan.device
         # Of all entrances: a job that stands at a later stage may come in larger batches than the first one's.
         self._timeout_s = max(group.behind(passed).timeout_s for passed in range(len(group.nodes)))
@@ -117,6 +124,9 @@ class Supervisor:
         windows = _WINDOWS_IN_HAND + (group.stages[0].batch.ahead or 0)
         self._jobs_in_hand = max(stage.batch.window_rows for stage in group.stages) * windows
         self._deaths = DeviceDeaths()
+        self._row_cap = 0
+        self._epoch, self._hangs = 0, False
+        self._watchers = GroupWatch(registry, plan.member, self.name, self._changed.set) if plan.member else None
         self.error: WorkerError | None = None
         self.state = "loading"
 
@@ -128,6 +138,8 @@ class Supervisor:
     def stop(self) -> None:
         """Asks for a drain: the child finishes its batch, gives the rest back, and `run()` returns."""
         self._stopping = True
+        if self._watchers is not None:
+            self._watchers.drain()
         self._changed.set()
 
     def run(self) -> int:
@@ -136,17 +148,22 @@ class Supervisor:
         failed_loads, pause_s = 0, 0.25
         try:
             self._open_arena()
+            if self._watchers is not None:
+                self._watchers.start()
             while not self._stopping:
+                if self._watchers is not None and not self._form(self._watchers):
+                    return 1 if self.error is not None else 0
                 status, was_ready = self._live_once()
                 if self._stopping or status == EXIT_DRAINED:
                     break
                 # While the server is away nothing can be said about the stage.
-                failed_loads = 0 if was_ready else failed_loads + (status != EXIT_BROKER)
+                failed_loads = 0 if was_ready else failed_loads + (status != EXIT_BROKER and not self._spared())
                 if failed_loads >= _LOADS_BEFORE_BREAKER or status == EXIT_CONFIG:
                     self.error = StageLoadError(
                         f"stage {self._plan.stage!r} does not start (exit status {status}); its reason is logged above"
                     )
                     log.error("%s", self.error)
+                    self._give_up_group()
                     return 1
                 if self._deaths.bad_device:
                     self.error = DeviceError(
@@ -154,14 +171,69 @@ class Supervisor:
                         f"check it. The worker of stage {self._plan.stage!r} stops, and leaves the jobs to others"
                     )
                     log.error("%s", self.error)
+                    self._give_up_group()
                     return 1
                 pause_s = 0.1 if was_ready else min(pause_s * 2, 10.0)
                 # Another worker, with a device that does not fail, may take the suspects meanwhile.
                 self._pause(_DEVICE_PAUSE_S if status == EXIT_DEVICE else pause_s)
         finally:
+            if self._watchers is not None:
+                self._watchers.stop()
             self._beat(Progress(), "gone")
             self._keep_arena(last=True)
         return 0
+
+    def _form(self, watchers: GroupWatch) -> bool:
+        """Waits until all ranks are there; False when this one is to end, with `error` if that is a failure."""
+        told_at = 0.0
+        while not self._stopping:
+            state = watchers.ready()
+            if watchers.refused is not None:
+                self.error = StageLoadError(str(watchers.refused))
+            elif (
+                watchers.state is not None
+                and watchers.state.kind == "hopeless"
+                and watchers.state.epoch > watchers.joined
+            ):
+                self.error = StageLoadError(f"stage {self._plan.stage!r}: {watchers.state.why}")
+            if self.error is not None:
+                log.error("%s", self.error)
+                return False
+            if watchers.state is not None and watchers.state.draining:
+                self._stopping = True
+                return False
+            if state is not None:
+                self._epoch, self._row_cap = state.epoch, state.cap
+                return True
+            if time.monotonic() >= told_at + HEARTBEAT_S:
+                told_at = time.monotonic()
+                self._beat(Progress(), "loading")
+            self._pause(_LOOK_LOADING_S)
+        return False
+
+    def _spared(self) -> bool:
+        """Whether the group ended for what is no failure of its stage."""
+        state = None if self._watchers is None else self._watchers.state
+        return state is not None and state.kind in _NO_FAULT and state.epoch == self._epoch + 1
+
+    def _give_up_group(self) -> None:
+        """Nobody waits for a rank that does not come back."""
+        if self._watchers is not None and self._watchers.state is not None:
+            rank = self._watchers.member.rank
+            self._watchers.end(
+                self._watchers.state.epoch, "hopeless", f"rank {rank} of its group gave up: {self.error}"
+            )
+
+    def _end_epoch(self, status: int) -> None:
+        watchers = self._watchers
+        if watchers is None:
+            return
+        kind: Kind = "drained" if status == EXIT_DRAINED else "hung" if self._hangs else "died"
+        what = "did not end its forward in time" if self._hangs else f"ended with status {status}"
+        watchers.end(self._epoch, kind, f"rank {watchers.member.rank} at {socket.gethostname()} {what}")
+        state = watchers.state
+        if state is not None and state.epoch == self._epoch + 1 and not self._stopping:
+            log.warning("epoch %d of group %s is over: %s", self._epoch, watchers.member.group, state.why)
 
     def _open_arena(self) -> None:
         """Each supervisor also keeps what dead processes of this host left in shared memory. One of them copies what
@@ -214,10 +286,11 @@ class Supervisor:
         status = child.returncode
         if status == EXIT_DRAINED and last.state != DRAINING:
             status = EXIT_FAILED  # the stage ended the process, in good order or so it says
+        self._end_epoch(status)
         if status != EXIT_DRAINED:
             if not self._stopping:
                 log.warning("the worker ended with status %s", status, extra={"fields": {"worker": self.name}})
-            self._retire(last, status)
+            self._retire(replace(last, started=b"") if self._spared() else last, status)
         if status == EXIT_DEVICE:
             self._deaths.note(last.started, last.batches)
         else:
@@ -244,6 +317,7 @@ class Supervisor:
             arena_dir=self._settings.arena_dir,
             device_arena_bytes=self._settings.device_arena_bytes,
             run_writer=self._settings.run_writer,
+            **self._place(),
         )
         command = [sys.executable, "-m", "torchrelay.workers.child"]
         stderr = None if self._output is None else subprocess.PIPE
@@ -258,6 +332,20 @@ class Supervisor:
         threading.Thread(target=self._announce_exit, args=(child,), daemon=True).start()
         return child
 
+    def _place(self) -> dict[str, Any]:
+        """What the child is told of its group."""
+        member = self._plan.member
+        if member is None:
+            return {}
+        return {
+            "group": member.group,
+            "rank": member.rank,
+            "ranks": member.size,
+            "epoch": self._epoch,
+            "group_address": self._settings.group_address,
+            "row_cap": self._row_cap,
+        }
+
     def _copy_output(self, lines: IO[bytes]) -> None:
         assert self._output is not None  # only then is the child's output a pipe
         with lines:
@@ -269,10 +357,16 @@ class Supervisor:
         self._changed.set()
 
     def _watch(self, child: subprocess.Popen[bytes], page: ProgressPage) -> None:
-        kill_at, told, began = float("inf"), "", time.monotonic()
+        kill_at, told, began, self._hangs = float("inf"), "", time.monotonic(), False
         while child.poll() is None:
+            if self._watchers is not None:
+                if self._watchers.over(self._epoch):
+                    return
+                self._stopping = self._stopping or (self._watchers.state is not None and self._watchers.state.draining)
             if self._stopping and kill_at == float("inf"):
-                child.send_signal(signal.SIGTERM)
+                # The other ranks are needed until rank 0 has finished, which then ends them.
+                if self._plan.member is None or self._plan.member.rank == 0:
+                    child.send_signal(signal.SIGTERM)
                 kill_at = time.monotonic() + GRACE_S
             if time.monotonic() > kill_at:
                 log.error("the worker did not drain in %d s; ending it", GRACE_S)
@@ -281,6 +375,7 @@ class Supervisor:
             if self._stopping and progress.state == LOADING:
                 return  # it holds no jobs, and loading may take minutes
             if self._hung(progress):
+                self._hangs = True
                 self._dump_stack(child)
                 return
             self._renew(progress)
@@ -304,6 +399,8 @@ class Supervisor:
     def _hung(self, progress: Progress) -> bool:
         """Whether a forward is past its time-out, or a loaded child has said nothing for much longer than it may."""
         now = time.monotonic()
+        if self._plan.member is not None and self._plan.member.rank:
+            return False  # rank 0's supervisor minds the forwards of all, and between them there may be days
         if progress.forward_since > 0:
             return now - progress.forward_since > self._timeout_s
         return progress.state > 0 and now - progress.beat > self._timeout_s + _SILENT_S
@@ -358,6 +455,9 @@ class Supervisor:
             load_s=round(self._load_s, 3),
             assignment=self._plan.assignment,
             sent_at=time.time(),
+            rank=0 if self._plan.member is None else self._plan.member.rank,
+            ranks=1 if self._plan.member is None else self._plan.member.size,
+            group="" if self._plan.member is None else self._plan.member.group,
         )
         try:
             self._registry.beat(report, leave=state == "gone")

@@ -57,8 +57,9 @@ class Feeder:
         started = time.monotonic()
         result = await task
         now = time.monotonic()
-        if len(result["label"]) != self._job_rows or len(result["score"]) != self._job_rows:
-            raise SystemExit(f"a job of {self._job_rows} rows came back with {len(result['label'])}")
+        sizes = {name: len(column) for name, column in result.items()}
+        if not sizes or set(sizes.values()) != {self._job_rows}:
+            raise SystemExit(f"a job of {self._job_rows} rows came back with {sizes}")
         self._sums["wait_s"] += now - started
         self._sums["jobs"] += 1
         self._sums["units"] += units

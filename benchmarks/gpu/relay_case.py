@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.models import torch_options
+from benchmarks.gpu.streams import STALL_S, Producer, Stream
 from benchmarks.gpu.workloads import Table, Workload
-from benchmarks.harness import ROOT
 from torchrelay import Relay, testing
 
 NAMESPACE = "bench"
-_LOAD_S, _STALL_S, _SAMPLE_S = 540.0, 180.0, 0.1
-Counts = dict[str, float]
+_LOAD_S = 540.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,63 +80,6 @@ def batch_rules(load: Workload, max_wait_ms: float) -> dict[str, Any]:
     return rules
 
 
-class Producer:
-    """A feeder process; `latest` is the last progress that it told."""
-
-    def __init__(self, url: str, pipeline: str, load: Workload, in_flight: int, seed: int) -> None:
-        argv = [sys.executable, "-m", "benchmarks.gpu.feeder", "--url", url, "--namespace", NAMESPACE]
-        argv += ["--pipeline", pipeline, "--workload", load.encode(), "--in-flight", str(in_flight)]
-        self._argv = [*argv, "--seed", str(seed)]
-        self.in_flight = in_flight
-        self.latest: Counts = {"at": 0.0, "jobs": 0, "units": 0, "wait_s": 0.0}
-        self._told = threading.Condition()
-        self._event = ""
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, bufsize=0, text=False
-        )
-        threading.Thread(target=self._read, daemon=True).start()
-        self.expect("ready")
-
-    def tell(self, command: bytes) -> None:
-        assert self._process.stdin is not None  # asked for by PIPE
-        self._process.stdin.write(command)
-
-    def expect(self, event: str) -> None:
-        with self._told:
-            if not self._told.wait_for(lambda: self._event in (event, "ended"), _STALL_S) or self._event == "ended":
-                raise SystemExit(f"the producer process said nothing, or ended, before it was {event}")
-
-    def check(self) -> None:
-        if self._process.poll() is not None:
-            raise SystemExit(f"the producer process ended with status {self._process.returncode}; see above")
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            assert self._process.stdin is not None  # asked for by PIPE
-            self._process.stdin.close()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        self._process.wait()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None  # asked for by PIPE
-        for text in self._process.stdout:
-            line = json.loads(text)
-            event = line.pop("event")
-            with self._told:
-                if event == "progress":
-                    self.latest = line
-                self._event = event
-                self._told.notify_all()
-        with self._told:
-            self._event = "ended"
-            self._told.notify_all()
-
-
 class RelayCase:
     """Workers and producers of one workload, for as long as a `with` block lasts; idle outside `measure`."""
 
@@ -150,8 +88,6 @@ class RelayCase:
         self._load = load
         self._options = options
         self._stack = ExitStack()
-        # Of each timed window: what the producers and the workers told.
-        self.windows: list[dict[str, Any]] = []
 
     def __enter__(self) -> RelayCase:
         with ExitStack() as stack:
@@ -163,13 +99,14 @@ class RelayCase:
             self._relay: Relay = stack.enter_context(served)
             name = self._load.name.replace("_", "-")
             count = self._options.producers
-            self._producers = [
-                Producer(self._url, name, self._load, max(1, self._load.in_flight // count), seed)
+            producers = [
+                Producer(self._url, NAMESPACE, name, self._load, max(1, self._load.in_flight // count), seed)
                 for seed in range(count)
             ]
-            for producer in self._producers:
+            for producer in producers:
                 producer.start()
                 stack.callback(producer.close)
+            self._stream = Stream(self._relay, producers, self._options.warm_s, self._options.seconds)
             self._stack = stack.pop_all()
         return self
 
@@ -181,7 +118,7 @@ class RelayCase:
     def check(self, table: Table, labels: np.ndarray, scores: np.ndarray) -> None:
         """Ends the benchmark unless the relay gives these results, but for the rounding of other batches."""
         name = self._load.name.replace("_", "-")
-        result = self._relay.submit_table(name, table, wait_s=60).result(_STALL_S)
+        result = self._relay.submit_table(name, table, wait_s=60).result(STALL_S)
         near = np.isclose(result["score"], scores, rtol=0.02, atol=0.001, equal_nan=True)
         same = float(np.mean(result["label"] == labels))
         if not np.isfinite(scores).all():
@@ -191,71 +128,11 @@ class RelayCase:
                 f"{name}: {near.mean():.0%} of the scores and {same:.0%} of the labels are those of the bare loop"
             )
 
+    @property
+    def windows(self) -> list[dict[str, Any]]:
+        """Of each timed window: what the producers and the workers told."""
+        return self._stream.windows
+
     def measure(self) -> float:
         """Units per second over one timed window; the workers and producers are idle before and after it."""
-        began = time.monotonic()
-        before = [p.latest["jobs"] for p in self._producers]
-        for producer in self._producers:
-            producer.tell(b"g")
-        while time.monotonic() - began < self._options.warm_s or not all(
-            p.latest["jobs"] - jobs >= 2 * p.in_flight for p, jobs in zip(self._producers, before, strict=True)
-        ):
-            self._look(began)
-        starts, reports = [p.latest for p in self._producers], _Reports(self._relay)
-        started = time.monotonic()
-        while time.monotonic() - started < self._options.seconds:
-            reports.sample()
-            self._look(began)
-        ends = [p.latest for p in self._producers]
-        for producer in self._producers:
-            producer.tell(b"s")
-        for producer in self._producers:
-            producer.expect("stopped")
-        changes = [{k: end[k] - start[k] for k in end} for start, end in zip(starts, ends, strict=True)]
-        self.windows.append(
-            {
-                "producers": [{**c, "wait": c["wait_s"] / (c["at"] or 1.0)} for c in changes],
-                "stages": reports.shares(),
-            }
-        )
-        if not all(change["at"] for change in changes):
-            raise SystemExit("a producer had no result in the timed window; give it more --seconds")
-        return sum(change["units"] / change["at"] for change in changes)
-
-    def _look(self, began: float) -> None:
-        time.sleep(_SAMPLE_S)
-        for producer in self._producers:
-            producer.check()
-        if time.monotonic() - began > _STALL_S + self._options.seconds:
-            raise SystemExit("no steady stream of results came; what the workers logged is above")
-
-
-class _Reports:
-    """The workers' heartbeats as they change; each is known to a tenth of a second."""
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
-        self._seen: dict[str, list[tuple[float, dict[str, Any]]]] = {}
-
-    def sample(self) -> None:
-        for report in self._relay.registry.workers():
-            seen, fields = self._seen.setdefault(report.worker, []), asdict(report)
-            if not seen or seen[-1][1] != fields:
-                seen.append((time.monotonic(), fields))
-
-    def shares(self) -> dict[str, dict[str, float]]:
-        """Per stage: rows per batch over its max_rows, the busy share, and the share of every field about idling."""
-        shares: dict[str, dict[str, float]] = {}
-        for seen in self._seen.values():
-            # The first was not seen to change: nobody knows how old it is.
-            if len(seen) < 3:
-                continue
-            (at, first), (end, last) = seen[1], seen[-1]
-            batches = last["batches"] - first["batches"]
-            stage = shares.setdefault(last["node"].rpartition("/")[2], {})
-            stage["fill"] = (last["rows"] - first["rows"]) / (batches * last["max_rows"]) if batches else 0.0
-            stage["busy"] = (last["busy_s"] - first["busy_s"]) / (end - at)
-            for name in last:
-                if "idle" in name and name.endswith("_s"):
-                    stage[name.removesuffix("_s")] = (last[name] - first[name]) / (end - at)
-        return shares
+        return self._stream.measure()

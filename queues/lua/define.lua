@@ -11,8 +11,10 @@ if fresh == 1 and call('EXISTS', PAUSED) == 1 then
   local g = graph(tonumber(ARGV[1]))
   local name = string.match(g.ref, '^[^@]*')
   for _, node in ipairs(g.nodes) do
-    local rules = call('HMGET', PAUSED, name .. sub(node.key, #g.ref + 1), name)
-    if (rules[1] or rules[2]) == '1' then call('HSET', PAUSED, node.key, 1) end
+    local path = name .. sub(node.key, #g.ref + 1)
+    -- A part of a stage that is cut (`shards`) follows the stage.
+    local rules = call('HMGET', PAUSED, path, string.match(path, '^(.-)%.') or path, name)
+    if (rules[1] or rules[2] or rules[3]) == '1' then call('HSET', PAUSED, node.key, 1) end
   end
 end
 return 1

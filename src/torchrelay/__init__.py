@@ -1,6 +1,7 @@
 """torchrelay: multi-stage model inference over Redis.
 
-Producers need no torch; `TorchStage` is loaded at its first use and says what to install where torch is missing.
+Producers need no torch; `TorchStage` and `cutting` are loaded at their first use and say what to install where torch
+is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torchrelay.producer.futures import JobFuture
     from torchrelay.producer.relay import Relay
     from torchrelay.queues.priority import Priority
+    from torchrelay.stages import cutting
     from torchrelay.stages.batch import Batch
     from torchrelay.stages.outputs import Expand
     from torchrelay.stages.stage import Stage, StageContext
@@ -39,6 +41,7 @@ __all__ = [
     "StageSpec",
     "TorchStage",
     "__version__",
+    "cutting",
     "errors",
     "testing",
 ]
@@ -62,6 +65,9 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name == "testing":
         return importlib.import_module("torchrelay.testing")
+    if name == "cutting":
+        importlib.import_module("torchrelay.stages").TorchStage  # noqa: B018  # says what is missing where torch is
+        return importlib.import_module("torchrelay.stages.cutting")
     if name not in _HOMES:
         raise AttributeError(f"module 'torchrelay' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -153,7 +153,11 @@ def up(
 def worker(
     file: FileArgument,
     stage: Annotated[str, typer.Option("--stage", "-s", help="The stage to serve; @read or @write for runs.")],
+    shard: Annotated[
+        int | None, typer.Option(metavar="K", min=0, help="Of a stage with shards, this one; default all.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    group: Annotated[str, typer.Option(help="Name of the group that ranks of several hosts form.")] = "",
     redis: RedisOption = None,
     namespace: NamespaceOption = None,
     set_: SetOption = None,
@@ -161,13 +165,18 @@ def worker(
 ) -> None:
     """Serve one stage on one device, until SIGTERM or Ctrl-C, which drain.
 
+    Of a stage with shards, a worker for each of its parts (STAGE.0, STAGE.1 ..), which are stages of their own; what
+    combines them is STAGE.combine.
+
     Which version new jobs take stays as it is, unless this is the first: `up`, `deploy` and `rollback` switch it.
 
     Example: [bold]torchrelay worker pipeline.yaml --stage encode --device cuda:1 --redis redis://host:6379/0[/bold]
+
+    Example: [bold]torchrelay worker pipeline.yaml --stage head --shard 1 --device cuda:1[/bold]
     """
     overrides = overrides_of(set_)
     fleet = Fleet(redis, namespace, allow_cpu=allow_cpu, make_current=False)
-    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device)
+    fleet.add(Pipeline.load(file, overrides), overrides, stage=stage, device=device, shard=shard, group=group)
     raise typer.Exit(run_fleet(fleet, live=False))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import closing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from rich.text import Text
@@ -14,6 +14,8 @@ from torchrelay import terminal
 from torchrelay.cli_options import JsonOption, NamespaceOption, RedisOption, open_relay
 from torchrelay.config.graph import is_runs
 from torchrelay.config.settings import Settings
+from torchrelay.config.shards import PartConfig
+from torchrelay.config.spec import StageConfig
 from torchrelay.coordinator.service import Coordinator
 from torchrelay.errors import ConfigError, InputError
 from torchrelay.fleet_view import fleet_of, fleet_parts, why_parts
@@ -97,7 +99,7 @@ def scale(
 ) -> None:
     """Ask for N workers of a stage, whatever its load; the coordinator keeps to it until it is told `auto`.
 
-    NAME means all its versions, later ones included.
+    NAME means all its versions, later ones included. Of a stage with shards, N workers for each of its parts.
 
     Example: [bold]torchrelay scale embed/encode 4[/bold]
     """
@@ -109,6 +111,11 @@ def scale(
             raise InputError(f"{target!r:.80}: name a stage as well, as in {found.name}/STAGE")
         if is_runs(found.stage):
             raise ConfigError(f"{found.stage} has workers while runs last; start more with: torchrelay worker FILE")
+        wholes = {s.of for v in found.versions for s in v.pipeline.spec.stages if _is_part(s, found.stage)}
+        if wholes:
+            whole = f"{target.rpartition('/')[0]}/{wholes.pop()}"
+            remedy = f"torchrelay scale {whole} {workers}"
+            raise InputError(f"{found.stage} is a part of a stage, and all its parts have as many workers; {remedy}")
         version = f"@{found.version}" if found.version else ""
         node = f"{found.name}{version}/{found.stage}"
         records = FleetRecords(relay.registry.client, relay.registry.control)
@@ -145,6 +152,10 @@ def drain(
         terminal.print_json({"host": host, "draining": not undo})
     else:
         terminal.out.print(f"{host} {'may have workers again' if undo else 'drains'}")
+
+
+def _is_part(stage: StageConfig, name: str) -> TypeGuard[PartConfig]:
+    return isinstance(stage, PartConfig) and stage.name == name
 
 
 def _warn_without_leader(records: FleetRecords) -> None:

@@ -23,6 +23,7 @@ from torchrelay.cli_options import (
     overrides_by_file,
 )
 from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.shards import written_names
 from torchrelay.errors import ConfigError, InputError, NoWorkers
 from torchrelay.queues import operate
 from torchrelay.queues.fleet import FleetRecords
@@ -201,7 +202,7 @@ def _unserved(registry: Registry, pipeline: Pipeline, path: str, force: bool, co
     """Stages without a live worker: none, unless `force`. Raises NoWorkers with the commands that start them."""
     stages = [n.name for n in pipeline.graph.nodes]
     limits = (0.0, 0.0) if force else (_LOADING_S, coming_s)
-    missing = operate.wait_loaded(registry, pipeline.ref, stages, *limits)
+    missing = written_names(pipeline.spec, operate.wait_loaded(registry, pipeline.ref, stages, *limits))
     if missing and not force:
         commands = "; ".join(operate.worker_command(f":{path}" if path else "", s) for s in missing)
         raise NoWorkers(
@@ -332,7 +333,7 @@ def _pipeline_rows(registry: Registry) -> list[dict[str, Any]]:
             "version": ref.partition("@")[2],
             "current": current.get(ref.partition("@")[0]) == ref,
             "since": since.get(ref) or None,
-            "stages": [n.name for n in registry.find(ref).pipeline.graph.nodes],
+            "stages": [s.name for s in registry.find(ref).pipeline.written.stages],
             "registered_from": sources.get(ref),
         }
         for ref in refs

@@ -74,7 +74,7 @@ def _none_stray(mine: list[dict[str, str]], stray: list[str]) -> list[dict[str, 
 def _stage_names(file: str) -> set[str]:
     try:
         if split_module(file) is not None:
-            return {n.name for n in Pipeline.load(file).graph.nodes}
+            return {s.name for s in Pipeline.load(file).written.stages}
         data = read_source(Path(file)).data
     except ConfigError:
         return set()  # loading it says what is wrong

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 
 from torchrelay.config.imports import import_use
+from torchrelay.config.shards import shard_of
 from torchrelay.errors import ConfigError, InputError, JobFailed
 from torchrelay.local_rows import Chunk, Intake
 from torchrelay.producer.encoding import SubmitOptions
@@ -224,7 +225,11 @@ class LocalRun:
         runner = make_group_runner(lambda s: s.use and import_use(s.use, pipeline.base_dir), group)
         device = pick_device(group.stages[0], self._device)
         self._closing.callback(runner.close)
-        runner.load(StageContext(device=device, version=pipeline.version, base_dir=pipeline.base_dir))
+        shard, shards = shard_of(group.stages[0])
+        where = StageContext(
+            device=device, shard=shard, shards=shards, version=pipeline.version, base_dir=pipeline.base_dir
+        )
+        runner.load(where)
         assembler: Assembler[Blobs] = Assembler(self._graph, group.first, _fetch, group=group)
         return _Step(group, runner, assembler, Planner(group.batch, group.types))
 

@@ -52,11 +52,13 @@ class System(Fleet):
         overrides: dict[str, str] | None = None,
         *,
         stage: str | None = None,
+        shard: int | None = None,
         device: str = "auto",
+        group: str = "",
     ) -> None:
         """Adds a pipeline that the coordinator may place here, or one stage that runs here in any case."""
         before = len(self._plans)
-        super().add(pipeline, overrides, stage=stage, device=device)
+        super().add(pipeline, overrides, stage=stage, device=device, shard=shard, group=group)
         if stage is None:
             del self._plans[before:]
             self._servable[pipeline.ref] = Servable(pipeline, overrides or {})

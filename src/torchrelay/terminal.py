@@ -20,6 +20,8 @@ from rich.text import Text
 from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import base_ref, run_ref
+from torchrelay.config.shards import PartConfig, combining
+from torchrelay.config.spec import ShardsSpec, StageConfig
 from torchrelay.queues import operate
 from torchrelay.queues.registry import Registry, WorkerReport
 
@@ -99,7 +101,22 @@ def graph_view(pipeline: Pipeline) -> RenderableType:
     head = Text.assemble((pipeline.ref, "bold"), f"   input: {inputs}")
     shown = table(["stage", "after", "reads", "returns", "rows", "device", "#workers", "#batch rows"], rows)
     fused = [Text(f"one worker runs {' and '.join(names)}") for names in pipeline.spec.fuse]
-    return Group(head, shown, *fused)
+    cut = [Text(f"{s.name} is cut into {_cut_words(s, s.shards)}") for s in pipeline.written.stages if s.shards]
+    return Group(head, shown, *fused, *cut)
+
+
+def _cut_words(stage: StageConfig, shards: ShardsSpec) -> str:
+    """What `shards` makes of a stage."""
+    last = shards.count - 1
+    if shards.mode == "tensor":
+        return f"{shards.count} shards, of which each worker is a group of processes"
+    if shards.mode == "pipeline":
+        return f"{shards.count} parts one behind the other, {stage.name}.0 to {stage.name}.{last}"
+    ways = [
+        f"{column} summed" if dim is None else f"{column} concatenated along dimension {dim}"
+        for column, dim in combining(stage).items()
+    ]
+    return f"{shards.count} shards, {stage.name}.0 to {stage.name}.{last}; {stage.name}.combine has {', '.join(ways)}"
 
 
 def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]:
@@ -145,8 +162,16 @@ def _node_rows(
             keys = [f"{p.ref}/{node.name}" for p in (pipeline, twin) if p is not None and _has(p, node.name)]
             row = _node_row(keys, loads, standing, paused, {w.worker: w for k in keys for w in serving.get(k, [])})
             if row.pop("busy") or row["workers"] or (ref in current and not is_runs(node.name)):
-                rows.append(row)
+                rows.append(row | _part_of(pipeline, node.name))
     return rows
+
+
+def _part_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    """Of a part of a stage that is cut, which stage, and how it is cut."""
+    part = next((s for s in pipeline.spec.stages if s.name == name), None)
+    if not isinstance(part, PartConfig):
+        return {"part_of": None}
+    return {"part_of": f"{pipeline.ref}/{part.of}", "mode": part.cut, "shards": part.count}
 
 
 def _has(pipeline: Pipeline, stage: str) -> bool:
@@ -209,12 +234,17 @@ def jobs_text(counts: Mapping[str, int]) -> str:
 def status_view(registry: Registry, most_delayed: int = 1_000) -> Group:
     """The live table of `status` and `up`, with versions that drain or are stranded below it."""
     status = status_of(registry, most_delayed)
-    rows = []
+    rows: list[tuple[object, ...]] = []
+    whole = None
     for r in status["nodes"]:
+        if r["part_of"] is not None and r["part_of"] != whole:
+            rows.append((r["part_of"], *[""] * 5, f"{r['shards']} shards, {r['mode']}", ""))
+        whole = r["part_of"]
         fill = "" if r["batch_fill"] is None else f"{100 * r['batch_fill']:.0f} %"
         states = [*(["paused"] if r["paused"] else []), *(r["states"] or ["no worker"])]
         numbers = (r["waiting_rows"], r["running_rows"], r["committed"], r["failed_attempts"], r["workers"])
-        rows.append((r["node"], *numbers, ", ".join(states), fill))
+        name = r["node"] if whole is None else f"  {r['node'].rpartition('/')[2]}"
+        rows.append((name, *numbers, ", ".join(states), fill))
     columns = ["node", "#waiting", "#running", "#committed", "#failed tries", "#workers", "state", "#batch fill"]
     below = [Text(f"draining: {v['pipeline']}: {jobs_text(v)}") for v in status["draining"]]
     for v in status["stranded"]:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TextIO
 
 import redis
@@ -18,8 +19,12 @@ from torchrelay import terminal
 from torchrelay.config.graph import is_runs
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
+from torchrelay.config.shards import PartConfig, written_names
+from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerError, ConfigError
 from torchrelay.queues.connection import open_broker
+from torchrelay.queues.groups import Member, check_group
+from torchrelay.queues.keys import new_token
 from torchrelay.queues.registry import Registry
 from torchrelay.workers.logs import set_up_logs
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan
@@ -71,19 +76,21 @@ class Fleet:
         overrides: dict[str, str] | None = None,
         *,
         stage: str | None = None,
+        shard: int | None = None,
         device: str = "auto",
+        group: str = "",
     ) -> None:
-        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker."""
+        """Adds one stage, or every stage with `replicas.min` workers each; stages that are fused share a worker.
+
+        Of a stage that is cut (`shards`) a worker of each part, or of number `shard`. With `mode: tensor` a worker is a
+        group of ranks, all of them here, or number `shard` alone of the group of that name.
+        """
         if pipeline.source is None:
             raise ConfigError(
                 f"{pipeline.ref} is only in this process, and workers load it anew: save it in a module and name it "
                 "as module.py:name, or write a YAML file"
             )
-        names = pipeline.stage_names
-        if stage is not None and stage not in names:
-            if is_runs(stage):
-                pipeline.for_runs()  # says why there are none
-            raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {', '.join(names)}")
+        names = None if stage is None else _names(pipeline, stage, shard)
         if not _DEVICE.match(device):
             raise ConfigError(f"device {device!r:.40} is none of auto, cpu, cuda, cuda:N")
         if device == "auto" and self._allow_cpu:
@@ -91,10 +98,11 @@ class Fleet:
         self._pipelines.append(pipeline)
         if stage is not None and is_runs(stage):
             self._plans.append(WorkerPlan(pipeline, stage, "cpu", overrides or {}))
-        for group in pipeline.groups:
-            if stage is None or stage in group.names:
-                count = 1 if stage is not None else group.replicas
-                self._plans += [WorkerPlan(pipeline, group.first.name, device, overrides or {}) for _ in range(count)]
+        for served in pipeline.groups:
+            if names is None or not names.isdisjoint(served.names):
+                count = 1 if stage is not None else served.replicas
+                plan = WorkerPlan(pipeline, served.first.name, device, overrides or {})
+                self._plans += [one for _ in range(count) for one in _ranks(plan, shard, group)]
 
     def start(self) -> None:
         """Connects, registers the pipelines and starts the workers."""
@@ -164,6 +172,55 @@ class Fleet:
 
     def close(self) -> None:
         self._broker.close()
+
+
+def _names(pipeline: Pipeline, stage: str, shard: int | None) -> set[str]:
+    """The stages that are meant; raises ConfigError where there are none."""
+    parts = pipeline.parts_of(stage)
+    if not parts:
+        if is_runs(stage):
+            pipeline.for_runs()  # says why there are none
+        known = ", ".join(written_names(pipeline.spec, pipeline.stage_names))
+        raise ConfigError(f"{pipeline.source}: no stage {stage!r}; its stages are {known}")
+    if shard is None:
+        return set(parts)
+    if any(s.name == stage and _is_tensor(s) for s in pipeline.spec.stages):
+        return {stage}
+    mine = [s for s in pipeline.spec.stages if isinstance(s, PartConfig) and s.of == stage]
+    found = {s.name for s in mine if s.shard == shard and not s.combines}
+    if not found:
+        why = f"no shard {shard}; its parts are {', '.join(parts)}" if mine else "no shards; leave --shard out"
+        raise ConfigError(f"{pipeline.source}: stage {stage!r} has {why}")
+    return found
+
+
+def _is_tensor(stage: StageConfig) -> bool:
+    return stage.shards is not None and stage.shards.mode == "tensor"
+
+
+def _ranks(plan: WorkerPlan, shard: int | None, group: str) -> list[WorkerPlan]:
+    """The processes of one worker: itself, or the ranks of its group, each on a GPU of its own where there are some."""
+    stage = plan.group.stages[0]
+    if stage.shards is None or not _is_tensor(stage):
+        return [plan]
+    size = stage.shards.count
+    if shard is not None and (not group or not 0 <= shard < size):
+        raise ConfigError(
+            f"stage {stage.name!r} has ranks 0 to {size - 1}: one of them is started with --shard K --group NAME, "
+            "with the same new NAME for each"
+        )
+    if group and shard is None:
+        raise ConfigError(f"--group {group!r:.60} joins ranks of several hosts; say with --shard which one this is")
+    name = check_group(group) if group else f"g{new_token(12)}"
+    found = []
+    for rank in range(size) if shard is None else (shard,):
+        device = plan.device
+        if shard is None and device in ("cuda", "auto", "auto-cpu"):
+            device = f"{device}:{rank}"
+        elif shard is None and device.startswith("cuda:"):
+            raise ConfigError(f"stage {stage.name!r}: its {size} ranks take a GPU each; say cuda, not {device}")
+        found.append(replace(plan, device=device, member=Member(name, rank, size)))
+    return found
 
 
 def run_fleet(fleet: Fleet, *, live: bool, tick: Callable[[], object] = int) -> int:

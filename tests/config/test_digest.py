@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.config.conftest import Load
+from torchrelay.errors import ConfigError
 
 BASE = """pipeline: p
 input: {x: "int64[*]"}
@@ -120,6 +121,21 @@ def test_results(load: Load, folder: Path) -> None:
     assert load(texts[-1]).version != versions[-1]
     (folder / "s.py").write_text("class Stage: pass")
     assert load(BASE).version != versions[0]
+
+
+def test_weights_in_several_files(load: Load, folder: Path) -> None:
+    """What an index names counts like the index; one that names nothing is refused."""
+    index, text = folder / "m.safetensors.index.json", BASE + "    weights: m.safetensors.index.json\n"
+    index.write_text('{"weight_map": {"a": "m-1.safetensors"}}')
+    (folder / "m-1.safetensors").write_bytes(b"1")
+    before = load(text).version
+    assert load(text).version == before
+    (folder / "m-1.safetensors").write_bytes(b"2")
+    assert load(text).version != before
+    for wrong in ("[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../m"}}', '{"weight_map": {"a": "gone"}}'):
+        index.write_text(wrong)
+        with pytest.raises(ConfigError, match=r"weight_map|beside it|cannot be read"):
+            load(text)
 
 
 def test_stable(load: Load) -> None:

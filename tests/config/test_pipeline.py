@@ -104,7 +104,7 @@ stages:
     after: input
   - name: b
     use: s.py:Stage
-    shards: {count: 2}
+    shards: {count: 2, mode: gater}
     after: aa
     timeout_s: -1
 """
@@ -113,7 +113,7 @@ stages:
         f"5:5: {problems(text)[1].partition(': ')[2]}",
         "6:5: unknown key 'replica'; did you mean 'replicas'?",
         "7:5: stage 'a': replicas.max (1) is below replicas.min (3); raise max or lower min",
-        "11:5: key 'shards' is not supported by this version of torchrelay yet; take it out",
+        "11:24: stage 'b': shards.mode: Input should be 'gather', 'tensor' or 'pipeline' ('gater' came)",
         "12:5: stage 'b' comes after the unknown stage 'aa'; did you mean 'a'?",
         "13:5: stage 'b': timeout_s: Input should be greater than 0 (-1 came)",
     ]

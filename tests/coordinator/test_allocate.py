@@ -67,6 +67,41 @@ def test_processors_of_hosts_without_gpus_are_taken_first() -> None:
     assert places(allocate([host("h1", 1), host("h2")], [CPU_ONE], [])) == ["h2 cpu"]
 
 
+def parts(count: int, need: Need | None = None) -> list[Unit]:
+    """The shards of a gathered stage, each with a GPU of its own."""
+    names = [f"s.{i}" for i in range(count)]
+    one = replace(GPU, need=need or GPU.need)
+    return [
+        replace(one, stage=name, neighbours=tuple(others), kin=tuple(others))
+        for name in names
+        for others in [[n for n in names if n != name]]
+    ]
+
+
+def test_parts_of_a_cut_stage_go_to_a_host_with_room_for_all() -> None:
+    """Though another one is the tighter fit for the first of them; with replicas, a whole group on each host."""
+    found = allocate([host("h1", 3), host("h2", 4), host("h3", 8)], parts(4), [])
+    assert {a.host for a in found.assignments} == {"h2"}
+    twice = allocate([host("h1", 4), host("h2", 3), host("h3", 4)], numbered(parts(4), [2] * 4), [])
+    assert Counter((a.host, a.stage) for a in twice.assignments) == Counter(
+        (name, f"s.{i}") for name in ("h1", "h3") for i in range(4)
+    )
+
+
+def test_parts_that_share_a_gpu_need_no_gpu_each() -> None:
+    """Room is what they take, not a slot for each."""
+    found = allocate([host("h1", 1), host("h2", 2)], parts(4, Need(compute=0.5)), [])
+    assert {a.host for a in found.assignments} == {"h2"}
+
+
+def test_why_parts_of_a_cut_stage_are_on_several_hosts_is_said() -> None:
+    """Where the others wait, and what that host lacks; and nothing where there is only one host to be on."""
+    found = allocate([host("h1", 1), host("h2", 3)], parts(4), [])
+    (far,) = [a for a in found.assignments if a.host == "h1"]
+    assert far.why.startswith("not beside s.0, s.1, s.2 on h2, which lacks 1 of a GPU's compute")
+    assert not any("not beside" in a.why for a in allocate([host("h1", 4)], parts(4), []).assignments)
+
+
 def test_shards_go_to_gpus_that_nvlink_joins() -> None:
     """Of four GPUs in two pairs, of which one each is taken in part, the joined pair is chosen over any two."""
     taken = Assignment("x-1", "h1", "cuda:0", REF, "x", need=Need(compute=1.0))

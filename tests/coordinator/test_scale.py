@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,23 @@ def test_a_stage_with_min_nought_wakes_for_the_first_row() -> None:
     assert plan.replicas[REF, "a"] == 0
 
 
+@pytest.mark.parametrize(("slots_there", "expected"), [(100, 5), (9, 3), (11, 3), (2, 0)])
+def test_parts_of_a_cut_stage_have_as_many_workers_each(slots_there: int, expected: int) -> None:
+    """As the slowest of them needs; where there is no room, whole groups only: no part has workers for nothing."""
+    three = [replace(one, whole="s", after=()) for one in limits("s.0", "s.1", "s.combine", least=0)]
+    costs = {"s.0": 0.001, "s.1": 0.01, "s.combine": 0.0001}
+    nodes = {
+        (REF, name): NodeLoad(REF, name, arrivals_per_s=380.0, seconds_per_row=cost, ready=5, load_s=1.0, held_rows=1)
+        for name, cost in costs.items()
+    }
+    plan, _ = decide(Loads(0.0, nodes), three, room(slots_there, three))
+    assert set(plan.replicas.values()) == {expected}
+    if expected == 5:
+        assert "as many as the other parts of s" in plan.reasons[REF, "s.combine"]
+    else:
+        assert "no room for 5" in plan.reasons[REF, "s.1"] or "others need the room" in plan.reasons[REF, "s.1"]
+
+
 def test_limits_come_from_the_pipeline(tmp_path: Path) -> None:
     """Groups, their order, replicas, delays and pins; an old version needs nobody once it is done."""
     (tmp_path / "s.py").write_text("def f(batch):\n    return {'y': batch['x']}\n")
@@ -320,3 +337,20 @@ fuse: [[a, b]]
     assert first.delay_ms == {"high": 50.0, "medium": 500.0}
     assert (second.stage, second.after, second.pinned, second.least, second.most) == ("c", ("a",), 4, 4, 4)
     assert [one.min for one in limits_of(pipeline, old=True)] == [0, 0]
+
+
+def test_what_is_asked_of_a_cut_stage_is_asked_of_all_its_parts(tmp_path: Path) -> None:
+    """By the stage's own name; what stands behind it follows what combines it."""
+    (tmp_path / "s.py").write_text("def f(batch):\n    return {'y': batch['x']}\n")
+    text = """
+pipeline: p
+input: {x: "float32[4]"}
+stages:
+  - {name: a, use: "s.py:f", outputs: {y: "float32[4]"}, replicas: 2, shards: {count: 2, mode: gather}}
+  - {name: b, use: "s.py:f"}
+"""
+    (tmp_path / "p.yaml").write_text(text)
+    found = {one.stage: one for one in limits_of(Pipeline.load(tmp_path / "p.yaml"), {"a": 4})}
+    parts = ("a.0", "a.1", "a.combine")
+    assert {(found[part].whole, found[part].pinned, found[part].min) for part in parts} == {("a", 4, 2)}
+    assert (found["b"].whole, found["b"].pinned, found["b"].after) == ("", None, ("a.combine",))

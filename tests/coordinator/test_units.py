@@ -88,3 +88,30 @@ def test_a_name_that_has_no_worker_is_an_error(units) -> None:
     """Of fused stages only the first has one."""
     with pytest.raises(ConfigError, match="has no worker for 'b'; its workers are @read, @write, a"):
         units(stage("a") + stage("b"), {"b": 1}, "fuse: [[a, b]]\n")
+
+
+GATHERED = stage("a") + (
+    "  - {name: s, use: 's.py:f', outputs: {x: 'float32[8]'}, device: gpu, resources: {compute: 0.5}, "
+    "shards: {count: 2, mode: gather}}\n"
+)
+
+
+def test_parts_of_a_cut_stage_belong_together(units) -> None:
+    """Each is near all others, and those that own a part of the model look for room for all of these."""
+    found = {u.stage: u for u in units(GATHERED, {"a": 1, "s.0": 2, "s.1": 2, "s.combine": 2})}
+    assert (found["s.0"].neighbours, found["s.0"].kin) == (("a", "s.1", "s.combine"), ("s.1",))
+    assert (found["s.combine"].neighbours, found["s.combine"].kin) == (("s.0", "s.1"), ())
+    assert (found["s.1"].need.compute, found["s.combine"].need, found["s.combine"].device) == (
+        0.5,
+        Need(cpus=1.0),
+        "cpu",
+    )
+    assert found["a"].neighbours == ("s.0", "s.1")
+
+
+def test_a_replica_of_a_tensor_stage_is_a_group_of_ranks(units) -> None:
+    """Each rank takes what the stage says; replicas count whole groups."""
+    cut = stage("a", "shards: {count: 2, mode: tensor}, resources: {cpus: 3}")
+    found = units(cut, {"a": 2})
+    assert [(u.replica, u.shard, u.shards) for u in found] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    assert {u.need for u in found} == {Need(cpus=3.0)}

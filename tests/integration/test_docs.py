@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import run_cli
+from torchrelay import cutting
 from torchrelay.config import Pipeline
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
@@ -43,6 +44,24 @@ def test_every_option_in_the_guide_of_runs_is_one() -> None:
     assert {name for name in named if name not in help_text} == set()
     (program,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     compile(program, "docs/runs.md", "exec")
+
+
+def test_the_guide_of_shards_says_what_is_there(tmp_path: Path) -> None:
+    """Its stages load, its programs compile, and the table of functions that cut is the one of the module."""
+    guide = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
+    (tmp_path / "pipeline.yaml").write_text("")
+    for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL):
+        for use in re.findall(r"(\w+\.py):", text):
+            (tmp_path / use).write_text("")
+        for weights in re.findall(r"weights: (\S+)", text):
+            (tmp_path / weights).write_bytes(b"")
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(f"pipeline: shown\nstages:\n{text}")
+        Pipeline.load(path)
+    for text in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        compile(text, "docs/shards.md", "exec")
+    named = set(re.findall(r"^\| `(\w+)\(model, context", guide, re.MULTILINE))
+    assert named == {name for name in cutting.__all__ if name not in ("Piece", "cut_state", "pieces_of")}
 
 
 def test_every_program_of_the_guide_compiles() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.conftest import wait_until
@@ -93,12 +94,21 @@ class ForwardLog:
 class WorkerProcess:
     """`torchrelay worker` as a process of its own; `pid` is the supervisor's, `child` the computing process's."""
 
-    def __init__(self, registry: Registry, url: str, path: Path, *, stage: str = "work", **settings: str) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        url: str,
+        path: Path,
+        *,
+        stage: str = "work",
+        more: Sequence[str] = (),
+        **settings: str,
+    ) -> None:
         self.registry = registry
         self.stderr_path = path.parent / f"worker-{len(list(path.parent.glob('worker-*')))}.log"
         namespace = registry.control.namespace
         command = [sys.executable, "-m", "torchrelay.cli", "worker", str(path), "--stage", stage]
-        command += ["--redis", url, "--namespace", namespace]
+        command += ["--redis", url, "--namespace", namespace, *more]
         env = os.environ | {f"TORCHRELAY_{name.upper()}": value for name, value in settings.items()}
         with self.stderr_path.open("wb") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, env=env)

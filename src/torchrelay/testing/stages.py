@@ -22,6 +22,7 @@ from torchrelay.stages import Expand, Made, Runner, Stage, StageContext, make_ru
 from torchrelay.stages.batch import join_rows
 from torchrelay.stages.loading import stage_target
 from torchrelay.stages.outputs import own
+from torchrelay.testing.gathered import cut, run_gathered
 from torchrelay.workers.device import pick_device
 
 __all__ = ["run_stage"]
@@ -48,6 +49,7 @@ def run_stage(
     weights: str | None = None,
     base_dir: str | Path | None = None,
     rejected: MutableMapping[int, str] | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> Table: ...
 
 
@@ -69,6 +71,7 @@ def run_stage(
     weights: str | None = None,
     base_dir: str | Path | None = None,
     rejected: MutableMapping[int, str] | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> Expand: ...
 
 
@@ -89,6 +92,7 @@ def run_stage(
     weights: str | None = None,
     base_dir: str | Path | None = None,
     rejected: MutableMapping[int, str] | None = None,
+    shards: Mapping[str, Any] | None = None,
 ) -> Table | Expand:
     """Loads one stage, runs it on a table as a worker would, and closes it.
 
@@ -104,6 +108,8 @@ def run_stage(
         context: what `load` is told, in place of `device` and `base_dir`.
         base_dir: the folder that `weights` and `context.path` are relative to; default the current one.
         rejected: takes `row -> why` of the rows that the stage rejects.
+        shards: as in a pipeline, with `mode: gather`: the stage is loaded and run as each of the shards, and what they
+            return is combined. Needs `outputs`.
 
     Returns: the table of what it returned, or an Expand; as the codec carries it, without rejected rows.
 
@@ -118,13 +124,23 @@ def run_stage(
     sent = {name: _carried(name, column) for name, column in columns.items()}
     packed = SubmitOptions.parse({"meta": meta}).meta
     fields: Any = codec.decode(packed) if packed else {}
-    runner = make_runner(stage, spec, types=types, outputs=_types("outputs", outputs))
+    _types("outputs", outputs)
     told = context or StageContext(device=_device(spec, device), base_dir=Path(base_dir or "."))
-    try:
-        runner.load(told)
-        made = _run(runner, sent, total, spec.batch.max_rows, fields)
-    finally:
-        runner.close()
+
+    def run(one: AnyStage, part: StageConfig, where: StageContext, given: Mapping[str, Column], rows: int) -> Made:
+        # What combines shards gets their columns, and none of the table's.
+        mine = types if given is sent else {}
+        runner = make_runner(one, part, types=mine, outputs=_types("outputs", part.outputs))
+        try:
+            runner.load(where)
+            return _run(runner, given, rows, part.batch.max_rows, fields)
+        finally:
+            runner.close()
+
+    if shards is None:
+        made = run(stage, spec.model_copy(update={"outputs": dict(outputs or {})}), told, sent, total)
+    else:
+        made = run_gathered(stage, cut(spec, outputs or {}, shards), told, sent, total, run)
     _report(made, spec.name, rejected)
     seen: Table = {name: shown(column) for name, column in made.columns.items()}
     return seen if made.counts is None else Expand(seen, made.counts)
