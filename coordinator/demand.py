@@ -32,7 +32,7 @@ _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
 # What catching up may add to what comes: workers that load for long would be idle soon after. So much where that takes
 # no longer than _CATCH_UP_S, and in proportion less else.
-_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.8
+_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.25
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
@@ -102,6 +102,7 @@ class Demand:
     more: int
     less: int
     slack: int = 0
+    lasting: int = 0
     need: float = 0.0
     late: float = 0.0
     flow: float | None = None
@@ -180,10 +181,12 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: C
     )
     if more > current:
         more = enough
+    lasts = max(staff(_LESS * steady, spread, sane(first.seconds_per_batch), delay_s), 1)
     return Demand(
         more=more,
         less=less,
         slack=slack,
+        lasting=lasts,
         need=need,
         late=late,
         flow=min(lasting, limits.most / row_s),

@@ -23,10 +23,11 @@ from torchrelay.queues.waiting import CLASSES
 __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
 # Fewer must have been enough for so long, and for so much of the time that a worker loads.
-_KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 1.0, 10.0
+_KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 0.25, 10.0
 # The highest of a few noisy looks is low by chance now and then: a number that stands for so long falls only to a need
 # that is clearly less.
 _STANDS_S = 120.0
+_KEEP_LATE_S = 10.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
@@ -59,7 +60,7 @@ class Group:
     replicas: int
     since_s: float
     changed_s: float = -1e18
-    enough: tuple[tuple[float, int, int], ...] = ()
+    enough: tuple[tuple[float, int, int, int], ...] = ()
     lowered_s: float = -1e18
     lowered_need: float = 0.0
     floor: int = 0
@@ -229,8 +230,13 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         group = replace(group, floor=0)
     enough = max(one.clamp(demand.less), min(group.floor, one.most))
     slack = max(one.clamp(demand.slack), enough)
-    kept = [(at, n, m) for at, n, m in group.enough if now_s - keep_s <= at < now_s and (n > enough or m > slack)]
-    group = replace(group, enough=(*kept, (now_s, enough, slack)))
+    lasting = min(one.clamp(demand.lasting), enough)
+    kept = [
+        (at, n, m, b)
+        for at, n, m, b in group.enough
+        if now_s - keep_s <= at < now_s and (n > enough or m > slack or b > lasting)
+    ]
+    group = replace(group, enough=(*kept, (now_s, enough, slack, lasting)))
     more = one.clamp(demand.more)
     since_s = group.behind_since_s
     if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
@@ -242,8 +248,8 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         if now_s - group.lowered_s < _REGRET_S and demand.need - demand.late < group.lowered_need / _ALIKE:
             group = _held(replace(group, lowered_s=-1e18), wanted, demand, now_s)
         return wanted, group
-    most = max(n for _, n, _ in group.enough)
-    if now_s - group.changed_s > _STANDS_S and current <= max(m for *_, m in group.enough):
+    most = max(n if now_s - at <= _KEEP_LATE_S else b for at, n, _, b in group.enough)
+    if now_s - group.changed_s > _STANDS_S and current <= max(m for _, _, m, _ in group.enough):
         most = current
     # Of a group that was not watched for long enough, it is not known what it needed.
     if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
