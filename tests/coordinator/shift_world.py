@@ -3,6 +3,7 @@ has in the real world. One event after the other, so that hundreds of cases take
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import random
@@ -82,7 +83,8 @@ class ShiftWorld:
         return {s: sum(w.stage == s and w.state != "draining" for w in self.workers.values()) for s in STAGES}
 
     def rate(self, from_s: float, until_s: float) -> float:
-        return sum(from_s <= at < until_s for at in self.done_at) / (until_s - from_s)
+        count = bisect.bisect_left(self.done_at, until_s) - bisect.bisect_left(self.done_at, from_s)
+        return count / (until_s - from_s)
 
     def back_s(self, since_s: float, enough: float, window_s: float = 3.0) -> float:
         """When the rate was so high for good, in seconds from then on."""
