@@ -91,7 +91,8 @@ class Coming:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below;
-    of a number that stands for long already, `less` if there are more than `slack`.
+    of a number that stands for long already, `less` if there are more than `slack`. `lasting` would be `less` if
+    nothing had to be caught up.
 
     `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that will come for
     long, as far as the group can do them, None while unknown; `queued` are the rows that wait at it and before it.
@@ -175,13 +176,12 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: C
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)
     spread = (max(sane(first.dispersion), 1.0) + sane(first.cv2)) / 2.0
-    more, enough, less, slack = (
-        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1)
-        for sure in (_MORE, 1.0, _LESS, _CLEARLY_LESS)
+    more, enough, less, slack, lasts = (
+        max(staff(workers, spread, sane(first.seconds_per_batch), delay_s), 1)
+        for workers in (_MORE * need, need, _LESS * need, _CLEARLY_LESS * need, _LESS * steady)
     )
     if more > current:
         more = enough
-    lasts = max(staff(_LESS * steady, spread, sane(first.seconds_per_batch), delay_s), 1)
     return Demand(
         more=more,
         less=less,

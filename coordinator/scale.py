@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.shards import PartConfig
@@ -18,16 +19,17 @@ from torchrelay.coordinator.loads import Loads, Node, NodeLoad
 from torchrelay.coordinator.pace import Pace, jammed
 from torchrelay.coordinator.sharing import Fits, Wish, share
 from torchrelay.coordinator.signals import sane
+from torchrelay.coordinator.wholes import as_wholes, evened, of_wholes
 from torchrelay.queues.waiting import CLASSES
 
 __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
-# Fewer must have been enough for so long, and for so much of the time that a worker loads.
-_KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 0.25, 10.0
+# Fewer must have been enough for so long, and for so much of the time that a worker loads. Those that were there to
+# catch up leave sooner: their work is done.
+_KEEP_S, _KEEP_LOADS, _KEEP_LATE_S, _LOWER_EVERY_S = 20.0, 0.25, 10.0, 10.0
 # The highest of a few noisy looks is low by chance now and then: a number that stands for so long falls only to a need
 # that is clearly less.
 _STANDS_S = 120.0
-_KEEP_LATE_S = 10.0
 _LEAST_HOLD_S, _MOST_HOLD_S = 300.0, 86_400.0
 # A number that was lowered so recently, and is raised at a need like that, was lowered wrongly.
 _REGRET_S = 600.0
@@ -49,18 +51,28 @@ class Plan:
     reasons: Mapping[Node, str] = field(default_factory=dict)
 
 
+class Look(NamedTuple):
+    """How many would have been enough at a time, how many would not have been clearly too many, and how many would have
+    been enough for what came then, without what had to be caught up."""
+
+    at_s: float
+    enough: int
+    slack: int
+    lasting: int
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """What is remembered of one group, watched since `since_s`, whose number changed at `changed_s`.
 
-    `enough` are, newest last, the numbers that would have been enough, each with the one that is clearly too many; none
-    is below a later one in both. `floor` holds until `floor_until_s`, while the need is not far below `floor_need`.
+    `looks` are the last ones, newest last; none is below a later one in everything. `floor` holds until
+    `floor_until_s`, while the need is not far below `floor_need`.
     """
 
     replicas: int
     since_s: float
     changed_s: float = -1e18
-    enough: tuple[tuple[float, int, int, int], ...] = ()
+    looks: tuple[Look, ...] = ()
     lowered_s: float = -1e18
     lowered_need: float = 0.0
     floor: int = 0
@@ -147,7 +159,7 @@ def decide(
         wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
         wishes.append(_wish(one, wanted, group, demand, demand_of(one, nodes, group.replicas, again)))
-    less = _of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
+    less = of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
     wishes = as_wholes(wishes, found)
     counts = evened(share(wishes, fits), found)
     plan = Plan(
@@ -228,15 +240,7 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     group = _watch_behind(group, demand, load.ready < current, now_s)
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)
-    enough = max(one.clamp(demand.less), min(group.floor, one.most))
-    slack = max(one.clamp(demand.slack), enough)
-    lasting = min(one.clamp(demand.lasting), enough)
-    kept = [
-        (at, n, m, b)
-        for at, n, m, b in group.enough
-        if now_s - keep_s <= at < now_s and (n > enough or m > slack or b > lasting)
-    ]
-    group = replace(group, enough=(*kept, (now_s, enough, slack, lasting)))
+    group = _looked(one, demand, group, keep_s, now_s)
     more = one.clamp(demand.more)
     since_s = group.behind_since_s
     if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
@@ -248,13 +252,25 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         if now_s - group.lowered_s < _REGRET_S and demand.need - demand.late < group.lowered_need / _ALIKE:
             group = _held(replace(group, lowered_s=-1e18), wanted, demand, now_s)
         return wanted, group
-    most = max(n if now_s - at <= _KEEP_LATE_S else b for at, n, _, b in group.enough)
-    if now_s - group.changed_s > _STANDS_S and current <= max(m for _, _, m, _ in group.enough):
+    most = max(look.enough if now_s - look.at_s <= _KEEP_LATE_S else look.lasting for look in group.looks)
+    if now_s - group.changed_s > _STANDS_S and current <= max(look.slack for look in group.looks):
         most = current
     # Of a group that was not watched for long enough, it is not known what it needed.
     if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
         return current, group
     return min(current, most), group
+
+
+def _looked(one: Limits, demand: Demand, group: Group, keep_s: float, now_s: float) -> Group:
+    """With this look; without those that are too old, or below it in everything."""
+    enough = max(one.clamp(demand.less), min(group.floor, one.most))
+    new = Look(now_s, enough, max(one.clamp(demand.slack), enough), min(one.clamp(demand.lasting), enough))
+    kept = [
+        look
+        for look in group.looks
+        if now_s - keep_s <= look.at_s < now_s and any(a > b for a, b in zip(look[1:], new[1:], strict=True))
+    ]
+    return replace(group, looks=(*kept, new))
 
 
 def _watch_behind(group: Group, demand: Demand, loading: bool, now_s: float) -> Group:
@@ -272,41 +288,6 @@ def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:
     again = min(need, group.floor_need) >= _ALIKE * max(need, group.floor_need)
     hold_s = min(max(2.0 * group.hold_s * again, _LEAST_HOLD_S), _MOST_HOLD_S)
     return replace(group, floor=number, floor_need=need, floor_until_s=now_s + hold_s, hold_s=hold_s)
-
-
-def as_wholes(wishes: Sequence[Wish], limits: Mapping[Node, Limits]) -> list[Wish]:
-    """All parts of a stage that is cut want as many as the one that wants most: a job needs each of them."""
-    wholes: dict[Node, list[Wish]] = {}
-    for wish in wishes:
-        if whole := limits[wish.key].whole:
-            wholes.setdefault((wish.key[0], whole), []).append(wish)
-    found: dict[Node, Wish] = {}
-    for parts in wholes.values():
-        wanted, kept = max(w.wanted for w in parts), max(w.wanted - w.spare for w in parts)
-        need = max(w.need for w in parts)
-        found.update((w.key, replace(w, wanted=wanted, spare=max(wanted - kept, 0), need=need)) for w in parts)
-    return [found.get(wish.key, wish) for wish in wishes]
-
-
-def _of_wholes(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
-    """The most of all parts of the same whole."""
-    most: dict[Node, int] = {}
-    for key, count in counts.items():
-        whole = (key[0], limits[key].whole or key[1])
-        most[whole] = max(count, most.get(whole, 0))
-    return {key: most[key[0], limits[key].whole or key[1]] for key in counts}
-
-
-def evened(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
-    """No part of a stage that is cut has more workers than there are of each, but for the least that it must have."""
-    fewest: dict[Node, int] = {}
-    for key, count in counts.items():
-        whole = (key[0], limits[key].whole)
-        fewest[whole] = min(count, fewest.get(whole, count))
-    return {
-        key: max(fewest[key[0], limits[key].whole], min(limits[key].least, count)) if limits[key].whole else count
-        for key, count in counts.items()
-    }
 
 
 def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:
