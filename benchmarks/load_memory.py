@@ -1,6 +1,7 @@
 """Host memory of the workers that load a model: whole, and cut into N parts in each mode of `shards`.
 
-Real workers on the CPU, one after the other per mode. What is told of each is the peak of its resident memory (VmHWM)
+Real workers on the CPU, one after the other per mode; `gather` is of whole experts, `wide` of layers that are cut by
+columns and by rows. What is told of each is the peak of its resident memory (VmHWM)
 until it has computed a row, less that of an idle worker (one with torch and a stage of a few numbers), over the bytes
 of the weights. A part should take at most 1/N and 15 % more: it holds its own weights, and never the whole model. In a
 fresh namespace, so that one of the parts of a pipeline also works out where to cut. Linux only.
@@ -15,57 +16,62 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from benchmarks.harness import BenchServer, machine_line, ratio_line
-from benchmarks.load_stages import Mixture
+from benchmarks.load_stages import Mixture, wide
 from tests import models
 from tests.model_stages import write_pipeline
 from torchrelay import Pipeline, Relay
 from torchrelay.testing.serving import await_ready, fresh_namespace
 from torchrelay.up import Fleet
 
-MODES = ("whole", "gather", "tensor", "pipeline")
+MODES = ("whole", "gather", "wide", "tensor", "pipeline")
 # 8 layers of 61 MB in float32, and a twentieth of that around them.
 FULL = {"width": 1024, "heads": 16, "kv_heads": 4, "layers": 8, "vocabulary": 4096}
 QUICK = {**FULL, "width": 256, "vocabulary": 1024}
 PLAN = {
-    **{f"model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
-    "model.layers.*.self_attn.o_proj": "rowwise",
-    "model.layers.*.mlp.gate_proj": "colwise",
-    "model.layers.*.mlp.up_proj": "colwise",
-    "model.layers.*.mlp.down_proj": "rowwise",
+    **{f"model.layers.*.self_attn.{name}_proj": "column" for name in "qkv"},
+    "model.layers.*.self_attn.o_proj": "row",
+    "model.layers.*.mlp.gate_proj": "column",
+    "model.layers.*.mlp.up_proj": "column",
+    "model.layers.*.mlp.down_proj": "row",
 }
 _LOAD_S = 300.0
 _MIB = 1 << 20
 
 
-def llama(folder: Path, mode: str, parts: int, sizes: Mapping[str, Any]) -> Path:
+def llama(folder: Path, parts: int, sizes: Mapping[str, Any], *, mode: str) -> Path:
     """The pipeline of a Llama-like model; its weights lie in the folder."""
     more: dict[str, dict[str, Any]] = {"tensor": {"plan": PLAN}}
     shards = None if mode == "whole" else {"count": parts, "mode": mode, **more.get(mode, {})}
     return write_pipeline(folder, "llama", shards=shards, sizes=sizes, name=f"{mode}.yaml")
 
 
-def mixture(folder: Path, parts: int, sizes: Mapping[str, Any]) -> Path:
-    """The pipeline of experts of about as many numbers, one a shard."""
-    width = sizes["width"]
-    args = {"experts": parts, "width": width, "layers": sizes["layers"] * 16 // parts}
-    models.save(models.fill(Mixture(**args)), folder / "experts.safetensors")
+def gathered(folder: Path, parts: int, sizes: Mapping[str, Any], *, mode: str) -> Path:
+    """The pipeline of about as many numbers that are gathered: in experts, one a shard, or in two layers."""
+    width, numbers = sizes["width"], sizes["layers"] * 16 * sizes["width"] ** 2
+    if mode == "gather":
+        args = {"experts": parts, "width": width, "layers": sizes["layers"] * 16 // parts}
+        model: nn.Module = Mixture(**args)
+    else:
+        args = {"width": width, "hidden": numbers // (2 * width)}
+        model = wide(**args)
+    models.save(models.fill(model), folder / f"{mode}.safetensors")
     column = {"x": f"float32[{width}]"}
     stage = {
         "name": "mix",
-        "use": "benchmarks.load_stages:Mix",
+        "use": f"benchmarks.load_stages:{'Mix' if mode == 'gather' else 'Wide'}",
         "args": args,
-        "weights": "experts.safetensors",
+        "weights": f"{mode}.safetensors",
         "outputs": {"y": column["x"]},
         "shards": {"count": parts, "mode": "gather", "combine": {"y": "sum"}},
     }
-    path = folder / "gather.yaml"
+    path = folder / f"{mode}.yaml"
     # JSON is YAML.
     path.write_text(json.dumps({"pipeline": "mix", "input": column, "output": ["y"], "stages": [stage]}))
     return path
@@ -99,7 +105,11 @@ def _peak(pid: int) -> int:
 
 def _children(pid: int) -> Iterator[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
+        try:
+            found = (task / "children").read_text().split()
+        except FileNotFoundError:
+            continue  # a thread that ended meanwhile
+        for child in found:
             yield int(child)
             yield from _children(int(child))
 
@@ -120,8 +130,8 @@ def main() -> None:
         print(f"# an idle worker takes {idle / _MIB:.0f} MiB", flush=True)
         sizes = QUICK if options.quick else FULL
         for mode in options.modes.split(","):
-            make = mixture if mode == "gather" else partial(llama, mode=mode)
-            path = make(folder, parts=options.parts, sizes=sizes)
+            make = gathered if mode in ("gather", "wide") else llama
+            path = make(folder, parts=options.parts, sizes=sizes, mode=mode)
             weights = (folder / json.loads(path.read_text())["stages"][0]["weights"]).stat().st_size
             for worker, peak in peaks(path, server.url).items():
                 ratio_line(f"load_memory.{mode}.{worker}", (peak - idle) / _MIB, weights / _MIB)

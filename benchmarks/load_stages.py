@@ -1,4 +1,5 @@
-"""The stage that `benchmarks.load_memory` gathers: experts that are summed, of which each shard reads its share."""
+"""The stages that `benchmarks.load_memory` gathers: experts that are summed, and a wide pair of layers, of which each
+shard reads its share."""
 
 from __future__ import annotations
 
@@ -32,6 +33,27 @@ class Mix(TorchStage):
     def build(self, context: StageContext) -> nn.Module:
         model = Mixture(*self.sizes)
         cutting.experts(model, context, "experts")
+        return model
+
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        return {"y": self.model(batch["x"])}
+
+
+def wide(width: int, hidden: int) -> nn.Sequential:
+    """x float [N, width] -> [N, width], by way of many features."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class Wide(TorchStage):
+    """The same of all features between, or of this shard's."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        self.sizes = (width, hidden)
+
+    def build(self, context: StageContext) -> nn.Module:
+        model = wide(*self.sizes)
+        cutting.column_linear(model, context, "0")
+        cutting.row_linear(model, context, "2")
         return model
 
     def forward(self, batch: Batch) -> dict[str, Any]:

@@ -299,10 +299,6 @@ def _problems(stage: StageConfig, fused: bool) -> Problems:
     if stage.use is None:
         yield ("shards",), "shards are parts of a model, and a stage without `use` has none; take them out"
         return
-    if shards.mode == "pipeline":
-        text = "shards of mode pipeline are not supported by this version of torchrelay yet; cut the model into stages"
-        yield ("shards", "mode"), text + " by hand, or use mode gather or tensor"
-        return
     if fused:
         yield ("shards",), "is fused, and one worker cannot own all shards; take it out of `fuse`, or its shards"
     if stage.collapses is not None and shards.mode != "tensor":
@@ -311,7 +307,7 @@ def _problems(stage: StageConfig, fused: bool) -> Problems:
     yield from _gather_problems(stage) if shards.mode == "gather" else _only_gather(stage)
     if shards.mode != "tensor" and shards.plan is not None:
         yield ("shards", "plan"), f"shards.plan is for mode: tensor, and the mode is {shards.mode}; take it out"
-    if shards.balance != "time":
+    if shards.mode != "pipeline" and shards.balance != "time":
         yield ("shards", "balance"), f"shards.balance is for mode: pipeline, and the mode is {shards.mode}; take it out"
 
 

@@ -3,7 +3,8 @@
 1. What runs and may stay, stays (`keeping`). What is wanted beside it is placed: of each stage its first worker before
    anybody's second; what says its needs before what makes do; groups before single workers; the largest first.
 2. Each goes to the best place by the order of `board`, and says why. None takes more of a slot or a host than is left.
-3. What finds no place gets a bounded second chance (`improving`), at worst by moving workers that run.
+3. What finds no place gets a bounded second chance (`improving`), at worst by moving workers that run; so does a group
+   whose shards would be on several hosts.
 4. A worker that makes do with less than is presumed moves to where it gets all, once there is such a place.
 5. What is refused says what is short, and by how much, as things stand in the end.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from torchrelay.config.fleet import Assignment, HostReport, Need
 from torchrelay.coordinator.board import Board, Option, Placed, Task
-from torchrelay.coordinator.improving import improve
+from torchrelay.coordinator.improving import improve, unite
 from torchrelay.coordinator.keeping import keep
 from torchrelay.coordinator.room import rooms_of
 from torchrelay.coordinator.tasks import tasks_of
@@ -84,6 +85,7 @@ def allocate(
     refused = [task for task in waiting if not place(board, task)]
     if refused:
         refused = improve(board, refused)
+    unite(board)
     _settle(board, dropped)
     return Allocation(
         tuple(sorted(_named(board, current, stamp, dropped), key=lambda a: (a.host, a.ref, a.stage, a.id))),

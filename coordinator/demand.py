@@ -32,7 +32,7 @@ _MEAN_OF_TARGET = 0.5
 _CATCH_UP_S = 10.0
 # What catching up may add to what comes: workers that load for long would be idle soon after. So much where that takes
 # no longer than _CATCH_UP_S, and in proportion less else.
-_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.8
+_MOST_CATCHING_UP, _LEAST_CATCHING_UP = 1.0, 0.25
 # What a rise may add until a new worker is ready.
 _MOST_RISE = 0.5
 _DELAY_S = 1.0
@@ -91,7 +91,8 @@ class Coming:
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a group wants now. `more` is the number of workers if that is above what there is, `less` if it is below;
-    of a number that stands for long already, `less` if there are more than `slack`.
+    of a number that stands for long already, `less` if there are more than `slack`. `lasting` would be `less` if
+    nothing had to be caught up.
 
     `need` counts workers that never rest, of which `late` catch up; `flow` are the rows per second that will come for
     long, as far as the group can do them, None while unknown; `queued` are the rows that wait at it and before it.
@@ -102,6 +103,7 @@ class Demand:
     more: int
     less: int
     slack: int = 0
+    lasting: int = 0
     need: float = 0.0
     late: float = 0.0
     flow: float | None = None
@@ -174,9 +176,9 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: C
     ready = min(first.ready, current)
     behind, behind_rows = _behind(limits, loads, ready, row_s)
     spread = (max(sane(first.dispersion), 1.0) + sane(first.cv2)) / 2.0
-    more, enough, less, slack = (
-        max(staff(sure * need, spread, sane(first.seconds_per_batch), delay_s), 1)
-        for sure in (_MORE, 1.0, _LESS, _CLEARLY_LESS)
+    more, enough, less, slack, lasts = (
+        max(staff(workers, spread, sane(first.seconds_per_batch), delay_s), 1)
+        for workers in (_MORE * need, need, _LESS * need, _CLEARLY_LESS * need, _LESS * steady)
     )
     if more > current:
         more = enough
@@ -184,6 +186,7 @@ def demand_of(limits: Limits, loads: Sequence[NodeLoad], current: int, coming: C
         more=more,
         less=less,
         slack=slack,
+        lasting=lasts,
         need=need,
         late=late,
         flow=min(lasting, limits.most / row_s),

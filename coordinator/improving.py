@@ -7,19 +7,21 @@
    way places all, as far as single workers go; a group is tried at each host's best slots alone.
 3. One worker, or two, move elsewhere, so that a third fits where they were. One that runs only moves for the first of a
    stage: without that its pipeline would stand still, while a further one is not worth a restart. `MOVE_TRIALS` trials
-   in all; chains of moves, and moves that make room for groups, are not tried.
+   in all; chains of moves are not tried.
+4. So they move, too, where the first group of a stage would else have its shards on several hosts (`unite`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from functools import partial
 from itertools import combinations
 
 from torchrelay.coordinator.board import Board, Kind, Option, Placed, Task
 from torchrelay.coordinator.room import HostRoom, SlotRoom, Want
 from torchrelay.coordinator.words import chosen
 
-__all__ = ["MOVE_TRIALS", "SEARCH_SLOTS", "SEARCH_STEPS", "SEARCH_TASKS", "improve"]
+__all__ = ["MOVE_TRIALS", "SEARCH_SLOTS", "SEARCH_STEPS", "SEARCH_TASKS", "improve", "unite"]
 
 SEARCH_TASKS, SEARCH_SLOTS, SEARCH_STEPS = 12, 48, 4000
 MOVE_TRIALS = 200
@@ -218,7 +220,8 @@ def _by_moving(board: Board, task: Task, trials: list[int]) -> bool:
             if trials[0] <= 0:
                 return False
             trials[0] -= 1
-            if _move(board, task, slot, want, victims):
+            # What is left of the slot is known once they are gone.
+            if _move(board, task, victims, partial(_on_slot, kind, slot, want)):
                 return True
     return False
 
@@ -235,16 +238,30 @@ def _helps(placed: Placed, slot: SlotRoom, lack: Want) -> bool:
     return bool(on_slot or (lack.cpus and want.cpus) or (lack.host_memory and want.host_memory))
 
 
-def _move(board: Board, task: Task, slot: SlotRoom, want: Want, victims: Sequence[Placed]) -> bool:
+def _on_slot(kind: Kind, slot: SlotRoom, want: Want) -> Option | None:
+    return _full(kind, Option((), (slot,), (want,))) if slot.fits(want) else None
+
+
+def _move(
+    board: Board,
+    task: Task,
+    victims: Sequence[Placed],
+    find: Callable[[], Option | None],
+    *,
+    squeezed: bool = True,
+) -> bool:
+    """Places the task where `find` says once the victims are gone, and these elsewhere; with `squeezed` also where they
+    make do with less. Leaves the board as it was where one of them finds no place."""
     version = board.version
     for victim in victims:
         board.unbook(victim)
     done: list[Placed] = []
-    if slot.fits(want):
-        done.append(_book(board, task, _full(task.kind, Option((), (slot,), (want,)))))
+    place = find()
+    if place is not None:
+        done.append(_book(board, task, place))
         why = f"moved to make room for {task.kind.key[1]}"
         for victim in victims:
-            option = board.best(victim.task.kind) or board.best_squeezed(victim.task.kind)
+            option = board.best(victim.task.kind) or (board.best_squeezed(victim.task.kind) if squeezed else None)
             if option is None:
                 break
             done.append(_book(board, victim.task, option, "" if victim.new else why))
@@ -255,4 +272,37 @@ def _move(board: Board, task: Task, slot: SlotRoom, want: Want, victims: Sequenc
     for victim in victims:
         board.book(victim)
     board.version = version
+    return False
+
+
+def unite(board: Board) -> None:
+    """Brings new groups whose shards are on several hosts to one, where one or two workers can make room there. A
+    group that runs stays as it is: it would have to load its model again."""
+    trials = [MOVE_TRIALS]
+    for placed in [p for p in board.placed if p.new and len({slot.host for slot in p.slots}) > 1]:
+        version = board.version
+        board.unbook(placed)
+        if not _on_one_host(board, placed.task, trials):
+            board.book(placed)
+            board.version = version
+
+
+def _on_one_host(board: Board, task: Task, trials: list[int]) -> bool:
+    kind, first = task.kind, task.units[0].replica == 0
+    hosts = [host for host in kind.hosts if not board.barred(kind, host)]
+    for host in sorted(hosts, key=lambda h: (-board.fitting(kind, h), h.order)):
+        slots = set(kind.slots_of(host))
+        beside = [
+            p
+            for p in host.placed
+            if (p.new or first) and p.task.kind.key != kind.key and len(p.slots) == 1 and (p.slots[0] in slots)
+        ]
+        beside.sort(key=lambda p: (not p.new, sum(p.wants[0]), p.task.kind.key, p.task.units[0].replica))
+        several = beside[:_VICTIMS_TRIED]
+        for victims in [(p,) for p in several] + list(combinations(several, 2)):
+            if trials[0] <= 0:
+                return False
+            trials[0] -= 1
+            if _move(board, task, victims, partial(board.option, kind, host), squeezed=False):
+                return True
     return False

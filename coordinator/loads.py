@@ -74,7 +74,8 @@ class NodeLoad:
     and `cv2` are the mean of a forward's time and its squared coefficient of variation. `dispersion` is the variance of
     the arrivals of a few seconds over their mean, in batches: 1 is chance; `trend` is by how many rows per second they
     rise every second. `arrivals_per_s` and
-    `rows_per_s` are rows that came and rows that were done; `ready`, `loading` and `draining` count workers.
+    `rows_per_s` are rows that came and rows that were done, `done_rows` those done since the last look; `ready`,
+    `loading` and `draining` count workers.
     `load_s` is how long a worker takes until it is ready, 0 while that is unknown. `loading_s` is for how long each
     loading one has been at it.
     """
@@ -87,6 +88,7 @@ class NodeLoad:
     waiting: Mapping[str, Waiting] = field(default_factory=dict)
     arrivals_per_s: float = 0.0
     rows_per_s: float = 0.0
+    done_rows: float = 0.0
     failures_per_s: float = 0.0
     seconds_per_row: float = 0.0
     seconds_per_batch: float = 0.0
@@ -158,6 +160,7 @@ class _Stage:
     standing: float = 0.0
     committed: float = 0.0
     failed: float = 0.0
+    done_rows: float = 0.0
     rows_per_job: float = 1.0
 
 
@@ -291,6 +294,7 @@ class LoadTracker:
             },
             arrivals_per_s=stage.arrivals.now,
             rows_per_s=stage.done.now,
+            done_rows=stage.done_rows,
             failures_per_s=stage.failures.value,
             trend=stage.arrivals.trend,
             seconds_per_row=service.seconds_per_row(max((r.max_rows for r in reports), default=1)),
@@ -319,9 +323,11 @@ class LoadTracker:
         if jobs > 0 and rows > 0:
             stage.rows_per_job = rows / jobs
         committed, failed = totals.get("committed", 0), totals.get("failed", 0)
+        stage.done_rows = 0.0
         if seconds > 0:
             left = max(committed - stage.committed, 0.0) * stage.rows_per_job
             came = max(standing - stage.standing + left, 0.0)
+            stage.done_rows = left
             stage.arrivals.add(came / seconds, seconds, stage.rows_per_job)
             stage.done.add(left / seconds, seconds, stage.rows_per_job)
             stage.failures.add(max(failed - stage.failed, 0.0) / seconds, seconds)

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.shards import PartConfig
 from torchrelay.coordinator.demand import LOAD_S, Coming, Demand, Limits, demand_of
+from torchrelay.coordinator.lately import Lately, looped
 from torchrelay.coordinator.loads import Loads, Node, NodeLoad
+from torchrelay.coordinator.pace import Pace, jammed
 from torchrelay.coordinator.sharing import Fits, Wish, share
 from torchrelay.coordinator.signals import sane
+from torchrelay.coordinator.wholes import as_wholes, evened, of_wholes
 from torchrelay.queues.waiting import CLASSES
 
 __all__ = ["Limits", "Plan", "State", "decide", "limits_of"]
 
-# Fewer must have been enough for so long, and for so much of the time that a worker loads.
-_KEEP_S, _KEEP_LOADS, _LOWER_EVERY_S = 20.0, 1.0, 10.0
+# Fewer must have been enough for so long, and for so much of the time that a worker loads. Those that were there to
+# catch up leave sooner: their work is done.
+_KEEP_S, _KEEP_LOADS, _KEEP_LATE_S, _LOWER_EVERY_S = 20.0, 0.25, 10.0, 10.0
 # The highest of a few noisy looks is low by chance now and then: a number that stands for so long falls only to a need
 # that is clearly less.
 _STANDS_S = 120.0
@@ -46,18 +51,28 @@ class Plan:
     reasons: Mapping[Node, str] = field(default_factory=dict)
 
 
+class Look(NamedTuple):
+    """How many would have been enough at a time, how many would not have been clearly too many, and how many would have
+    been enough for what came then, without what had to be caught up."""
+
+    at_s: float
+    enough: int
+    slack: int
+    lasting: int
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """What is remembered of one group, watched since `since_s`, whose number changed at `changed_s`.
 
-    `enough` are, newest last, the numbers that would have been enough, each with the one that is clearly too many; none
-    is below a later one in both. `floor` holds until `floor_until_s`, while the need is not far below `floor_need`.
+    `looks` are the last ones, newest last; none is below a later one in everything. `floor` holds until
+    `floor_until_s`, while the need is not far below `floor_need`.
     """
 
     replicas: int
     since_s: float
     changed_s: float = -1e18
-    enough: tuple[tuple[float, int, int], ...] = ()
+    looks: tuple[Look, ...] = ()
     lowered_s: float = -1e18
     lowered_need: float = 0.0
     floor: int = 0
@@ -68,6 +83,9 @@ class Group:
     behind_rows: float = 0.0
     came: float = 0.0
     sent: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    lately: Lately = field(default_factory=Lately)
+    again: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +148,18 @@ def decide(
     for one in _in_order(list(found.values())):
         nodes = [loads.nodes.get((one.ref, s), NodeLoad(one.ref, s)) for s in one.stages or (one.stage,)]
         group = groups.get(one.key) or Group(one.clamp(nodes[0].alive), now_s, now_s)
+        followers = [loads.nodes[o.key] for o in found.values() if _follows(o, one) and o.key in loads.nodes]
+        group = _watched(group, nodes[0], followers, now_s)
+        nodes[0] = replace(nodes[0], seconds_per_row=sane(nodes[0].seconds_per_row, 1e9) * group.pace.factor)
         coming, group = _coming(one, nodes[0], group, loads, demands, found)
-        demand = demand_of(one, nodes, group.replicas, coming)
+        before = [after[one.ref, a] for a in one.after if (one.ref, a) in after]
+        group = _again(group, nodes[0], before, now_s)
+        again = replace(coming, least=max(coming.least, group.again))
+        demand = demand_of(one, nodes, group.replicas, again if looped(nodes[0]) else coming)
         wanted, group = _over_time(one, demand, group, nodes[0], now_s)
         demands[one.key], after[one.key] = demand, group
-        spare = max(wanted - max(one.clamp(demand.less), one.least), 0) if demand.known else 0
-        wishes.append(Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, 1e-3)))
-    less = _of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
+        wishes.append(_wish(one, wanted, group, demand, demand_of(one, nodes, group.replicas, again)))
+    less = of_wholes({key: found[key].clamp(demand.less) for key, demand in demands.items()}, found)
     wishes = as_wholes(wishes, found)
     counts = evened(share(wishes, fits), found)
     plan = Plan(
@@ -144,6 +167,30 @@ def decide(
         {w.key: _reason(found[w.key], w, counts[w.key], demands[w.key], after[w.key], less[w.key]) for w in wishes},
     )
     return plan, State({key: _settled(group, counts[key], demands[key], now_s) for key, group in after.items()})
+
+
+def _watched(group: Group, load: NodeLoad, followers: Sequence[NodeLoad], now_s: float) -> Group:
+    """With what this look tells of its workers' pace."""
+    return replace(group, pace=group.pace.seen(load, now_s, gated=any(map(jammed, followers))))
+
+
+def _again(group: Group, load: NodeLoad, before: Sequence[Group], now_s: float) -> Group:
+    """With the rate that may come again: of what came from outside a moment ago. A wave within the pipeline is none."""
+    if not before:
+        lately = group.lately.seen(load.arrivals_per_s, now_s)
+        return replace(group, lately=lately, again=lately.highest)
+    gain = min(group.came / group.sent, 1e6) if group.sent > 0 else 0.0
+    return replace(group, again=gain * sum(one.again for one in before))
+
+
+def _wish(one: Limits, wanted: int, group: Group, demand: Demand, again: Demand) -> Wish:
+    """Where room is short, nobody is taken who is needed `again` when what came a moment ago comes again."""
+    spare = max(wanted - max(one.clamp(max(demand.less, again.less)), one.least), 0) if demand.known else 0
+    return Wish(one.key, one.least, wanted, one.clamp(group.replicas), spare, max(demand.need, again.need, 1e-3))
+
+
+def _follows(one: Limits, before: Limits) -> bool:
+    return one.ref == before.ref and before.stage in one.after
 
 
 def _in_order(limits: Sequence[Limits]) -> list[Limits]:
@@ -193,10 +240,7 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
     group = _watch_behind(group, demand, load.ready < current, now_s)
     if demand.need < _ALIKE * group.floor_need or now_s >= group.floor_until_s:
         group = replace(group, floor=0)
-    enough = max(one.clamp(demand.less), min(group.floor, one.most))
-    slack = max(one.clamp(demand.slack), enough)
-    kept = [(at, n, m) for at, n, m in group.enough if now_s - keep_s <= at < now_s and (n > enough or m > slack)]
-    group = replace(group, enough=(*kept, (now_s, enough, slack)))
+    group = _looked(one, demand, group, keep_s, now_s)
     more = one.clamp(demand.more)
     since_s = group.behind_since_s
     if since_s is not None and more <= current and now_s - since_s >= _BEHIND_S:
@@ -208,13 +252,25 @@ def _over_time(one: Limits, demand: Demand, group: Group, load: NodeLoad, now_s:
         if now_s - group.lowered_s < _REGRET_S and demand.need - demand.late < group.lowered_need / _ALIKE:
             group = _held(replace(group, lowered_s=-1e18), wanted, demand, now_s)
         return wanted, group
-    most = max(n for _, n, _ in group.enough)
-    if now_s - group.changed_s > _STANDS_S and current <= max(m for *_, m in group.enough):
+    most = max(look.enough if now_s - look.at_s <= _KEEP_LATE_S else look.lasting for look in group.looks)
+    if now_s - group.changed_s > _STANDS_S and current <= max(look.slack for look in group.looks):
         most = current
     # Of a group that was not watched for long enough, it is not known what it needed.
     if now_s - group.since_s < keep_s or now_s - group.lowered_s < _LOWER_EVERY_S:
         return current, group
     return min(current, most), group
+
+
+def _looked(one: Limits, demand: Demand, group: Group, keep_s: float, now_s: float) -> Group:
+    """With this look; without those that are too old, or below it in everything."""
+    enough = max(one.clamp(demand.less), min(group.floor, one.most))
+    new = Look(now_s, enough, max(one.clamp(demand.slack), enough), min(one.clamp(demand.lasting), enough))
+    kept = [
+        look
+        for look in group.looks
+        if now_s - keep_s <= look.at_s < now_s and any(a > b for a, b in zip(look[1:], new[1:], strict=True))
+    ]
+    return replace(group, looks=(*kept, new))
 
 
 def _watch_behind(group: Group, demand: Demand, loading: bool, now_s: float) -> Group:
@@ -232,41 +288,6 @@ def _held(group: Group, number: int, demand: Demand, now_s: float) -> Group:
     again = min(need, group.floor_need) >= _ALIKE * max(need, group.floor_need)
     hold_s = min(max(2.0 * group.hold_s * again, _LEAST_HOLD_S), _MOST_HOLD_S)
     return replace(group, floor=number, floor_need=need, floor_until_s=now_s + hold_s, hold_s=hold_s)
-
-
-def as_wholes(wishes: Sequence[Wish], limits: Mapping[Node, Limits]) -> list[Wish]:
-    """All parts of a stage that is cut want as many as the one that wants most: a job needs each of them."""
-    wholes: dict[Node, list[Wish]] = {}
-    for wish in wishes:
-        if whole := limits[wish.key].whole:
-            wholes.setdefault((wish.key[0], whole), []).append(wish)
-    found: dict[Node, Wish] = {}
-    for parts in wholes.values():
-        wanted, kept = max(w.wanted for w in parts), max(w.wanted - w.spare for w in parts)
-        need = max(w.need for w in parts)
-        found.update((w.key, replace(w, wanted=wanted, spare=max(wanted - kept, 0), need=need)) for w in parts)
-    return [found.get(wish.key, wish) for wish in wishes]
-
-
-def _of_wholes(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
-    """The most of all parts of the same whole."""
-    most: dict[Node, int] = {}
-    for key, count in counts.items():
-        whole = (key[0], limits[key].whole or key[1])
-        most[whole] = max(count, most.get(whole, 0))
-    return {key: most[key[0], limits[key].whole or key[1]] for key in counts}
-
-
-def evened(counts: Mapping[Node, int], limits: Mapping[Node, Limits]) -> dict[Node, int]:
-    """No part of a stage that is cut has more workers than there are of each, but for the least that it must have."""
-    fewest: dict[Node, int] = {}
-    for key, count in counts.items():
-        whole = (key[0], limits[key].whole)
-        fewest[whole] = min(count, fewest.get(whole, count))
-    return {
-        key: max(fewest[key[0], limits[key].whole], min(limits[key].least, count)) if limits[key].whole else count
-        for key, count in counts.items()
-    }
 
 
 def _settled(group: Group, count: int, demand: Demand, now_s: float) -> Group:

@@ -6,6 +6,7 @@ must say yes to less of what it said yes to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ def share(wishes: Iterable[Wish], fits: Fits) -> dict[Key, int]:
     least = {w.key: min(w.least, w.wanted) for w in all_}
     if not fits(least):
         return _one_by_one({w.key: 0 for w in all_}, least, all_, fits)
-    found = _one_by_one(_between(least, giving, fits), giving, all_, fits)
+    found = _one_by_one(_evenly(least, giving, all_, fits), giving, all_, fits)
     current = {w.key: min(max(w.current, w.least), giving[w.key]) for w in all_}
     if fits(current) and _hardship(current, all_) <= _BETTER * _hardship(found, all_):
         return _one_by_one(current, giving, all_, fits)
@@ -79,6 +80,20 @@ def _between(low: Mapping[Key, int], high: Mapping[Key, int], fits: Fits) -> dic
         middle = (yes + no) / 2.0
         yes, no = (middle, no) if fits(at(middle)) else (yes, middle)
     return at(yes)
+
+
+def _evenly(low: Mapping[Key, int], high: Mapping[Key, int], wishes: list[Wish], fits: Fits) -> dict[Key, int]:
+    """The same hardship for everybody, the least that there is room for; within these limits."""
+
+    def at(hardship: float) -> dict[Key, int]:
+        return {w.key: min(max(math.ceil(w.need / hardship - 1e-9), low[w.key]), high[w.key]) for w in wishes}
+
+    least, most = 1e-3, max([w.need for w in wishes] + [1.0]) + 1.0
+    for _ in range(40):
+        middle = math.sqrt(least * most)
+        least, most = (least, middle) if fits(at(middle)) else (middle, most)
+    found = at(most)
+    return found if fits(found) else dict(low)
 
 
 def _hardship(counts: Mapping[Key, int], wishes: Iterable[Wish]) -> float:

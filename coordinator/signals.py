@@ -20,6 +20,10 @@ _MOST = 1e12
 # Half of what is known of the service times is this old, while work goes on.
 _MEMORY_S = 45.0
 _ENOUGH_BATCHES = 30.0
+# So few tell of a move already where their times in powers of two have moved by so many standard errors, and so far:
+# a slow batch or two of many fast ones, which is what heavy tails look like, moves that little.
+_FIRST_COUNT = 0.25
+_FEW_BATCHES, _SURE_OCTAVES, _LEAST_OCTAVES = 8.0, 4.5, 0.5
 # A worker that was at work before anybody watched counts as so many batches.
 _SEED_BATCHES = 200.0
 # The cost of a row at batches up to so many times as full as those seen is taken from their trend.
@@ -128,6 +132,17 @@ def _with_sample(sums: list[float], rate: float, seconds: float) -> list[float]:
     return [kept * n + 1.0, kept * (t - seconds * n), kept * tt, kept * x + rate, kept * tx]
 
 
+def _octaves(histogram: Sequence[float]) -> tuple[float, float, float]:
+    """How many times are in it, and the mean and variance of their logarithms to the base of two. The variance of times
+    within a bucket, which is half as wide, is in it."""
+    count = sum(histogram)
+    if count <= 0:
+        return 0.0, 0.0, 0.0
+    mean = sum(n * i for i, n in enumerate(histogram)) / count
+    square = sum(n * (i - mean) ** 2 for i, n in enumerate(histogram)) / count
+    return count, mean / 2.0, square / 4.0 + 0.25 / 12.0
+
+
 @dataclass(slots=True)
 class Service:
     """What a stage's forwards cost, from what its workers counted: seconds of a batch, as a fixed part and one by row.
@@ -143,6 +158,7 @@ class Service:
     _rows_seconds: float = 0.0
     _histogram: list[float] = field(default_factory=lambda: [0.0] * SERVICE_BUCKETS)
     _recent: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    _recent_histogram: list[float] = field(default_factory=lambda: [0.0] * SERVICE_BUCKETS)
     _moved: int = 0
     _news: bool = False
 
@@ -167,31 +183,43 @@ class Service:
         self._recent = (self._recent[0] + batches, self._recent[1] + rows, self._recent[2] + seconds)
         for bucket, count in enumerate(histogram[:SERVICE_BUCKETS]):
             self._histogram[bucket] += sane(count)
+            self._recent_histogram[bucket] += sane(count)
 
     def pass_time(self, seconds: float) -> None:
         """Called at every look: forgets, and finds out whether the cost has moved. Idle time forgets nothing."""
         if not self._news:
             return
         self._news = False
-        batches, rows, spent = self._recent
-        if batches >= _ENOUGH_BATCHES:
-            before = (self.batches - batches, self._rows - rows, self._seconds - spent)
-            self._moved = self._moved + 1 if self._differs(before) else 0
+        moved = self._recent[0] >= _FEW_BATCHES and self._shifted()
+        if moved or self._recent[0] >= _ENOUGH_BATCHES:
+            self._moved = self._moved + 1 if moved or self._differs() else 0
             if self._moved >= 2:
                 self._forget_older()
-            self._recent = (0.0, 0.0, 0.0)
+            self._recent, self._recent_histogram = (0.0, 0.0, 0.0), [0.0] * SERVICE_BUCKETS
         if not self._moved:
-            kept = 0.5 ** (sane(seconds, 600.0) / _MEMORY_S)
-            self._scale(kept)
+            self._scale(0.5 ** (sane(seconds, 600.0) / _MEMORY_S))
 
-    def _differs(self, before: tuple[float, float, float]) -> bool:
+    def _differs(self) -> bool:
         """Whether the newest batches cost more or less than chance and their fill explain."""
         batches, rows, spent = self._recent
+        before = (self.batches - batches, self._rows - rows, self._seconds - spent)
         if before[0] < _ENOUGH_BATCHES or before[1] <= 0 or before[2] <= 0:
             return False
         expected = before[2] / before[0] * self._stretch(rows / batches, before[1] / before[0])
         bound = max(0.4, 4.0 * math.sqrt((self.cv2 + 0.1) / batches))
         return abs(math.log(max(spent / batches, 1e-9) / max(expected, 1e-9))) > math.log1p(bound)
+
+    def _shifted(self) -> bool:
+        """Whether the times of the newest few, as they come, are others than those of the older ones."""
+        batches, rows, _ = self._recent
+        older = [max(n - new, 0.0) for n, new in zip(self._histogram, self._recent_histogram, strict=True)]
+        count, mean, variance = _octaves(older)
+        fresh, now, _ = _octaves(self._recent_histogram)
+        if fresh < _FEW_BATCHES or count < _ENOUGH_BATCHES or self._rows <= rows or self.batches <= batches:
+            return False
+        fill = self._stretch(rows / batches, (self._rows - rows) / (self.batches - batches))
+        off = abs(now - mean - math.log2(max(fill, 1e-6)))
+        return off > max(_LEAST_OCTAVES, _SURE_OCTAVES * math.sqrt(variance / fresh))
 
     def _stretch(self, rows: float, before: float) -> float:
         """How much longer a batch of `rows` takes than one of `before`."""
@@ -200,11 +228,14 @@ class Service:
 
     def _forget_older(self) -> None:
         batches, rows, spent = self._recent
+        seen = sum(self._recent_histogram) >= 1.0
         part = batches / max(self.batches, 1e-9)
-        self._histogram = [n * part for n in self._histogram]
+        self._histogram = list(self._recent_histogram) if seen else [n * part for n in self._histogram]
         self.batches, self._rows, self._seconds = batches, rows, spent
         self._rows2, self._rows_seconds = rows * rows / batches, rows * spent / batches
         self._moved = 0
+        # These may be from the very moment at which it moved; those to come count more.
+        self._scale(_FIRST_COUNT)
 
     def _scale(self, kept: float) -> None:
         self.batches *= kept
@@ -214,6 +245,7 @@ class Service:
         self._rows_seconds *= kept
         self._recent = (self._recent[0] * kept, self._recent[1] * kept, self._recent[2] * kept)
         self._histogram = [n * kept for n in self._histogram]
+        self._recent_histogram = [n * kept for n in self._recent_histogram]
 
     def _line(self) -> tuple[float, float]:
         """Seconds of a batch: the fixed part, and that of each row; all by row where batches were much alike."""

@@ -179,7 +179,7 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     host = slot.host
     parts = []
     if len(option.slots) > 1:
-        parts.append(_shards_words(option))
+        parts.append(_shards_words(board, kind, option))
     beside = sorted(k[1] for k in kind.neighbours if host.machine.counts.get(k))
     if board.near(kind, host) > 0:
         parts.append(f"shares memory with {', '.join(beside)}")
@@ -206,13 +206,24 @@ def chosen(board: Board, kind: Kind, option: Option) -> str:
     return "; ".join(parts)
 
 
-def _shards_words(option: Option) -> str:
+def _shards_words(board: Board, kind: Kind, option: Option) -> str:
     hosts = {slot.host for slot in option.slots}
     if len(hosts) > 1:
-        return f"shards on {len(hosts)} hosts: none has room for all"
+        found = [_shards_on(board, kind, host) for host in board.hosts]
+        more = f", and {len(found) - _FEW} more hosts" if len(found) > _FEW else ""
+        told = ", ".join(found[:_FEW]) + more
+        return f"shards on {len(hosts)} hosts, since none has room for all {len(option.slots)}: {told}"
     host = option.slots[0].host
     linked = any(set(option.slots) <= set(group) for group in host.links)
     return "shards on one host" + (", joined by NVLink" if linked else "")
+
+
+def _shards_on(board: Board, kind: Kind, host: HostRoom) -> str:
+    """For how many shards of a group this host has room, and why for none."""
+    count = 0 if _bars(kind, host) or board.barred(kind, host) else board.fitting(kind, host)
+    if count:
+        return f"{host.name} for {count}"
+    return f"{host.name} for none, which {_why_not(board, kind, host)}"
 
 
 def _far_from(board: Board, kind: Kind, host: HostRoom) -> list[str]:

@@ -8,6 +8,7 @@ What belongs to an epoch (an address) is written and read under it, so that two 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -18,7 +19,7 @@ from torchrelay.queues.keys import ControlKeys
 from torchrelay.queues.registry import run
 from torchrelay.queues.scripts import Arg, Call, script
 
-__all__ = ["PRESENT_S", "GroupRecord", "GroupState", "Kind", "Member", "check_group"]
+__all__ = ["PRESENT_S", "GroupRecord", "GroupState", "GroupView", "Kind", "Member", "RankTaken", "check_group", "views"]
 
 PRESENT_S: Final = 3.0
 """How long a rank's supervisor is taken to live after it was heard of."""
@@ -33,11 +34,12 @@ supervisor or host is gone. `hopeless`: a rank cannot start; nobody is to try ag
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One rank of a group of so many."""
+    """One rank of a group of so many, which computes the stage `of` (`pipeline@version/stage`)."""
 
     group: str
     rank: int
     size: int
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,60 @@ class GroupState:
     why: str = ""
     cap: int = 0
     draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """How a group stands, for people: `ready` and `waiting` are the ranks that live, by whether they have no process of
+    an epoch before `epoch`; it is `formed` once all are. `kind` and `why` say how the epoch before ended."""
+
+    group: str
+    size: int
+    epoch: int
+    ready: tuple[int, ...]
+    waiting: tuple[int, ...]
+    kind: Kind = ""
+    why: str = ""
+    cap: int = 0
+
+    @property
+    def formed(self) -> bool:
+        return len(self.ready) == self.size
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks of which nothing is heard."""
+        return [rank for rank in range(self.size) if rank not in self.ready and rank not in self.waiting]
+
+
+class RankTaken(ConfigError):
+    """Another process has the rank, or had it and is not taken for dead yet."""
+
+
+def views(client: redis.Redis, control: ControlKeys, groups: Iterable[str]) -> dict[str, GroupView]:
+    """Of these groups those that have a record."""
+    names = sorted(groups)
+    if not names:
+        return {}
+    seconds, micros = client.time()
+    now_ms = int(seconds) * 1000 + int(micros) // 1000
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hgetall(control.group(name))
+        records: list[dict[bytes, bytes]] = pipe.execute()
+    return {name: _view(name, record, now_ms) for name, record in zip(names, records, strict=True) if record}
+
+
+def _view(name: str, record: dict[bytes, bytes], now_ms: int) -> GroupView:
+    def number(key: str) -> int:
+        return int(record.get(key.encode(), 0))
+
+    size, epoch = number("size"), number("epoch")
+    living = [rank for rank in range(size) if number(f"until:{rank}") > now_ms]
+    ready = tuple(rank for rank in living if number(f"at:{rank}") == epoch)
+    waiting = tuple(rank for rank in living if rank not in ready)
+    kind: Any = _text(record.get(b"kind"))
+    return GroupView(name, size, epoch, ready, waiting, kind, _text(record.get(b"why")), number("cap"))
 
 
 def check_group(name: str) -> str:
@@ -76,20 +132,26 @@ class GroupRecord:
     def tend(self, ready_for: int, *, drain: bool = False, leave: bool = False) -> GroupState:
         """Says that this rank lives, and is ready for that epoch; with `drain`, that all are to end.
 
-        Raises ConfigError while another process has the rank, or for a group of another size.
+        Raises RankTaken while another process has the rank, ConfigError for a group of another size or stage.
         """
         member = self.member
         life = 0 if leave else round(PRESENT_S * 1000)
         args: list[Arg] = [member.size, member.rank, self._who, life, ready_for, round(_KEPT_S * 1000), int(drain)]
+        args.append(member.of)
         found = self._call("group", args)
         if found[0] == 0:
-            raise ConfigError(
+            raise RankTaken(
                 f"rank {member.rank} of group {member.group!r} is served by {_text(found[1])}; "
                 "end that one first, or start this one with another --shard or --group"
             )
         if found[0] == -1:
             raise ConfigError(
                 f"group {member.group!r} has {_text(found[1])} ranks, not {member.size}; take another name"
+            )
+        if found[0] == -2:
+            raise ConfigError(
+                f"group {member.group!r} computes {_text(found[1])}, and this rank is of {member.of}; end the ranks of "
+                "that one first, or take another name"
             )
         kind: Any = _text(found[4])
         return GroupState(found[1], found[2], _text(found[3]), kind, _text(found[5]), found[6], bool(found[7]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,13 +14,12 @@ import torch
 from torch import nn
 
 from torchrelay.errors import ConfigError
+from torchrelay.stages.cuts import Cut, check_whole
 from torchrelay.stages.stage import StageContext
 
 __all__ = [
     "NOTES",
-    "Piece",
     "check_divides",
-    "check_whole",
     "cut",
     "cut_state",
     "matching",
@@ -35,22 +33,7 @@ NOTES = "_torchrelay_pieces"
 _MOST_SHARDS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Which part of a tensor of the whole model a shard owns: of the `size` entries of its dimension `dim`, those of
-    `ranges`, one behind the other. None at all without ranges."""
-
-    dim: int = 0
-    size: int = 0
-    ranges: tuple[tuple[int, int], ...] = ()
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of that part, so that the whole can go."""
-        parts = [tensor.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
-        return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, self.dim)
-
-
-def pieces_of(model: nn.Module) -> dict[str, Piece]:
+def pieces_of(model: nn.Module) -> dict[str, Cut]:
     """Of each tensor that was cut, by its name in the whole model's state dict, this shard's part."""
     return {
         f"{prefix}.{leaf}" if prefix else leaf: piece
@@ -74,15 +57,6 @@ def cut_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, 
             check_whole(name, piece, tuple(tensor.shape))
             found[name] = piece.of(tensor)
     return found
-
-
-def check_whole(name: str, piece: Piece, shape: Sequence[int]) -> None:
-    """Raises ConfigError for a shape that is not that of the whole model's tensor."""
-    if piece.ranges and (piece.dim >= len(shape) or shape[piece.dim] != piece.size):
-        raise ConfigError(
-            f"{name!r} has shape {list(shape)}, and the whole model's has {piece.size} in dimension {piece.dim}; "
-            "give the weights of the model before it was cut"
-        )
 
 
 def share(size: int, context: StageContext) -> tuple[int, int]:
@@ -129,10 +103,10 @@ def modules(model: nn.Module, names: Sequence[str], kind: type[Any], what: str) 
             yield name, module
 
 
-def cut(model: nn.Module, name: str, module: nn.Module, leaf: str, piece: Piece) -> None:
+def cut(model: nn.Module, name: str, module: nn.Module, leaf: str, piece: Cut) -> None:
     """Leaves this part of a parameter or buffer, and the note."""
     path = f"{name}.{leaf}" if name else leaf
-    notes: dict[str, Piece] = module.__dict__.setdefault(NOTES, {})
+    notes: dict[str, Cut] = module.__dict__.setdefault(NOTES, {})
     if leaf in notes:
         raise ConfigError(f"{path!r} is cut already; name it once")
     tensor = getattr(module, leaf)

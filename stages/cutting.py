@@ -26,7 +26,6 @@ from torch.nn import functional
 from torchrelay.errors import ConfigError
 from torchrelay.stages.cut_pieces import (
     NOTES,
-    Piece,
     check_divides,
     cut,
     cut_state,
@@ -35,10 +34,10 @@ from torchrelay.stages.cut_pieces import (
     pieces_of,
     share,
 )
+from torchrelay.stages.cuts import NOTHING, Cut
 from torchrelay.stages.stage import StageContext
 
 __all__ = [
-    "Piece",
     "column_linear",
     "cut_state",
     "embedding",
@@ -93,7 +92,7 @@ def embedding(model: nn.Module, context: StageContext, *names: str, by: str = "f
                     name,
                     module,
                     "weight",
-                    Piece(1, module.embedding_dim, (share(module.embedding_dim, context),)),
+                    Cut(1, (share(module.embedding_dim, context),), whole=module.embedding_dim),
                 )
                 module.embedding_dim //= context.shards
         else:
@@ -178,7 +177,7 @@ def parameter(model: nn.Module, context: StageContext, *names: str, dim: int = 0
             check_divides(path, f"dimension {dim}", size, context)
             if context.shards > 1:
                 owner, _, leaf = path.rpartition(".")
-                piece = Piece(dim % known[path].ndim, size, (share(size, context),))
+                piece = Cut(dim % known[path].ndim, (share(size, context),), whole=size)
                 cut(model, owner, model.get_submodule(owner), leaf, piece)
 
 
@@ -187,7 +186,7 @@ class Absent(nn.Module):
 
     def __init__(self, expert: nn.Module) -> None:
         super().__init__()
-        setattr(self, NOTES, dict.fromkeys(expert.state_dict(), Piece()))
+        setattr(self, NOTES, dict.fromkeys(expert.state_dict(), NOTHING))
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -221,7 +220,7 @@ def _cut_columns(
 ) -> None:
     if context.shards == 1:
         return
-    piece = Piece(0, module.out_features, tuple(ranges))
+    piece = Cut(0, tuple(ranges), whole=module.out_features)
     for leaf in ("weight", "bias"):
         if getattr(module, leaf) is not None:
             cut(model, name, module, leaf, piece)
@@ -233,10 +232,10 @@ def _cut_rows(
 ) -> None:
     if context.shards == 1:
         return
-    cut(model, name, module, "weight", Piece(1, module.in_features, tuple(ranges)))
+    cut(model, name, module, "weight", Cut(1, tuple(ranges), whole=module.in_features))
     if module.bias is not None and context.shard:
         # It would be added once per shard.
-        cut(model, name, module, "bias", Piece())
+        cut(model, name, module, "bias", NOTHING)
     module.in_features = sum(stop - start for start, stop in ranges)
 
 
@@ -244,7 +243,7 @@ def _cut_entries(model: nn.Module, name: str, module: nn.Embedding, context: Sta
     if not name:
         raise ConfigError("embedding: the model is the Embedding itself, which is replaced; put it into a module")
     mine = share(module.num_embeddings, context)
-    cut(model, name, module, "weight", Piece(0, module.num_embeddings, (mine,)))
+    cut(model, name, module, "weight", Cut(0, (mine,), whole=module.num_embeddings))
     part = EntriesOfShard(module, nn.Parameter(module.weight, module.weight.requires_grad), mine[0])
     part.__dict__[NOTES] = module.__dict__[NOTES]
     owner, _, leaf = name.rpartition(".")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -84,14 +84,18 @@ class Feeder:
         self._compute: Any = torch.cuda.default_stream(self._device)
         self._rings: OrderedDict[tuple[str, torch.dtype, tuple[int, ...]], _Ring] = OrderedDict()
 
-    def feed(self, batch: Batch) -> Fed:
-        """Starts the copies; the tensors are valid for the stream that computes once it waited for `copied`."""
+    def feed(self, batch: Batch, on_host: Collection[str] = ()) -> Fed:
+        """Starts the copies; the tensors are valid for the stream that computes once it waited for `copied`. Columns
+        named in `on_host` stay arrays."""
         turns: list[_Turn] = []
         torch.cuda.set_device(self._device)
         try:
             # Compiled code is for tensors that were made in inference mode, or for others; they are all of one kind.
             with torch.inference_mode(), torch.cuda.stream(self._stream):
-                columns = {name: self._column(name, column, turns) for name, column in batch.columns.items()}
+                columns = {
+                    name: _kept(column) if name in on_host else self._column(name, column, turns)
+                    for name, column in batch.columns.items()
+                }
                 padded = {n: Padded(self._private(p.lengths), p.axes) for n, p in (batch.padded or {}).items()}
                 copied = _event()
                 copied.record(self._stream)
@@ -172,6 +176,10 @@ class Feeder:
         tensor = _pinned(array).to(self._device, non_blocking=True)
         tensor.record_stream(self._compute)
         return tensor.view(dtype)
+
+
+def _kept(column: Any) -> Any:
+    return column.joined() if isinstance(column, Pieces) else column
 
 
 def _pinned(array: np.ndarray) -> torch.Tensor:

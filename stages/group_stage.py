@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+from torchrelay.config.ragged import RaggedRows
 from torchrelay.errors import WorkerError
 from torchrelay.stages.batch import Batch
 from torchrelay.stages.faults import is_device_lost, is_out_of_memory
@@ -26,6 +27,8 @@ __all__ = ["Codec", "GroupStage", "RankFailed", "RankOutOfMemory", "Report", "fo
 # A rank that raised alone: so long the others may take to report before they are taken to hang in a collective.
 _PATIENCE_S = 2.0
 _ABORT = "abort"
+# Each broadcast costs about as much as copying so much.
+_SMALL_BYTES = 64 << 10
 
 
 class RankFailed(WorkerError):
@@ -55,7 +58,13 @@ class Report:
         except Exception:  # a stranger's __str__ may raise anything
             text = ""
         trace = "".join(traceback.format_exception(error))[-8000:]
-        return cls(type(error).__name__, text[:2000], trace, is_out_of_memory(error), is_device_lost(error))
+        told = _plain(type(error).__name__), _plain(text[:2000]), _plain(trace)
+        return cls(*told, is_out_of_memory(error), is_device_lost(error))
+
+
+def _plain(text: str) -> str:
+    """Halves of characters, as in names of files that are no UTF-8, cannot be sent."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass(slots=True)
@@ -126,15 +135,17 @@ class GroupStage(Stage):
         """Waits for all ranks. What one of them raised alone, the hearing threads notice even while this one hangs."""
         size = len(self._lines) + 1
         with self._changed:
-            whole = self._changed.wait_for(
+            self._changed.wait_for(
                 lambda: len(mine.reports) == size or mine.gone, _PATIENCE_S if error is not None else None
             )
-            reports = dict(mine.reports)
+            reports, gone = dict(mine.reports), mine.gone
+        whole = len(reports) == size
         failed = {rank: report for rank, report in reports.items() if report.kind}
         if mine.aborted:
             failed.pop(0, None)  # what came of the other rank's fault
-        if (mine.gone or not whole) and not failed:
-            self._break(mine.gone, Report("LineClosed", f"rank {mine.gone} is gone"), mine, stuck=True)
+        # Of a rank that is gone: what others raised may be no more than that their collective lost it.
+        if gone not in reports or (not failed and (gone or not whole)):
+            self._break(gone, Report("LineClosed", f"rank {gone} is gone"), mine, stuck=True)
         if not failed:
             return
         kinds = {(report.kind, report.room) for report in reports.values()}
@@ -213,7 +224,12 @@ class GroupStage(Stage):
         }
         message = self._codec.encode(head)
         for line in self._lines:
-            line.send(message)
+            try:
+                line.send(message)
+            except LineClosed:
+                with self._changed:
+                    self._round.gone = self._round.gone or line.rank
+                raise
         _broadcast(tensors)
 
     def close(self) -> None:
@@ -275,10 +291,17 @@ def _call(inner: Any, batch: Batch) -> Any:
 
 def _packed(column: Any, tensors: list[Any]) -> Any:
     """A column as the header holds it: values as they are, of a tensor its form, with its bytes to come behind."""
-    if not _is_tensor(column):
-        return ["values", column]
-    tensors.append(column)
-    return ["tensor", str(column.dtype).removeprefix("torch."), list(column.shape)]
+    if _is_tensor(column):
+        tensors.append(column)
+        return ["tensor", str(column.dtype).removeprefix("torch."), list(column.shape)]
+    # Rows of many lengths that are not padded, or of which some are null.
+    if isinstance(column, list) and any(map(_holds_tensors, column)):
+        return ["rows", [_packed(value, tensors) for value in column]]
+    return ["values", list(column) if isinstance(column, RaggedRows) else column]
+
+
+def _holds_tensors(value: Any) -> bool:
+    return _is_tensor(value) or (isinstance(value, list) and any(map(_holds_tensors, value)))
 
 
 def _batch(inner: Any, head: Mapping[str, Any], device: str) -> Batch:
@@ -308,6 +331,8 @@ def _batch(inner: Any, head: Mapping[str, Any], device: str) -> Batch:
 def _unpacked(value: Sequence[Any], tensors: list[Any], device: str) -> Any:
     if value[0] == "values":
         return value[1]
+    if value[0] == "rows":
+        return [_unpacked(row, tensors, device) for row in value[1]]
     import torch
 
     with torch.inference_mode():
@@ -316,16 +341,32 @@ def _unpacked(value: Sequence[Any], tensors: list[Any], device: str) -> Any:
 
 
 def _broadcast(tensors: Sequence[Any]) -> None:
-    """From rank 0 to all, as bytes: of every dtype, whatever a backend knows."""
+    """From rank 0 to all, as bytes: of every dtype, whatever a backend knows. Small ones go together."""
     if not tensors:
         return
     import torch
     import torch.distributed as dist
 
     with torch.inference_mode():
-        for tensor in tensors:
-            if tensor.numel():
-                dist.broadcast(tensor.contiguous().reshape(-1).view(torch.uint8), 0)
+        found = [_bytes(tensor) for tensor in tensors if tensor.numel()]
+        small = [part for part in found if len(part) <= _SMALL_BYTES]
+        if len(small) < 2:
+            small = []
+        for part in found:
+            if not small or len(part) > _SMALL_BYTES:
+                dist.broadcast(part, 0)
+        if small:
+            together: Any = torch.cat(small)
+            dist.broadcast(together, 0)
+            if dist.get_rank():
+                for part, came in zip(small, together.split(list(map(len, small))), strict=True):
+                    part.copy_(came)
+
+
+def _bytes(tensor: Any) -> Any:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from torchrelay.config.shard_plans import Style
 from torchrelay.errors import StageLoadError
-from torchrelay.stages.slices import Cut
+from torchrelay.stages.cuts import Cut
 
 __all__ = ["Heads", "even_cut", "heads_of"]
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from torchrelay.stages.slices import Cut
+from torchrelay.stages.cuts import Cut
 
 __all__ = ["ColumnLinear", "Ranks", "RowLinear", "VocabEmbedding"]
 

@@ -114,7 +114,7 @@ def _must_be_cut(modules: Mapping[str, nn.Module], name: str, style: Style) -> N
     # A class derived from one may compute something else, which would be lost.
     if type(module) is not wanted:
         inner = [n for n, m in modules.items() if n.startswith(name + ".") and type(m) is wanted]
-        within = f"; in it are {_some(inner)}" if inner else ""
+        within = f"; in it are {_some(inner)}" if inner else "; write another style for it, or whole"
         raise StageLoadError(
             f"plan: {name!r} is a {type(module).__name__}, and style {style.kind} is for nn.{wanted.__name__}{within}"
         )
@@ -134,7 +134,10 @@ def _attributes(modules: Mapping[str, nn.Module], model: nn.Module, pattern: str
             has = f"; whole numbers of it are {_some(there)}" if there else ""
             raise StageLoadError(f"plan: module {name!r} has no whole number {attribute!r} to divide{has}")
         if value % count:
-            raise StageLoadError(f"module {name!r}: its {attribute} of {value} does not divide by {count} shards")
+            fits = ", ".join(str(n) for n in range(2, 65) if value % n == 0)
+            remedy = f"choose a count of {fits}" if fits else "leave it whole"
+            what = f"module {name!r}: its {attribute} of {value} does not divide by {count} shards"
+            raise StageLoadError(f"{what}; {remedy}")
         yield f"{name}.{attribute}"
 
 

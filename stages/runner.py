@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchrelay.stages.feeding import Departure, Exports, Fed, Feeder
     from torchrelay.stages.torch_stage import TorchStage
 
-__all__ = ["Launched", "Prepared", "Runner", "make_runner"]
+__all__ = ["Launched", "Prepared", "Runner", "configure", "make_runner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class Runner:
             batch = assemble(tables, rows, self._types, rules.pad, meta, rules.buckets, joined_by=join, empty=empty)
             batch = replace(batch, ended=ended)
             if feeder is not None:
-                fed = feeder.feed(batch)
+                fed = feeder.feed(batch, self.stage.on_host if takes_tensors(self.stage) else ())
                 return Prepared(rows, fed.batch, fed)
             if takes_tensors(self.stage):
                 batch = self.stage.tensors(batch, self._device)
@@ -342,7 +342,9 @@ class Runner:
 
 
 class TensorStage(Protocol):
-    """A stage whose batches hold tensors."""
+    """A stage whose batches hold tensors, but for the columns of `on_host`."""
+
+    on_host: frozenset[str]
 
     def tensors(self, batch: Batch, device: str) -> Batch: ...
     def infer(self, batch: Batch) -> Mapping[str, Any] | Expand: ...
@@ -379,6 +381,12 @@ def make_runner(
     if spec.use is None:
         obj = Identity()
     stage = obj if isinstance(obj, Stage) else make_stage(obj, spec.args, spec.name)
+    configure(stage, spec)
+    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
+
+
+def configure(stage: Stage, spec: StageConfig) -> None:
+    """Tells a stage its `torch` options and `weights`; raises ConfigError for one that takes none."""
     options = spec.torch
     if is_torch_stage(stage):
         from torchrelay.stages.torch_stage import TorchOptions
@@ -398,7 +406,6 @@ def make_runner(
             f"stage {spec.name!r}: `shards: {{plan}}` is for a TorchStage, and {type(stage).__qualname__} is a plain "
             "Stage, which cuts its model itself, by context.rank and context.world_size; take the plan out"
         )
-    return Runner(stage, spec.name, types, outputs, spec.batch, expands=spec.rows == "expand", part=_part(spec))
 
 
 def _part(spec: StageConfig) -> str:

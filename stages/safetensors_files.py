@@ -18,7 +18,7 @@ import torch
 
 from torchrelay.errors import StageLoadError
 
-__all__ = ["INDEX", "Place", "is_index", "read_head", "read_index", "refuse"]
+__all__ = ["INDEX", "Place", "first_line", "is_index", "must_be_there", "read_head", "read_index", "refuse"]
 
 INDEX = ".safetensors.index.json"
 """How the name of an index ends."""
@@ -73,11 +73,11 @@ def read_index(path: Path) -> dict[str, Place]:
 
 
 def _index(path: Path) -> dict[str, str]:
-    _must_be_there(path)
+    must_be_there(path)
     try:
         index = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
-        raise StageLoadError(f"weights {str(path)!r} are no JSON index ({_line(error)})") from error
+        raise StageLoadError(f"weights {str(path)!r} are no JSON index ({first_line(error)})") from error
     named = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
         raise StageLoadError(f"weights {str(path)!r} have no weight_map of names to files; save the model again")
@@ -93,7 +93,7 @@ def read_head(path: Path) -> dict[str, Place]:
     Raises:
         StageLoadError: the file is missing, damaged or of another kind, or has a type that this torch has not.
     """
-    _must_be_there(path)
+    must_be_there(path)
     try:
         with path.open("rb") as file:
             first = file.read(8)
@@ -103,7 +103,7 @@ def read_head(path: Path) -> dict[str, Place]:
                 raise refuse(path, f"its head would have {length} bytes" if len(first) == 8 else "it is too short")
             head = json.loads(file.read(length), object_pairs_hook=_no_twice)
     except (ValueError, RecursionError, OSError) as error:
-        raise refuse(path, _line(error)) from error
+        raise refuse(path, first_line(error)) from error
     if not isinstance(head, dict):
         raise refuse(path, "its head is no JSON object")
     head.pop("__metadata__", None)
@@ -151,7 +151,8 @@ def refuse(path: Path, why: str) -> StageLoadError:
     return StageLoadError(f"weights {str(path)!r} are no safetensors file ({why}){renamed}")
 
 
-def _must_be_there(path: Path) -> None:
+def must_be_there(path: Path) -> None:
+    """Raises StageLoadError where there is no regular file."""
     if not path.is_file():
         raise StageLoadError(f"weights {str(path)!r} do not exist or are no regular file")
 
@@ -167,5 +168,6 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

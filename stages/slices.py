@@ -16,44 +16,15 @@ from typing import Any, Protocol
 import torch
 
 from torchrelay.errors import StageLoadError
+from torchrelay.stages.cuts import Cut
+from torchrelay.stages.pickled import read_pickled
 from torchrelay.stages.safetensors_files import Place, is_index, read_head, read_index
-from torchrelay.stages.weights import read_weights
 
-__all__ = ["Cut", "Weights", "open_weights"]
+__all__ = ["Weights", "open_weights"]
 
 _BUFFER = 16 << 20
 # Shorter pieces of a row are cheaper to copy out of whole rows than to ask the system for one by one.
 _PIECE = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A part of a tensor: along dimension `dim` the `ranges` of [start, stop), one behind the other; then zeros up to
-    `size` (None: no zeros)."""
-
-    dim: int
-    ranges: tuple[tuple[int, int], ...]
-    size: int | None = None
-
-    @property
-    def taken(self) -> int:
-        """How many of the tensor's own are in it, along `dim`."""
-        return sum(stop - start for start, stop in self.ranges)
-
-    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
-        """The part's shape, of a tensor of this shape."""
-        part = list(whole)
-        part[self.dim] = self.taken if self.size is None else self.size
-        return tuple(part)
-
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part, of a tensor that is there: memory of its own."""
-        part = whole.new_zeros(self.shape(whole.shape))
-        at = 0
-        for start, stop in self.ranges:
-            part.narrow(self.dim, at, stop - start).copy_(whole.narrow(self.dim, start, stop - start))
-            at += stop - start
-        return part
 
 
 class Weights(Protocol):
@@ -95,7 +66,7 @@ def open_weights(path: Path) -> Weights:
         return _Lazy(path, read_index(path))
     if path.suffix == ".safetensors":
         return _Lazy(path, read_head(path))
-    return _Whole(path, read_weights(path, torch.device("cpu")))
+    return _Whole(path, read_pickled(path, torch.device("cpu")))
 
 
 class _Whole:

@@ -20,10 +20,11 @@ from torch import nn
 from torchrelay.config.shard_plans import Plan, Style
 from torchrelay.errors import StageLoadError
 from torchrelay.stages.building import parameters_on_meta
+from torchrelay.stages.cuts import Cut
 from torchrelay.stages.head_counts import Heads, even_cut, heads_of
 from torchrelay.stages.parallel_layers import ColumnLinear, Ranks, RowLinear, VocabEmbedding
 from torchrelay.stages.plans import Found, find_plan
-from torchrelay.stages.slices import Cut, Weights, open_weights
+from torchrelay.stages.slices import Weights, open_weights
 from torchrelay.stages.weights import check_names, set_tensor, tied_names
 
 __all__ = ["Wanted", "load_parallel", "parallelize"]
@@ -237,7 +238,8 @@ def _part(name: str, leaf: str, module: nn.Module, style: Style, heads: Heads | 
         cut = _rounded(module.num_embeddings, rank, count)
         if (count - 1) * -(-module.num_embeddings // count) >= module.num_embeddings:
             raise StageLoadError(
-                f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards"
+                f"module {name!r}: its {module.num_embeddings} embeddings are too few for {count} shards; choose a "
+                "smaller count, or the style whole"
             )
         return VocabEmbedding(module, ranks, cut)
     assert isinstance(module, nn.Linear)  # the plan saw to it

@@ -6,8 +6,9 @@ Promise: weights are read without running code from them, and either all of them
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,10 +59,12 @@ class TorchStage(Stage):
     device: torch.device = torch.device("cpu")
     # What `torch: {dtype}` says; None if it says nothing.
     dtype: torch.dtype | None = None
+    on_host: frozenset[str] = frozenset()
     _takes_tensors = True
     _options: TorchOptions = TorchOptions()
     _weights: str | None = None
     _plan: Plan = None
+    _instead: Callable[[], Any] | None = None
 
     def configure(self, options: TorchOptions, weights: str | None, plan: Plan = None) -> None:
         """Take the YAML's `torch:` options, `weights:` path and `shards: {plan}`; called once, before `load`.
@@ -93,10 +96,13 @@ class TorchStage(Stage):
             DeviceError: the device is not there.
         """
         self.device = _device(context.device)
+        if self._instead is not None:
+            self.model = self._instead()
+            return
         if context.world_size > 1 and self._plan != "own":
             model = self._load_part(context)
         elif self._weights is None:
-            model = self._build(context)
+            model = self.built(context)
         else:
             model = self._build_with(self._weights, context)
         model = model.to(self.device).eval().requires_grad_(False)
@@ -105,6 +111,19 @@ class TorchStage(Stage):
         if self._options.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         self.model = self._shaped(model)
+
+    def load_instead(self, model: Callable[[], Any]) -> None:
+        """`load` takes what this makes as the model: the stage has only a part of it here."""
+        self._instead = model
+
+    @property
+    def options(self) -> TorchOptions:
+        """The YAML's `torch:` options."""
+        return self._options
+
+    def weights_path(self, context: StageContext) -> Path | None:
+        """The file of `weights:`; None without."""
+        return None if self._weights is None else context.path(self._weights)
 
     @property
     def shaped(self) -> ShapedModel | None:
@@ -138,7 +157,8 @@ class TorchStage(Stage):
             return ShapedModel(torch.compile(model, dynamic=False), who, options.row_buckets, graphs=graphs)
         return ShapedModel(model, who, options.row_buckets, graphs=True) if graphs else model
 
-    def _build(self, context: StageContext) -> nn.Module:
+    def built(self, context: StageContext) -> nn.Module:
+        """What `build` returns; raises StageLoadError for anything but a module."""
         model = self.build(context)
         if not isinstance(model, nn.Module):
             raise StageLoadError(f"{type(self).__qualname__}.build returned a {type(model).__name__}, not an nn.Module")
@@ -152,30 +172,29 @@ class TorchStage(Stage):
             raise StageLoadError(
                 "torch.cuda_graphs does not go with shards of mode: tensor; take it out, or use compile"
             )
-        weights = None if self._weights is None else context.path(self._weights)
-        wanted = Wanted(self._plan, weights, self.device, self.dtype)
-        return load_parallel(lambda: self._build(context), wanted)
+        wanted = Wanted(self._plan, self.weights_path(context), self.device, self.dtype)
+        return load_parallel(lambda: self.built(context), wanted)
 
     def _build_with(self, weights: str, context: StageContext) -> nn.Module:
         try:
             with torch.device("meta"):
-                model = self._build(context)
+                model = self.built(context)
         except (NotImplementedError, RuntimeError) as error:
             # Some modules compute with their tensors while they are built, which meta tensors cannot do.
             log.info("%s is built on the CPU, since the meta device refused: %s", type(self).__qualname__, error)
-            model = self._build(context)
+            model = self.built(context)
         # Of layers that were cut for shards, only this shard's parts.
         state = read_weights(context.path(weights), self.device, pieces_of(model))
         left = fill_model(model, state, weights)
         if left:
             # Buffers that are not saved (persistent=False) get their values only from a real build.
             with parameters_on_meta():
-                model = self._build(context)
+                model = self.built(context)
             left = fill_model(model, state, weights)
         if left:
             # They are computed of parameters.
             log.info("%s is built on the CPU for its unsaved buffers %s", type(self).__qualname__, ", ".join(left))
-            model = self._build(context)
+            model = self.built(context)
             fill_model(model, state, weights)
         return model
 

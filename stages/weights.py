@@ -2,118 +2,82 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from torchrelay.errors import ConfigError, StageLoadError
-from torchrelay.stages.cut_pieces import Piece, check_whole
-from torchrelay.stages.safetensors_files import is_index, read_index, refuse
+from torchrelay.stages.cuts import Cut, check_whole
+from torchrelay.stages.pickled import read_pickled
+from torchrelay.stages.safetensors_files import first_line, is_index, must_be_there, read_index, refuse
+from torchrelay.stages.slices import open_weights
 
 __all__ = ["check_names", "fill_model", "read_weights", "set_tensor", "tied_names"]
 
 _SHOWN = 8
 
 
-def read_weights(
-    path: Path, device: torch.device, pieces: Mapping[str, Piece] | None = None
-) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, device: torch.device, cuts: Mapping[str, Cut] | None = None) -> dict[str, torch.Tensor]:
     """Read a state dict onto the device.
 
     Args:
         path: a .safetensors file, the `.safetensors.index.json` of a model in several, or a .pt or .pth file, of which
             only tensors are taken.
-        pieces: of the file's tensors, the parts that are wanted; of a .safetensors file nothing else is read.
+        cuts: of the file's tensors, the parts that are wanted; of .safetensors files nothing else is ever in memory.
 
     Raises:
         StageLoadError: the file is missing, damaged, of another kind, or holds anything but named tensors.
     """
-    if not path.is_file():
-        raise StageLoadError(f"weights {str(path)!r} do not exist or are no regular file")
+    if cuts:
+        return _read_parts(path, device, cuts)
     if is_index(path):
-        return _read_several(path, device, pieces or {})
+        return _read_several(path, device)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, device, pieces or {})
-    if path.suffix not in (".pt", ".pth"):
-        raise StageLoadError(f"weights {str(path)!r} must be a .safetensors, .safetensors.index.json, .pt or .pth file")
+        return _read_safetensors(path, device)
+    return read_pickled(path, device)
+
+
+def _read_parts(path: Path, device: torch.device, cuts: Mapping[str, Cut]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    with open_weights(path) as weights:
+        for name in weights.names():
+            cut = cuts.get(name)
+            if cut is not None:
+                _check_whole(name, cut, weights.shape(name), path)
+            if cut is None or cut.ranges:
+                found[name] = weights.read(name, cut, device=device)
+    return found
+
+
+def _check_whole(name: str, cut: Cut, shape: Sequence[int], path: Path) -> None:
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise StageLoadError(
-            f"weights {str(path)!r} cannot be read as plain tensors ({_first_line(error)}); "
-            "save model.state_dict(), best as .safetensors"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise StageLoadError(f"weights {str(path)!r} hold a {type(state).__name__}; save model.state_dict()")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise StageLoadError(
-                f"weights {str(path)!r} hold a {type(value).__name__} under {key!r}; save model.state_dict() alone"
-            )
-    return _cut(dict(state), path, pieces or {})
-
-
-def _cut(state: dict[str, torch.Tensor], path: Path, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
-    """With the parts that are wanted in place of the whole tensors; these go one by one."""
-    for name in pieces.keys() & state.keys():
-        whole = state.pop(name)
-        _check_whole(name, pieces[name], whole.shape, path)
-        if pieces[name].ranges:
-            state[name] = pieces[name].of(whole)
-    return state
-
-
-def _check_whole(name: str, piece: Piece, shape: Sequence[int], path: Path) -> None:
-    try:
-        check_whole(name, piece, shape)
+        check_whole(name, cut, shape)
     except ConfigError as error:
         raise StageLoadError(f"weights {str(path)!r} do not fit the model: {error}") from error
 
 
-def _read_safetensors(path: Path, device: torch.device, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    must_be_there(path)
     try:
-        state: dict[str, torch.Tensor] = _read_pieces(path, device, pieces) if pieces else load_file(path, str(device))
+        state: dict[str, torch.Tensor] = load_file(path, str(device))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise refuse(path, _first_line(error)) from error
+        raise refuse(path, first_line(error)) from error
     return state
 
 
-def _read_several(index: Path, device: torch.device, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
+def _read_several(index: Path, device: torch.device) -> dict[str, torch.Tensor]:
     files: dict[Path, list[str]] = {}
     for name, place in read_index(index).items():
         files.setdefault(place.path, []).append(name)
     found: dict[str, torch.Tensor] = {}
     for path, names in files.items():
-        state = _read_safetensors(path, device, {name: pieces[name] for name in names if name in pieces})
-        found |= {name: state[name] for name in names if name in state}
+        state = _read_safetensors(path, device)
+        found |= {name: state[name] for name in names}
     return found
-
-
-def _read_pieces(path: Path, device: torch.device, pieces: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for name in file.keys():  # noqa: SIM118  # it is no mapping, and does not say how to iterate
-            piece = pieces.get(name)
-            if piece is None:
-                found[name] = file.get_tensor(name).to(device)
-                continue
-            part = file.get_slice(name)
-            _check_whole(name, piece, part.get_shape(), path)
-            if piece.ranges:
-                before = (slice(None),) * piece.dim
-                parts = [part[(*before, slice(start, stop))] for start, stop in piece.ranges]
-                found[name] = (parts[0] if len(parts) == 1 else torch.cat(parts, piece.dim)).to(device)
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def fill_model(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> list[str]:

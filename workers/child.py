@@ -28,11 +28,13 @@ from torchrelay.config.graph import is_runs
 from torchrelay.config.imports import import_use
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.settings import Settings
-from torchrelay.config.shards import shard_of
+from torchrelay.config.shards import PartConfig, shard_of
 from torchrelay.config.spec import StageConfig
 from torchrelay.errors import BrokerUnavailable, ConfigError, DeviceError, StageLoadError, TorchrelayError
 from torchrelay.queues.connection import connect
 from torchrelay.queues.groups import GroupRecord, Member
+from torchrelay.queues.keys import ControlKeys
+from torchrelay.queues.plans import KeptPlans
 from torchrelay.queues.registry import Registry
 from torchrelay.queues.scripts import WorkerRetired
 from torchrelay.stages import Runner, StageContext, make_group_runner
@@ -47,6 +49,7 @@ from torchrelay.workers.parts import Surroundings
 from torchrelay.workers.progress import ProgressPage
 from torchrelay.workers.rank import Rank
 from torchrelay.workers.run_stages import StillHeld, run_stage
+from torchrelay.workers.splitting import is_split, split_stage
 from torchrelay.workers.stop import Stop
 from torchrelay.workers.storage import Ends, SharedMemory
 
@@ -120,11 +123,19 @@ def _end_at_once(error: BaseException) -> None:
     os._exit(EXIT_DEVICE)
 
 
-def _stage(spec: StageConfig, home: Pipeline, still_held: StillHeld, writer: str) -> object:
-    """What a stage's entry names; what reads and writes for runs is ours."""
+def _stage(spec: StageConfig, home: Pipeline, still_held: StillHeld, orders: Orders, where: StageContext) -> object:
+    """What a stage's entry names; what reads and writes for runs is ours, and so is a part of a model."""
     if is_runs(spec.name):
-        return run_stage(spec.name, home, still_held, writer)
+        return run_stage(spec.name, home, still_held, orders.run_writer)
+    if isinstance(spec, PartConfig) and is_split(spec):
+        return _split_stage(spec, home, orders, where)
     return spec.use and import_use(spec.use, home.base_dir)
+
+
+def _split_stage(spec: PartConfig, home: Pipeline, orders: Orders, where: StageContext) -> object:
+    with connect(orders.url) as client:
+        kept = KeptPlans(client, ControlKeys(orders.namespace))
+        return split_stage(spec, home, where, lambda place, make: kept.agree(place, make, orders.worker))
 
 
 def _context(home: Pipeline, group: Group, registry: Registry, orders: Orders) -> NodeContext:
@@ -153,11 +164,12 @@ def serve(orders: Orders, stop: Stop) -> None:
     check_codecs(home.graph, group.last)
     device = pick_device(spec, orders.device)
     still_held = StillHeld(orders.lease_ms)
-    runner = make_group_runner(lambda s: _stage(s, home, still_held, orders.run_writer), group)
+    where = _stage_context(orders, device, pipeline, spec)
+    runner = make_group_runner(lambda s: _stage(s, home, still_held, orders, where), group)
     client = connect(orders.url)
     registry = Registry(client, orders.namespace, orders.lanes)
     rank = _join(orders, registry, device, max(stage.timeout_s for stage in group.stages))
-    runner.load(_stage_context(orders, device, pipeline, spec))
+    runner.load(where)
     if rank is not None and orders.rank:
         _follow(rank, runner, orders, device)
         return

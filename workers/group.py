@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import redis
 
 from torchrelay.errors import BrokerError, ConfigError
-from torchrelay.queues.groups import GroupRecord, GroupState, Kind, Member
+from torchrelay.queues.groups import PRESENT_S, GroupRecord, GroupState, Kind, Member, RankTaken
 from torchrelay.queues.registry import Registry
 
 __all__ = ["GroupWatch"]
 
 log = logging.getLogger("torchrelay.group")
 _LOOK_S = 0.25
+# A process that was killed has its rank so long; then it is another that lives.
+_TAKEN_S = 2 * PRESENT_S
 _FAULTS = (BrokerError, redis.RedisError, OSError)
 
 
@@ -41,6 +44,8 @@ class GroupWatch:
         self._ready_for = 0
         self._draining = self._over = False
         self._thread = threading.Thread(target=self._loop, name=f"torchrelay-group-{member.rank}", daemon=True)
+        self._taken_until = 0.0
+        # Why this rank can never join: another process has it, or the group is of another size.
         self.refused: ConfigError | None = None
         self.joined = 0  # the epoch in which this rank came
 
@@ -95,7 +100,10 @@ class GroupWatch:
         with self._lock:
             try:
                 self._state = self.record.tend(self._ready_for, drain=self._draining)
-                self.refused = None
+                self.refused, self._taken_until = None, 0.0
+            except RankTaken as error:
+                self._taken(error)
+                return None
             except ConfigError as error:
                 self.refused = error
                 return None
@@ -104,6 +112,15 @@ class GroupWatch:
                 return None
             self.joined = self.joined or self._state.epoch
             return self._state
+
+    def _taken(self, error: RankTaken) -> None:
+        """Who has the rank may have been killed a moment ago: waits until that would be known."""
+        now = time.monotonic()
+        if not self._taken_until:
+            self._taken_until = now + _TAKEN_S
+            log.warning("%s; if it was killed, this one has its place in %g s", error, PRESENT_S)
+        elif now >= self._taken_until:
+            self.refused = error
 
     def _loop(self) -> None:
         told = (0, False)

@@ -311,7 +311,7 @@ class HostAgent:
         if not self._room(one):
             return False
         servable = self._servable[one.ref]
-        member = Member(one.group, one.shard, one.shards) if one.shards > 1 else None
+        member = Member(one.group, one.shard, one.shards, f"{one.ref}/{one.stage}") if one.shards > 1 else None
         plan = WorkerPlan(servable.pipeline, one.stage, one.slot, servable.overrides, one.id, member)
         supervisor = Supervisor(plan, self._registry, self._url, self._settings, self._output)
         thread = threading.Thread(target=self._run, args=(one.id, supervisor), name=supervisor.name)

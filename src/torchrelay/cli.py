@@ -41,6 +41,7 @@ from torchrelay.cli_options import (
 from torchrelay.cli_run import run_app
 from torchrelay.cli_runs import agent_app, runs_app
 from torchrelay.cli_server import server_app
+from torchrelay.cli_split import split_app
 from torchrelay.cli_tenants import tenants_app
 from torchrelay.config.pipeline import Pipeline
 from torchrelay.errors import (
@@ -71,7 +72,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(dead_app, name="dead")
 app.add_typer(runs_app, name="runs")
 app.add_typer(tenants_app, name="tenants", help="How those that jobs are for share what is there.")
-for part in (fleet_app, operate_app, run_app, agent_app):
+for part in (fleet_app, operate_app, run_app, agent_app, split_app):
     app.registered_commands += part.registered_commands
 
 

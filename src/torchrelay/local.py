@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 
 from torchrelay.config.imports import import_use
-from torchrelay.config.shards import shard_of
+from torchrelay.config.shards import PartConfig, shard_of
 from torchrelay.errors import ConfigError, InputError, JobFailed
 from torchrelay.local_rows import Chunk, Intake
 from torchrelay.producer.encoding import SubmitOptions
@@ -43,12 +43,14 @@ from torchrelay.workers.batching import Planner
 from torchrelay.workers.compute import Failed, GivenUp, compute, told
 from torchrelay.workers.device import pick_device
 from torchrelay.workers.edge import check_codecs
+from torchrelay.workers.splitting import LocalPlans, is_split, split_stage
 from torchrelay.workers.work import Closed, Incoming, Work
 
 if TYPE_CHECKING:
     from torchrelay.config.fusing import Group
     from torchrelay.config.graph import Graph, Node
     from torchrelay.config.pipeline import Pipeline
+    from torchrelay.config.spec import StageConfig
 
 __all__ = ["run_local"]
 
@@ -205,6 +207,7 @@ class LocalRun:
         self._limit = pipeline.spec.limits.rows_per_job
         self._steps: list[_Step] = []
         self._closing = ExitStack()
+        self._plans = LocalPlans()
 
     def __enter__(self) -> LocalRun:
         try:
@@ -222,16 +225,22 @@ class LocalRun:
     def _load(self, group: Group) -> _Step:
         pipeline = self._pipeline
         check_codecs(self._graph, group.last)
-        runner = make_group_runner(lambda s: s.use and import_use(s.use, pipeline.base_dir), group)
         device = pick_device(group.stages[0], self._device)
-        self._closing.callback(runner.close)
         shard, shards = shard_of(group.stages[0])
         where = StageContext(
             device=device, shard=shard, shards=shards, version=pipeline.version, base_dir=pipeline.base_dir
         )
+        runner = make_group_runner(lambda stage: self._found(stage, where), group)
+        self._closing.callback(runner.close)
         runner.load(where)
         assembler: Assembler[Blobs] = Assembler(self._graph, group.first, _fetch, group=group)
         return _Step(group, runner, assembler, Planner(group.batch, group.types))
+
+    def _found(self, stage: StageConfig, where: StageContext) -> object:
+        """What the entry of a stage names, or its part of a model."""
+        if isinstance(stage, PartConfig) and is_split(stage):
+            return split_stage(stage, self._pipeline, where, self._plans.agree)
+        return stage.use and import_use(stage.use, self._pipeline.base_dir)
 
     def results(self, chunk: Chunk) -> list[Any]:
         """Per row its result, or with `keep_errors` its JobFailed. Else the first row that fails raises it."""

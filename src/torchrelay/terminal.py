@@ -22,6 +22,7 @@ from torchrelay.config.pipeline import Pipeline
 from torchrelay.config.run_graph import base_ref, run_ref
 from torchrelay.config.shards import PartConfig, combining
 from torchrelay.config.spec import ShardsSpec, StageConfig
+from torchrelay.group_view import group_rows, groups_of, why_lines
 from torchrelay.queues import operate
 from torchrelay.queues.registry import Registry, WorkerReport
 
@@ -122,7 +123,8 @@ def _cut_words(stage: StageConfig, shards: ShardsSpec) -> str:
 def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]:
     """Nodes, and versions that are stranded or drain, as `status --json` prints them."""
     standing = operate.census(registry, most_delayed)
-    workers = registry.workers()
+    ranks = registry.ranks()
+    workers = [report for report in ranks if not report.rank]
     live = operate.live_versions(registry, standing, workers)
     stranded = [
         {
@@ -137,14 +139,20 @@ def status_of(registry: Registry, most_delayed: int = 100_000) -> dict[str, Any]
         if v.missing
     ]
     draining = [{"pipeline": v.ref, **v.jobs.counts()} for v in live if v.draining]
-    return {"nodes": _node_rows(registry, standing, workers), "stranded": stranded, "draining": draining}
+    groups = groups_of(registry, ranks)
+    rows = [{**row, "groups": groups.get(row["node"], [])} for row in _node_rows(registry, standing, workers, groups)]
+    return {"nodes": rows, "stranded": stranded, "draining": draining}
 
 
 def _node_rows(
-    registry: Registry, standing: Mapping[str, operate.Standing], workers: Sequence[WorkerReport]
+    registry: Registry,
+    standing: Mapping[str, operate.Standing],
+    workers: Sequence[WorkerReport],
+    groups: Collection[str],
 ) -> list[dict[str, Any]]:
     """Per node that has work, workers or is current: what waits, what runs, who serves it. What runs put through a
-    stage counts there; their reading and writing have rows of their own while they have work or workers."""
+    stage counts there; their reading and writing have rows of their own while they have work or workers. `groups` are
+    nodes of which some rank lives, if not the one that counts as the worker."""
     loads = registry.loads()
     paused = operate.paused_nodes(registry)
     serving: dict[str, list[WorkerReport]] = {}
@@ -161,7 +169,8 @@ def _node_rows(
         for node in (twin or pipeline).graph.nodes:
             keys = [f"{p.ref}/{node.name}" for p in (pipeline, twin) if p is not None and _has(p, node.name)]
             row = _node_row(keys, loads, standing, paused, {w.worker: w for k in keys for w in serving.get(k, [])})
-            if row.pop("busy") or row["workers"] or (ref in current and not is_runs(node.name)):
+            shows = row["workers"] or row["node"] in groups or (ref in current and not is_runs(node.name))
+            if row.pop("busy") or shows:
                 rows.append(row | _part_of(pipeline, node.name))
     return rows
 
@@ -253,7 +262,13 @@ def status_view(registry: Registry, most_delayed: int = 1_000) -> Group:
         place = f" on {v['registered_from'].partition(':')[0]}" if v["registered_from"] else ""
         below.append(Text(shown(f"  to run it, with the files of version {v['pipeline'].partition('@')[2]}{place}:")))
         below += [Text(shown(f"  {command}")) for command in v["commands"]]
-    return Group(table(columns, rows), *below)
+    parts: list[RenderableType] = [table(columns, rows)]
+    grouped = [row for r in status["nodes"] for row in group_rows(r["groups"], r["node"])]
+    if grouped:
+        names = ["node", "group", "#rank", "host", "#pid", "device", "state", "#epoch"]
+        parts += [Text(""), table(names, grouped)]
+    parts += [Text(shown(line), "yellow") for r in status["nodes"] for line in why_lines(r["groups"])]
+    return Group(*parts, *below)
 
 
 def print_status(registry: Registry) -> None:

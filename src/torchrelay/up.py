@@ -212,6 +212,7 @@ def _ranks(plan: WorkerPlan, shard: int | None, group: str) -> list[WorkerPlan]:
     if group and shard is None:
         raise ConfigError(f"--group {group!r:.60} joins ranks of several hosts; say with --shard which one this is")
     name = check_group(group) if group else f"g{new_token(12)}"
+    of = f"{plan.pipeline.ref}/{stage.name}"
     found = []
     for rank in range(size) if shard is None else (shard,):
         device = plan.device
@@ -219,7 +220,7 @@ def _ranks(plan: WorkerPlan, shard: int | None, group: str) -> list[WorkerPlan]:
             device = f"{device}:{rank}"
         elif shard is None and device.startswith("cuda:"):
             raise ConfigError(f"stage {stage.name!r}: its {size} ranks take a GPU each; say cuda, not {device}")
-        found.append(replace(plan, device=device, member=Member(name, rank, size)))
+        found.append(replace(plan, device=device, member=Member(name, rank, size, of)))
     return found
 
 

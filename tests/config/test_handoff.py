@@ -75,3 +75,35 @@ def test_it_is_tuning(load: Load) -> None:
     with_it = load(HEAD + A + B + C)
     assert with_it.version == load(HEAD + A + B.replace(", handoff: device", "") + C).version
     assert StageSpec("b", use="s.py:Stage", handoff="device").data() == {"handoff": "device"}
+
+
+def test_parts_of_a_model_hand_over_between_them(load: Load) -> None:
+    """The parts before the last leave what crosses on their device; the last one if its stage could without parts."""
+    cut = {"device": "gpu", "handoff": "device", "shards": "{count: 3, mode: pipeline}"}
+    whole = stage("m", inputs="[x]", outputs="{y: int64}", **cut)
+    made = load(HEAD + A + whole + C)
+    ways = {s.name: s.handoff for s in made.spec.stages}
+    assert ways == {"a": "host", "m.0": "device", "m.1": "device", "m.2": "device", "c": "host"}
+    a, first, second, third, c = made.graph.nodes
+    assert [n.kept_for for n in (a, first, second, third, c)] == [0, second.bit, third.bit, c.bit, 0]
+    # x goes when what is behind its readers, the first and the last part, is done: these may have to run again.
+    assert made.graph.consumers("x", a.index) == first.bit | third.bit
+    assert made.graph.holders("x", a.index) == first.bit | second.bit | third.bit | c.bit
+
+
+@pytest.mark.parametrize("more", [{}, {"rows": "expand"}, {"wire": "{dtype: float16, compress: lz4}"}])
+def test_the_last_part_hands_over_what_a_whole_stage_could(load: Load, more: dict[str, str]) -> None:
+    """At the end, with more rows, or narrowed, its result goes by the host; between the parts nothing changes."""
+    shards = "{count: 2, mode: pipeline}"
+    mine = {"inputs": "[x]", "outputs": "{z: int64}", "device": "gpu", "handoff": "device", "shards": shards, **more}
+    made = load(HEAD + A + stage("m", **mine) + (stage("c", inputs="[z]", outputs="{w: int64}") if more else ""))
+    first, last = (s for s in made.spec.stages if s.name.startswith("m."))
+    assert (first.handoff, last.handoff) == ("device", "host")
+    assert (first.rows, first.wire.dtype) == ("same", None)
+    assert first.wire.compress == last.wire.compress
+
+
+def test_parts_on_a_cpu_have_no_device_memory(problems: Problems) -> None:
+    keys = {"inputs": "[x]", "outputs": "{z: int64}", "handoff": "device", "shards": "{count: 2, mode: pipeline}"}
+    (problem,) = problems(HEAD + A + stage("m", **keys))
+    assert "stage 'm' has handoff: device, and runs on device: cpu" in problem

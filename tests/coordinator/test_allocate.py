@@ -114,14 +114,57 @@ def test_shards_go_to_gpus_that_nvlink_joins() -> None:
 
 
 def test_shards_go_over_hosts_when_none_has_room_for_all() -> None:
-    """Unless they are to be on one host: then the group is refused as a whole."""
+    """And say so. Unless they are to be on one host: then the group is refused as a whole."""
     fleet = [host("h1", 1), host("h2", 2)]
     shards = numbered([replace(GPU, shards=3)], [1])
-    assert len(allocate(fleet, shards, []).assignments) == 3
+    spread = allocate(fleet, shards, []).assignments
+    assert [a.host for a in spread] == ["h1", "h2", "h2"]
+    said = "shards on 2 hosts, since none has room for all 3: h1 for 1, h2 for 2"
+    assert {a.why.partition(" stay free")[0] for a in spread} == {said}
     found = allocate(fleet, [replace(u, one_host=True) for u in shards], [])
     assert found.assignments == ()
     assert [(r.what, r.missing) for r in found.refused] == [("shards", 1)] * 3
     assert "wants 3 shards at once, each 1 of a GPU's compute; on one host there is room for 2" in why(found)
+
+
+def test_why_a_group_is_on_several_hosts_is_said() -> None:
+    """With the room that each has; of those that have none, why."""
+    fleet = [host("h1", 1), host("h2", 2), host("h3", 4, labels=()), host("h4", 4, draining=True), host("h5")]
+    taken = [Assignment(f"x-{i}", "h3", f"cuda:{i}", REF, "x", need=GPU.need) for i in range(4)]
+    units = [*numbered([replace(GPU, stage="x")], [4]), *numbered([replace(GPU, shards=3)], [1])]
+    found = allocate(busy(fleet, taken), units, taken)
+    text = (
+        "shards on 2 hosts, since none has room for all 3: h1 for 1, h2 for 2, h3 for none, which lacks 1 of a GPU's "
+        "compute, h4 for none, which drains, and 1 more hosts"
+    )
+    assert {a.why.partition("; ")[0] for a in found.assignments if a.stage == "gpu"} == {text}
+
+
+def test_a_worker_moves_so_that_a_group_is_on_one_host() -> None:
+    """Only for the first group of a stage, and only to where it gets all that it had."""
+    fleet = [host("h1", 2), host("h2", 1), host("h3", 1)]
+    x = Unit(REF, "x", need=Need(compute=1.0), device="gpu")
+    running = Assignment("x-1", "h1", "cuda:1", REF, "x", need=x.need)
+    group = numbered([replace(GPU, shards=2)], [1])
+    found = allocate(busy(fleet, [running]), [x, *group], [running])
+    assert places(found, "gpu") == ["h1 cuda:0", "h1 cuda:1"]
+    (moved,) = [a for a in found.assignments if a.stage == "x"]
+    assert (moved.host, moved.why.partition(";")[0]) == ("h2", "moved to make room for gpu")
+    assert [d.why for d in found.dropped] == ["moved, so that more have a place"]
+    assert allocate(busy(fleet, found.assignments), [x, *group], found.assignments).assignments == found.assignments
+    # It stays where it is the only one to fit, and for a further group.
+    bound = replace(x, labels=("fast",))
+    only = [replace(fleet[0], labels=("fast",)), *fleet[1:]]
+    second = [replace(unit, replica=1) for unit in group]
+    for hosts, units in ((only, [bound, *group]), (fleet, [x, *second])):
+        found = allocate(busy(hosts, [running]), units, [running])
+        assert running in found.assignments
+        whys = {a.why.partition(",")[0] for a in found.assignments if a.stage == "gpu"}
+        assert whys == {"shards on 2 hosts"}
+    # A group that runs stays as well, though there is room now.
+    assert set(allocate(fleet, second, found.assignments).assignments) == {
+        a for a in found.assignments if a.stage == "gpu"
+    }
 
 
 def test_the_first_worker_of_each_stage_goes_before_the_second_of_any() -> None:

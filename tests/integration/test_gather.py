@@ -138,7 +138,7 @@ def test_a_shard_that_is_not_there_is_named(halves: Path, arguments: list[str], 
 
 
 def test_check_shows_the_parts_and_reports_a_problem_once(make_pipeline: Callable[..., Path]) -> None:
-    """At the line of the stage as it is written; and where hosts have no room for all parts, which is not there."""
+    """At the line of the stage as it is written; and where hosts have no room for all parts or ranks."""
     path = make_pipeline(YAML.replace("outputs:", "args: {size: 3}\n        outputs:"), CODE)
     done = run_cli("check", str(path))
     assert done.returncode == 2
@@ -152,3 +152,8 @@ def test_check_shows_the_parts_and_reports_a_problem_once(make_pipeline: Callabl
     assert "host1" not in shown
     split = run_cli("check", str(good), "--on", "1xH100:80GiB", "--on", "3xH100:80GiB").stdout
     assert "not beside s.0, s.1, s.2 on host2, which lacks 1 of a GPU's compute" in split
+    ranks = make_pipeline(text.replace("count: 4, mode: gather", "count: 3, mode: tensor"), CODE)
+    together = run_cli("check", str(ranks), "--on", "1xH100:80GiB", "--on", "3xH100:80GiB").stdout
+    assert together.count("shards on one host") == 3
+    split = run_cli("check", str(ranks), "--on", "1xH100:80GiB", "--on", "2xH100:80GiB").stdout
+    assert split.count("shards on 2 hosts, since none has room for all 3: host1 for 1, host2 for 2") == 3

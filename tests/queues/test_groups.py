@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchrelay.errors import ConfigError
-from torchrelay.queues.groups import GroupRecord, Member
+from torchrelay.queues.groups import GroupRecord, Member, RankTaken, views
 from torchrelay.queues.registry import Registry
 
 
@@ -50,6 +50,29 @@ def test_a_rank_has_one_process_and_a_group_one_size(registry: Registry) -> None
     assert record(registry, 0, "other").tend(0).epoch >= 1
 
 
+def test_ranks_of_another_version_or_stage_do_not_join(registry: Registry) -> None:
+    """They would compute another model, in shapes that may fit. Once all are gone, the name is free."""
+
+    def of(rank: int, node: str) -> GroupRecord:
+        return GroupRecord(registry.client, registry.control, Member("g", rank, 2, node), f"w{rank}-{node}")
+
+    old = [of(rank, "p@1/s") for rank in (0, 1)]
+    epoch = old[0].tend(0).epoch
+    old[0].tend(epoch)
+    assert old[1].tend(epoch).ready == 2
+    assert old[0].end(epoch, "room", "", 4) == epoch + 1
+    old[1].tend(0, leave=True)
+    with pytest.raises(
+        ConfigError, match=r"group 'g' computes p@1/s, and this rank is of p@2/s; end the ranks of that"
+    ):
+        of(1, "p@2/s").tend(epoch + 1)
+    old[0].tend(0, leave=True)
+    new = of(1, "p@2/s").tend(0)
+    assert (new.ready, new.cap) == (0, 0)
+    assert of(0, "p@2/s").tend(new.epoch).ready == 1
+    assert of(1, "p@2/s").tend(new.epoch).ready == 2
+
+
 def test_a_rank_that_is_silent_ends_its_epoch_and_an_outage_does_not(registry: Registry) -> None:
     """Its time is over while another one tends: the epoch ends. A gap for all moves everybody's time."""
     zero, one = record(registry, 0), record(registry, 1)
@@ -65,7 +88,34 @@ def test_a_rank_that_is_silent_ends_its_epoch_and_an_outage_does_not(registry: R
     assert "rank 1" in state.why
 
 
-def _shift(registry: Registry, key: str, names: list[str]) -> None:
-    """A minute passes for these."""
+def test_ranks_that_come_after_all_were_killed_have_their_places_in_a_while(registry: Registry) -> None:
+    """Nobody tended the group for a minute. The old ones may only have lost the server: they have their time, once."""
+    for rank in (0, 1):
+        record(registry, rank).tend(1)
+    key, new = registry.control.group("g"), record(registry, 0, "new")
+    _shift(registry, key, ["until:0", "until:1", "tick"])
+    for _ in range(3):
+        with pytest.raises(RankTaken, match="served by w0"):
+            new.tend(0)
+        _shift(registry, key, ["until:0", "until:1", "tick"], 1_000)
+    assert (new.tend(0).epoch, new.tend(2).ready) == (2, 1)
+
+
+def test_people_see_who_is_missing_and_who_has_not_ended_its_process(registry: Registry) -> None:
+    zero, one = record(registry, 0), record(registry, 1)
+    zero.tend(zero.tend(0).epoch)
+    (half,) = views(registry.client, registry.control, ["g", "no such group"]).values()
+    assert (half.group, half.size, half.ready, half.waiting, half.missing) == ("g", 2, (0,), (), [1])
+    one.tend(1)
+    assert views(registry.client, registry.control, ["g"])["g"].formed
+    one.end(1, "room", "rank 1 ran out of memory", 4)
+    zero.tend(2)
+    over = views(registry.client, registry.control, ["g"])["g"]
+    assert (over.epoch, over.ready, over.waiting, over.missing, over.formed) == (2, (0,), (1,), [], False)
+    assert (over.kind, over.why, over.cap) == ("room", "rank 1 ran out of memory", 4)
+
+
+def _shift(registry: Registry, key: str, names: list[str], ms: int = 60_000) -> None:
+    """A minute, or so long, passes for these."""
     for name in names:
-        registry.client.hincrby(key, name, -60_000)
+        registry.client.hincrby(key, name, -ms)

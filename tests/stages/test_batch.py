@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrelay.config.device_rows import DeviceRows
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.types import parse_type
 from torchrelay.errors import InputError
-from torchrelay.stages.batch import assemble
+from torchrelay.stages.batch import Pieces, as_pieces, assemble
 from torchrelay.stages.outputs import empty_outputs, own, split
 
 
@@ -112,6 +113,44 @@ def test_ragged_axes_are_padded_up_to_a_bucket_each() -> None:
     np.testing.assert_array_equal(batch.mask("image"), (batch["image"] != 0).any(axis=-1))
     with pytest.raises(InputError, match=r"'image': a row is 9 long, over the largest bucket \(8\)"):
         assemble([{"image": [np.zeros((9, 1, 3), np.uint8)]}], [1], types, {"image": 0}, buckets={"image": [4, 8]})
+
+
+class NoBytes:
+    """A device's memory that nobody may look into."""
+
+    def copy_to(self, start: int, nbytes: int, address: int, stream: int) -> None:
+        raise AssertionError("copied")
+
+    def read(self, start: int, nbytes: int) -> np.ndarray[Any, np.dtype[Any]]:
+        raise AssertionError("read")
+
+
+def test_rows_of_one_length_are_padded_already() -> None:
+    """They are put together as a column of fixed shape is, without a copy of a single job's; lengths and mask say the
+    same as after padding."""
+    kind = {"x": parse_type("int64[*]")}
+    one, two = np.arange(6).reshape(2, 3), np.arange(3).reshape(1, 3)
+    batch = assemble([{"x": one}], [2], kind, {"x": 0})
+    assert np.shares_memory(batch["x"], one)
+    both = assemble([{"x": one}, {"x": two}], [2, 1], kind, {"x": 0}, joined_by=as_pieces)
+    assert isinstance(both["x"], Pieces)
+    assert [piece is array for piece, array in zip(both["x"].arrays, (one, two), strict=True)] == [True, True]
+    np.testing.assert_array_equal(both.lengths["x"], [3, 3, 3])
+    assert both.lengths["x"].dtype == np.int64
+    np.testing.assert_array_equal(batch.mask("x"), np.ones((2, 3), bool))
+    # Rows on a device stay there.
+    there = DeviceRows(NoBytes(), 0, np.dtype(np.int64), (4, 3))
+    apart = assemble([{"x": one}, {"x": there}], [2, 4], kind, {"x": 0}, joined_by=as_pieces)
+    assert apart["x"].arrays[1] is there
+    np.testing.assert_array_equal(apart.lengths["x"], [3] * 6)
+    # A bucket that is longer, or another length beside it: then they are padded.
+    assert assemble([{"x": one}], [2], kind, {"x": 0}, buckets={"x": [3, 8]})["x"].shape == (2, 3)
+    assert assemble([{"x": one}], [2], kind, {"x": 0}, buckets={"x": [8]})["x"].shape == (2, 8)
+    assert assemble([{"x": one}, {"x": one[:, :2]}], [2, 2], kind, {"x": 0})["x"].shape == (4, 3)
+    with pytest.raises(InputError, match=r"cannot be padded with 0\.5"):
+        assemble([{"x": one}], [2], kind, {"x": 0.5})
+    square = assemble([{"x": np.zeros((2, 3, 4))}], [2], {"x": parse_type("float64[*, *]")}, {"x": 0})
+    np.testing.assert_array_equal(square.lengths["x"], [[3, 4], [3, 4]])
 
 
 @given(st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=3), min_size=1, max_size=4))

@@ -12,8 +12,8 @@ from torch import nn
 from tests.stages.parallel_models import FUSED, Bert, Fused, Llama, SelfAttention, mlp
 from torchrelay.config.spec import ShardsSpec
 from torchrelay.errors import StageLoadError
+from torchrelay.stages.cuts import Cut
 from torchrelay.stages.plans import find_plan
-from torchrelay.stages.slices import Cut
 from torchrelay.stages.tensor_parallel import parallelize
 
 
@@ -100,7 +100,7 @@ def test_a_plan_of_ones_own() -> None:
         (Llama, {"layers.*.mlp.up": "column"}, 2, r"did you mean .*'layers\.\*\.mlp\.up_proj'"),
         (Llama, {"up_proj": "column"}, 2, r"did you mean 'layers\.\*\.mlp\.up_proj'\?"),
         (Llama, {"layers.*.mlp": "column"}, 2, r"a ModuleDict, and style column is for nn.Linear; in it are .*gate"),
-        (Llama, {"embed_tokens": "row"}, 2, "is a Embedding, and style row is for nn.Linear"),
+        (Llama, {"embed_tokens": "row"}, 2, "is a Embedding, and style row is for nn.Linear; write another"),
         (Llama, {"lm_head": "embedding"}, 2, "is a Linear, and style embedding is for nn.Embedding"),
         (mlp, {"0": "column"}, 2, "'0' is cut by columns, and none by rows.*column_gather"),
         (mlp, {"*": "column_gather"}, 2, "'1' is a GELU, and style column_gather is for nn.Linear"),
@@ -109,10 +109,10 @@ def test_a_plan_of_ones_own() -> None:
         (Bert, None, 8, "attention.self': its 4 heads do not divide by 8 shards; choose a count of 2, 4"),
         (lambda: Llama(kv_heads=4), None, 3, "8 heads do not divide by 3 shards; choose a count of 2, 4, 8"),
         (Fused, FUSED | {"w": "divide"}, 2, "module '' has no whole number 'w' to divide; whole numbers of it are 'h'"),
-        (Fused, FUSED, 8, "module '': its h of 4 does not divide by 8 shards"),
+        (Fused, FUSED, 8, "module '': its h of 4 does not divide by 8 shards; choose a count of 2, 4"),
         (Fused, FUSED | {"block.h": "divide"}, 2, "'block' names no module"),
         (lambda: SelfAttention(16, 4), {"query": "column", "key": "row"}, 2, "query are cut and key, value not"),
-        (lambda: nn.Sequential(nn.Embedding(5, 4)), {"0": "embedding"}, 4, "its 5 embeddings are too few for 4 shards"),
+        (lambda: nn.Sequential(nn.Embedding(5, 4)), {"0": "embedding"}, 4, "too few for 4 shards; choose a smaller"),
         (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1)), {"0": "embedding"}, 2, "max_norm"),
     ],
 )  # fmt: skip

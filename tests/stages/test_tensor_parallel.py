@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch import nn
 
 from torchrelay.config.spec import ShardsSpec, StageConfig, TorchSpec
 from torchrelay.errors import ConfigError, StageLoadError
@@ -97,6 +100,31 @@ def test_a_plan_comes_from_the_file() -> None:
         runner.load(StageContext(rank=0, world_size=2))
     with pytest.raises(ConfigError, match=r"stage 's': .*plain Stage, which cuts its model itself"):
         make_runner(type("Plain", (Stage,), {"forward": lambda self, batch: {}}), spec)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ({"layers.*.up": "column"}, r"plan: 'layers\.\*\.up' names no module of Sequential; it has '\*'"),
+        (
+            {"0": "row", "2": "column:5"},
+            r"module '2': its 6 outputs in 5 blocks do not divide by 1 shards; choose",
+        ),
+        ("llama", r"model Sequential has no blocks of the plan 'llama' .* those of the plan 'mlp'"),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_the_stage_the_module_and_the_remedy(plan: Any, says: str) -> None:
+    def build(self: TorchStage, context: StageContext) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 6))
+
+    made = {"build": build, "forward": lambda self, batch: {}}
+    spec = StageConfig(name="s", use="a.py:Model", shards=ShardsSpec(count=2, mode="tensor", plan=plan))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(StageLoadError, match=f"^stage 's': {says}"):
+            make_runner(type("Model", (Model,), made), spec).load(StageContext(rank=0, world_size=2))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_cuda_graphs_are_refused_in_a_group() -> None:

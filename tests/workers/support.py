@@ -160,11 +160,13 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def assert_settled(registry: Registry, committed: dict[str, int]) -> None:
-    """Nothing waits or runs, no grant is left, counters agree with the records, and each node committed so often."""
+def assert_settled(registry: Registry, committed: dict[str, int], waiting: int = 0) -> None:
+    """Nothing runs and so many rows wait, no grant is left, counters agree with the records, and each node committed so
+    often."""
     loads = registry.loads()
-    left = {k: v for k, v in loads.items() if k.endswith(("ready_rows", "ready_bytes", "held_rows")) and v}
-    assert left == {}
+    assert sum(v for k, v in loads.items() if k.endswith("ready_rows")) == waiting
+    kinds = ("held_rows",) if waiting else ("ready_bytes", "held_rows")
+    assert {k: v for k, v in loads.items() if k.endswith(kinds) and v} == {}
     found = {k.rpartition("/")[2].removesuffix(".committed"): v for k, v in loads.items() if k.endswith(".committed")}
     assert {k: v for k, v in found.items() if v} == {k: v for k, v in committed.items() if v}
     for lane in registry.lanes:

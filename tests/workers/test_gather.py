@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,27 @@ def test_a_dataset_goes_through_shards(
     assert (error["_row"], error["stage"]) == (7, "s.1")
 
 
-def test_a_model_of_torch_in_shards_gives_what_it_gives_here(relay: Relay, workers: Workers, tmp_path: Path) -> None:
-    """Two gathered stages, on six workers; rows of many lengths go from one to the other."""
+def committed(registry: Registry, node: str) -> int:
+    return registry.loads().get(f"{node}.committed", 0)
+
+
+def test_a_model_of_torch_in_shards_gives_what_the_whole_gives_also_when_shards_are_killed(
+    relay: Relay, registry: Registry, workers: Workers, tmp_path: Path
+) -> None:
+    """Two gathered stages, on six workers, rows of many lengths; kill -9 of one shard of each under load."""
     path = write_chain(tmp_path, "bert", 2, most=2)
-    rows = models.rows_of("bert", 24)
-    expected = Pipeline.load(path).run_local(rows)
-    relay.register(path)
+    rows = models.rows_of("bert", 600)
+    expected = Pipeline.load(write_chain(tmp_path, "bert", 1, most=2)).run_local(rows)
+    ref = relay.register(path)
     workers.start(path, ready_s=120.0)
-    for made, exact in zip(relay.map("bert", rows), expected, strict=True):
-        np.testing.assert_allclose(made["h"], exact["h"], rtol=1e-5, atol=1e-5)
+    futures = relay.submit_many("bert", rows)
+    for victim in ("bertembed.0", "bertattend.1"):
+        node = f"{ref}/{victim}"
+        wait_until(partial(committed, registry, node))
+        (pid,) = [w.pid for w in registry.workers() if w.node == node]
+        os.kill(pid, signal.SIGKILL)
+    assert not all(f.done() for f in futures)
+    for future, exact in zip(futures, expected, strict=True):
+        np.testing.assert_allclose(future.result(60)["h"], exact["h"], rtol=1e-5, atol=1e-5)
+    parts = [f"{stage}.{part}" for stage in ("bertembed", "bertattend") for part in ("0", "1", "combine")]
+    assert_settled(registry, dict.fromkeys(parts, 600))

@@ -6,17 +6,20 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import wait_until
+from tests.conftest import private_server, wait_until
 from tests.workers.support import WorkerProcess, alive, assert_settled
 from torchrelay import Relay
 from torchrelay.errors import JobFailed
 from torchrelay.queues import dead
+from torchrelay.queues.groups import views
 from torchrelay.queues.registry import Registry, WorkerReport
 
-# A linear layer cut by columns. A row's `do`: "RANK VERB ARGUMENT" tells that rank to wait, raise, or lack memory.
+# A linear layer cut by columns. A row's `do`: "RANK VERB ARGUMENT" tells that rank, or with
+# their number all, to wait, sleep, raise, or lack memory.
 CODE = """
     import os
     import time
@@ -49,7 +52,9 @@ CODE = """
                 rank, _, told = order.partition(" ")
                 if told and int(rank) in (self.rank, self.size):
                     self.obey(told, len(batch))
-            mine = self.model(batch["x"])
+            # Rows of many lengths, and none.
+            more = [0.0 if row is None else float(row.sum()) for row in batch["more"]]
+            mine = self.model(batch["x"]) + torch.tensor(more)[:, None]
             if self.size == 1:
                 return {"y": mine}
             parts = [torch.empty_like(mine) for _ in range(self.size)]
@@ -60,6 +65,8 @@ CODE = """
             verb, _, rest = told.partition(" ")
             while verb == "wait" and not Path(rest).exists():
                 time.sleep(0.005)
+            if verb == "sleep":
+                time.sleep(float(rest))
             if verb == "raise":
                 raise ValueError(rest)
             if verb == "room" and rows > int(rest):
@@ -68,7 +75,7 @@ CODE = """
 
 YAML = """
     pipeline: cut
-    input: {{n: str, x: "float32[4]", do: str = ""}}
+    input: {{n: str, x: "float32[4]", do: str = "", more: "float32[*]?"}}
     output: [y]
     stages:
       - name: work
@@ -127,23 +134,32 @@ def check(result: dict[str, object], wanted: list[float]) -> None:
     assert list(result["y"]) == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # type: ignore[call-overload]
 
 
-def test_a_rank_that_is_killed_ends_all_and_the_job_is_done_once_by_the_next_epoch(
+def test_a_rank_that_raises_alone_or_is_killed_ends_all_and_each_job_ends_once(
     relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn, tmp_path: Path
 ) -> None:
-    """kill -9 in mid-forward of either rank: the other's process ends within a second."""
-    made = group()
-    spawn(made.path)
+    """All raise alike: a plain attempt, and the group lives on. One alone: the group ends, the job is charged. kill -9
+    in mid-forward of either rank: the other's process ends within a second, the job is done by the next epoch."""
+    made = group(2, "retry: {attempts: 1}")
+    worker = spawn(made.path)
+    with pytest.raises(JobFailed, match="all alike"):
+        relay.submit("cut", {"n": "e", "x": X[0], "do": "2 raise all alike"}).result(60)
+    check(relay.submit("cut", {"n": "f", "x": X[1]}).result(20), expected(made, X)[1])
+    assert made.pid("e", 0) == made.pid("f", 0)
+    with pytest.raises(JobFailed, match="rank 1 alone raised ValueError"):
+        relay.submit("cut", {"n": "g", "x": X[0], "do": "1 raise alone"}).result(90)
+    assert "rank 1 raised ValueError" in worker.log
     for victim, name in enumerate("ab"):
         gate = tmp_path / name
         future = relay.submit("cut", {"n": name, "x": X[victim], "do": f"{victim} wait {gate}"})
         wait_until(lambda name=name: made.pid(name, 0) and made.pid(name, 1), 60.0)
         pids = [made.pid(name, rank) for rank in (0, 1)]
+        assert made.pid("g", 0) not in pids
         os.kill(pids[victim], signal.SIGKILL)
         wait_until(lambda other=pids[1 - victim]: not alive(other), 3.0)
         gate.touch()
         check(future.result(60), expected(made, X)[victim])
         assert {made.pid(name, 0), made.pid(name, 1)}.isdisjoint(pids)
-    assert_settled(registry, {"work": 2})
+    assert_settled(registry, {"work": 3})
     assert len(registry.workers()) == 1
     # A follower's heartbeat may be up to two seconds behind.
     wait_until(lambda: [r.rank for r in made.ranks()] == [0, 1], 10.0)
@@ -152,56 +168,32 @@ def test_a_rank_that_is_killed_ends_all_and_the_job_is_done_once_by_the_next_epo
 def test_memory_that_one_rank_lacks_costs_no_strike_and_lowers_the_cap(
     relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn
 ) -> None:
-    """8 rows do not fit rank 1: the group forms anew and takes 4; a row that fits nowhere is an attempt each time."""
-    made = group(2, "batch: {max_rows: 8}", "retry: {attempts: 2, backoff_s: [0.01, 0.02]}")
-    futures = relay.submit_many("cut", [{"n": str(i), "x": X[i], "do": "1 room 4"} for i in range(8)])
+    """8 rows do not fit rank 1: the group forms anew and takes 4; a row that fits nowhere is an attempt."""
+    made = group(2, "batch: {max_rows: 8}", "retry: {attempts: 1}")
+    more = [[float(i)] * i if i % 3 else None for i in range(8)]
+    rows = [{"n": str(i), "x": X[i], "do": "1 room 4", "more": more[i]} for i in range(8)]
+    futures = relay.submit_many("cut", rows)
     worker = spawn(made.path)
-    for future, wanted in zip(futures, expected(made, X), strict=True):
-        check(future.result(90), wanted)
-    assert max(len(names) for _, rank, names in made.forwards() if rank == 0) == 8
+    for future, wanted, added in zip(futures, expected(made, X), more, strict=True):
+        check(future.result(90), [y + sum(added or ()) for y in wanted])
+    first, *others = [len(names) for _, rank, names in made.forwards() if rank == 0]
+    assert (first, max(others), sum(others)) == (8, 4, 8)
+    name = registry.ranks()[0].group
+    state = views(registry.client, registry.control, [name])[name]
+    assert (state.cap, state.why.partition(":")[0]) == (4, "rank 1 ran out of memory")
     assert "ran out of memory" in worker.log
     assert not list(dead.scan(registry))
     lost = relay.submit("cut", {"n": "never", "x": X[0], "do": "1 room 0"})
     with pytest.raises(JobFailed, match="CUDA out of memory on rank 1") as raised:
         lost.result(90)
-    assert raised.value.attempts == 2
-
-
-def test_an_error_of_all_ranks_is_the_jobs_and_one_of_a_single_rank_names_it(
-    relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn
-) -> None:
-    """All raise alike: a plain attempt, and the group lives on. One alone: the group ends, the job is charged."""
-    made = group(2, "retry: {attempts: 1}")
-    worker = spawn(made.path)
-    with pytest.raises(JobFailed, match="all alike"):
-        relay.submit("cut", {"n": "a", "x": X[0], "do": "2 raise all alike"}).result(60)
-    check(relay.submit("cut", {"n": "b", "x": X[1]}).result(20), expected(made, X)[1])
-    assert made.pid("a", 0) == made.pid("b", 0)
-    with pytest.raises(JobFailed, match="rank 1 alone raised ValueError"):
-        relay.submit("cut", {"n": "c", "x": X[0], "do": "1 raise alone"}).result(90)
-    assert "rank 1 raised ValueError" in worker.log
-    check(relay.submit("cut", {"n": "d", "x": X[2]}).result(60), expected(made, X)[2])
-    assert made.pid("d", 0) != made.pid("b", 0)
-
-
-def test_a_stopped_follower_is_ended_with_its_group_after_the_forwards_time(
-    relay: Relay, registry: Registry, group: Callable[..., Group], spawn: Spawn
-) -> None:
-    """SIGSTOP of rank 1 between two batches: the next forward hangs, and all ranks are replaced."""
-    made = group(2, "timeout_s: 2")
-    spawn(made.path)
-    relay.submit("cut", {"n": "a", "x": X[0]}).result(60)
-    stopped = made.pid("a", 1)
-    os.kill(stopped, signal.SIGSTOP)
-    check(relay.submit("cut", {"n": "b", "x": X[1]}).result(60), expected(made, X)[1])
-    assert not alive(stopped)
-    assert_settled(registry, {"work": 2})
+    assert raised.value.attempts == 1
 
 
 def test_ranks_started_apart_form_a_group_and_a_dead_supervisor_is_noticed(
     relay: Relay, registry: Registry, server_url: str, group: Callable[..., Group], tmp_path: Path
 ) -> None:
-    """`worker --shard K --group NAME`; kill -9 of rank 1's supervisor; a new one joins; SIGTERM of one drains all."""
+    """`worker --shard K --group NAME`; kill -9 of rank 1's supervisor; one that is started at once waits for its place
+    and has it; SIGTERM of one drains all."""
     made = group()
     processes = [_rank(registry, server_url, made.path, rank) for rank in (0, 1)]
     try:
@@ -210,9 +202,9 @@ def test_ranks_started_apart_form_a_group_and_a_dead_supervisor_is_noticed(
         wait_until(lambda: made.pid("a", 0) and made.pid("a", 1), 60.0)
         first = made.pid("a", 0)
         processes[1].process.kill()
+        processes.append(_rank(registry, server_url, made.path, 1))
         wait_until(lambda: not alive(first), 8.0)
         gate.touch()
-        processes.append(_rank(registry, server_url, made.path, 1))
         check(future.result(60), expected(made, X)[0])
         processes[2].process.terminate()
         assert [processes[i].process.wait(20) for i in (0, 2)] == [0, 0]
@@ -220,6 +212,45 @@ def test_ranks_started_apart_form_a_group_and_a_dead_supervisor_is_noticed(
     finally:
         for one in processes:
             one.end()
+
+
+def test_four_ranks_outlive_their_server_a_stopped_rank_and_drain_under_load(
+    namespace: str, make_pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The server is killed under load: no epoch ends. SIGSTOP of rank 3: its forward's time ends them all. SIGTERM
+    under load: what was claimed is done or given back."""
+    with private_server() as server, Relay(server.url, namespace=namespace) as relay:
+        registry = relay.registry
+        made = Group(make_pipeline, tmp_path, registry, 4, "timeout_s: 3", "batch: {max_rows: 2}")
+        relay.register(made.path)
+        worker = WorkerProcess(registry, server.url, made.path)
+        try:
+            futures = [relay.submit("cut", {"n": f"a{i}", "x": X[i % 8], "do": "4 sleep 0.05"}) for i in range(40)]
+            wait_until(lambda: made.pid("a5", 3), 60.0)
+            server.kill()
+            server.start()
+            assert_all(futures, made)
+            pids = {made.pid(name, 3) for name in ("a0", "a39")}
+            assert len(pids) == 1
+            (stopped,) = pids
+            os.kill(stopped, signal.SIGSTOP)
+            check(relay.submit("cut", {"n": "b", "x": X[1]}).result(60), expected(made, X)[1])
+            assert not alive(stopped)
+            futures = [relay.submit("cut", {"n": f"c{i}", "x": X[i % 8], "do": "4 sleep 0.05"}) for i in range(40)]
+            wait_until(lambda: made.pid("c5", 3), 10.0)
+            worker.process.terminate()
+            assert worker.process.wait(20) == 0
+            done = [f for f in futures if f.done()]
+            assert 0 < len(done) < 40
+            assert_all(done, made)
+            assert_settled(registry, {"work": 41 + len(done)}, waiting=40 - len(done))
+        finally:
+            worker.end()
+
+
+def assert_all(futures: list[Any], made: Group) -> None:
+    for i, future in enumerate(futures):
+        check(future.result(30), expected(made, X)[i % 8])
 
 
 def _rank(registry: Registry, url: str, path: Path, rank: int) -> WorkerProcess:
