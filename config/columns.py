@@ -256,16 +256,16 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
     length = _length(name, column)
     if rows is not None and length != rows:
         raise InputError(f"column {name!r}: {rows} rows are expected, {length} came")
+    if isinstance(column, DeviceRows):
+        if fits_as_it_is(name, kind, column.dtype, column.shape[1:]):
+            return column
+        column = np.asarray(column)
     if not kind.stacked:
         ragged = _ragged(name, kind, column)
         if ragged is not None:
             return ragged
         return [_check_row(name, kind, value, i) for i, value in enumerate(column)]
     whole = ColumnType(kind.dtype, (length, *kind.shape))
-    if isinstance(column, DeviceRows):
-        if fits_as_it_is(kind, column.dtype, column.shape[1:]):
-            return column
-        column = np.asarray(column)
     if isinstance(column, np.ndarray):
         if column.shape != whole.shape:
             came = f"{column.dtype}{list(column.shape[1:])}"
@@ -280,16 +280,28 @@ def check_column(name: str, kind: ColumnType, column: Any, rows: int | None) -> 
     return np.stack(values) if values else np.empty((0, *_ints(kind)), kind.np_dtype)
 
 
-def fits_as_it_is(kind: ColumnType, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> bool:
-    """Whether rows of this dtype and shape are what is declared, without being looked at or converted."""
-    return kind.stacked and dtype == kind.np_dtype and row_shape == kind.shape
+def fits_as_it_is(name: str, kind: ColumnType, dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> bool:
+    """Whether rows of this dtype and shape are what is declared, without being looked at or converted.
+
+    A ragged column does not stay one array, as its reader gets a list; but what goes between parts of a model is always
+    padded by its reader (`%state`, config/shards.py).
+    """
+    if not (kind.stacked or name.startswith("%")) or dtype != kind.np_dtype or len(row_shape) != len(kind.shape):
+        return False
+    return all(own == size for own, size in zip(row_shape, kind.shape, strict=True) if isinstance(size, int))
+
+
+def _as_ragged(column: Any) -> RaggedRows | None:
+    if isinstance(column, np.ndarray) and column.ndim > 1 and column.dtype != object:
+        return RaggedRows.even(column)
+    return column if isinstance(column, RaggedRows) else RaggedRows.of(column) if type(column) is list else None
 
 
 def _ragged(name: str, kind: ColumnType, column: Any) -> RaggedRows | None:
     """The column as it is checked in one go; None where it cannot be, or does not fit."""
     if not kind.is_numeric or not kind.shape:
         return None
-    ragged = column if isinstance(column, RaggedRows) else RaggedRows.of(column) if type(column) is list else None
+    ragged = _as_ragged(column)
     if ragged is None or ragged.row_ndim != len(kind.shape):
         return None
     if ragged.dtype != kind.np_dtype:

@@ -48,6 +48,12 @@ class RaggedRows(Sequence[Array]):
         self.lengths = lengths
 
     @classmethod
+    def even(cls, rows: np.ndarray) -> RaggedRows:
+        """The rows of an array `[n, length, ...]`, which are all as long; a view of it where it is dense."""
+        count, length, *more = rows.shape
+        return cls.adjacent(rows.reshape(count * length, *more), np.full(count, length, np.int64))
+
+    @classmethod
     def adjacent(cls, flat: Array, lengths: Index) -> RaggedRows:
         """Rows that lie one behind the other and fill `flat`."""
         return cls(flat, np.cumsum(lengths) - lengths, lengths)

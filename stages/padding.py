@@ -106,8 +106,7 @@ def _rows(pieces: Sequence[Column]) -> RaggedRows | list[Any]:
 def _stacked(piece: Column) -> Column:
     """An array of rows as ragged rows that are all as long."""
     if isinstance(piece, np.ndarray) and piece.ndim > 1:
-        count, length, *more = piece.shape
-        return RaggedRows.adjacent(piece.reshape(count * length, *more), np.full(count, length, np.int64))
+        return RaggedRows.even(piece)
     return piece
 
 

@@ -60,7 +60,7 @@ class ColumnExports:
         keeps = last.keeps
         if nbytes < self._jobs * LEAST_JOB_BYTES or (keeps is not None and name not in keeps):
             return None
-        if kind is not None and not fits_as_it_is(kind, dtype, shape[1:]):
+        if kind is not None and not fits_as_it_is(name, kind, dtype, shape[1:]):
             return None
         readers = graph.consumers(name, last.index)
         # Only for these is what this stage read kept.
