@@ -45,7 +45,8 @@ class Sizes:
     in_flight: int
 
 
-# - encoder: 24 layers of BERT-large, whose halves balance; a row is 77 GFLOP, and 256 KiB cross in the middle.
+# - encoder: 24 layers of BERT-large, whose halves balance; a row is 77 GFLOP, and 256 KiB cross in the middle. Of 64
+#   rows a half takes an H200 5.7 ms, which is less than Python needs to launch it beside a worker's other threads.
 # - blocks: layers of Llama-70B's sizes, 1.7 GB in bfloat16 each.
 # - expert: 8 x 2 x 8192^2 = 1.1 GFLOP a row for each of two; a row comes as 256 bytes.
 FULL = Sizes(
@@ -54,7 +55,7 @@ FULL = Sizes(
     expert={"experts": 2, "features": 256, "width": 8192, "layers": 8, "scores": 16},
     tokens=128,
     length=2048,
-    rows=64,
+    rows=128,
     expert_rows=4096,
     in_flight=32,
 )
@@ -70,9 +71,10 @@ TINY = Sizes(
 )
 
 
-def sizes_of(quick: bool, layers: int | None) -> Sizes:
-    """The sizes; `layers` changes how many blocks there are."""
+def sizes_of(quick: bool, layers: int | None, rows: int | None) -> Sizes:
+    """The sizes; `layers` changes how many blocks there are, `rows` how many rows an encoder's job and batch have."""
     sizes = TINY if quick else FULL
+    sizes = replace(sizes, rows=rows or sizes.rows)
     return replace(sizes, blocks={**sizes.blocks, "layers": layers}) if layers else sizes
 
 
@@ -106,8 +108,8 @@ def _stage(name: str, use: str, sizes: dict[str, Any], device: str, **more: Any)
     }
 
 
-def encoder(sizes: Sizes, folder: Path, devices: Sequence[str], handoff: str) -> dict[str, Setup]:
-    """`one`: the whole model on the first device; `two`: a part of it on each."""
+def encoder(sizes: Sizes, folder: Path, devices: Sequence[str], handoff: str, graphs: bool) -> dict[str, Setup]:
+    """`one`: the whole model on the first device; `two`: a part of it on each. `graphs`: all with CUDA graphs."""
     path = folder / "encoder.safetensors"
     with torch.device("meta"):
         write_weights(models.BertLike(**sizes.encoder), path, devices[0])
@@ -121,6 +123,7 @@ def encoder(sizes: Sizes, folder: Path, devices: Sequence[str], handoff: str) ->
         weights=path.name,
         outputs={"label": "int64", "score": "float32"},
         batch={"max_rows": sizes.rows, "max_wait_ms": 20},
+        torch={"dtype": dtype_of(devices[0]), **({"cuda_graphs": True} if graphs else {})},
     )
     between = {"handoff": handoff} if devices[0] != "cpu" else {}
     cut = {**stage, **between, "shards": {"count": count, "mode": "pipeline"}}

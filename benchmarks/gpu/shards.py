@@ -38,6 +38,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a check, no result")
     parser.add_argument("--handoff", choices=("device", "host"), default="device", help="between parts of a pipeline")
+    parser.add_argument("--rows", type=int, help="of a job and a batch of the encoder (default 128)")
+    parser.add_argument("--graphs", action="store_true", help="the encoder whole and in parts with CUDA graphs")
     parser.add_argument("--layers", type=int, help="of the Llama-like stack (default 6)")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
@@ -52,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.places = ["cpu"] * count if options.device == "cpu" else [f"cuda:{i}" for i in range(count)]
     options.seconds = options.seconds or (1.0 if options.quick else 6.0)
     options.timing = Timing(options.seconds, min(3.0, options.seconds / 2))
-    options.sizes = setups.sizes_of(options.quick, options.layers)
+    options.sizes = setups.sizes_of(options.quick, options.layers, options.rows)
     return options
 
 
@@ -84,7 +86,7 @@ def agree(case: str, ours: dict[str, Any], theirs: dict[str, Any], atol: float) 
 
 def pipeline(folder: Path, url: str, options: argparse.Namespace) -> Figures:
     """An encoder cut into parts, one a device, against all of it on one."""
-    made = setups.encoder(options.sizes, folder, options.places, options.handoff)
+    made = setups.encoder(options.sizes, folder, options.places, options.handoff, options.graphs)
     return rates("pipeline", made, url, options, atol=0.05)
 
 
