@@ -54,7 +54,8 @@ CODE = """
                     self.obey(told, len(batch))
             # Rows of many lengths, and none.
             more = [0.0 if row is None else float(row.sum()) for row in batch["more"]]
-            mine = self.model(batch["x"]) + torch.tensor(more)[:, None]
+            mine = self.model(batch["x"])
+            mine = mine + mine.new_tensor(more)[:, None]
             if self.size == 1:
                 return {"y": mine}
             parts = [torch.empty_like(mine) for _ in range(self.size)]
