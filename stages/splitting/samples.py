@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
@@ -61,6 +62,11 @@ class Samples:
         stand_in: StandIn = self._stage.model
 
         def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if torch.is_autocast_enabled(self._stage.device.type):
+                raise StageLoadError(
+                    "its forward calls the model under torch.autocast, of which parts know nothing; call it outside, "
+                    "with torch: {dtype}, or use autocast in the model's own forward"
+                )
             raise Reached((args, kwargs))
 
         try:
