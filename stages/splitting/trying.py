@@ -29,13 +29,14 @@ _PASSES = 3
 @dataclass
 class Tried:
     """What was seen. `seconds` of each module of the chain, with what is before it in the first, and what is behind in
-    the last; `row_bytes` of what each is called with; the others as in `Form`."""
+    the last; `row_bytes` of what each is called with; `returned` by the model; the others as in `Form`."""
 
     seconds: list[float] = field(default_factory=list)
     row_bytes: list[int] = field(default_factory=list)
     tuples: list[int] = field(default_factory=list)
     leaves: list[tuple[int, ...]] = field(default_factory=list)
     behind: set[str] = field(default_factory=set)
+    returned: Any = None
 
     @property
     def form(self) -> Form:
@@ -77,7 +78,7 @@ class _Trial:
         try:
             with torch.inference_mode():
                 began = self._now()
-                self._model(*args, **kwargs)
+                self._found.returned = self._model(*args, **kwargs)
                 ended = self._now()
         except StageLoadError:
             raise
