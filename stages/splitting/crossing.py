@@ -57,8 +57,8 @@ def pack(crossing: Crossing, rows: int) -> dict[str, Any]:
         if tensor.dtype not in _DTYPES:
             raise InputError(f"a tensor of {tensor.dtype} cannot go from a part to the next; cut the model elsewhere")
         sizes += [_DTYPES.index(tensor.dtype), tensor.ndim - 1, *tensor.shape[1:]]
-        dense = tensor.contiguous().view(rows, math.prod(tensor.shape[1:]))
-        flat.append(dense.view(torch.uint8))
+        dense = _dense(tensor).view(torch.uint8)
+        flat.append(dense.view(rows, dense.numel() // rows))
     sizes += [len(crossing.numbers), *crossing.numbers]
     return {STATE: _joined(flat, rows), SIZES: np.broadcast_to(np.array(sizes, np.int64), (rows, len(sizes)))}
 
@@ -88,6 +88,8 @@ def unpack(state: torch.Tensor, sizes: Sequence[int]) -> Crossing:
             dtype, ndim = _DTYPES[next(read)], next(read)
             shapes.append((dtype, tuple(next(read) for _ in range(ndim))))
         numbers = [next(read) for _ in range(next(read))]
+        if any(read):  # zeros pad rows of fewer sizes
+            raise IndexError("more is told than crosses")
         return Crossing(list(_tensors(state, shapes)), numbers)
     except (StopIteration, IndexError, RuntimeError) as error:
         raise DecodeError(f"what came from the part before is damaged: {error}", length=state.shape[1]) from error
@@ -100,7 +102,15 @@ def _tensors(state: torch.Tensor, shapes: Sequence[tuple[torch.dtype, tuple[int,
         at = start + math.prod(shape) * dtype.itemsize
         if at > state.shape[1]:
             raise IndexError(f"a row has {state.shape[1]} bytes, and {at} are told")
-        yield state[:, start:at].contiguous().view(dtype).reshape(rows, *shape)
+        flat = _dense(state[:, start:at])
+        yield (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype).view(rows, *shape)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Its numbers one behind the other. Strides of dimensions of size 1 are whatever they are, also in what torch calls
+    contiguous."""
+    flat = tensor.reshape(-1)
+    return flat if flat.is_contiguous() and flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
 def groups_of(*columns: np.ndarray) -> list[np.ndarray]:

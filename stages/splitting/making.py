@@ -18,11 +18,11 @@ from torchrelay.stages.faults import is_out_of_memory
 from torchrelay.stages.splitting.balance import cut_evenly
 from torchrelay.stages.splitting.calls import Call
 from torchrelay.stages.splitting.crossing import state_bytes
-from torchrelay.stages.splitting.measuring import seconds_of
+from torchrelay.stages.splitting.measuring import made_up, seconds_of
 from torchrelay.stages.splitting.modules import Chain, find_chain
 from torchrelay.stages.splitting.pieces import Cut, build_piece
 from torchrelay.stages.splitting.plan import Part, SplitPlan
-from torchrelay.stages.splitting.samples import Samples
+from torchrelay.stages.splitting.samples import FIRST_ROWS, Samples
 from torchrelay.stages.splitting.source import Source
 from torchrelay.stages.splitting.standing import stand_in_for
 from torchrelay.stages.splitting.tracing import Traced, Untraceable, trace
@@ -37,6 +37,8 @@ __all__ = ["graph_cuts", "make_plan"]
 
 log = logging.getLogger("torchrelay.stages")
 _MOST_ROWS = {"cuda": 256, "cpu": 31}
+# Of ragged rows on the CPU, so many values: more take memory, and tell no more.
+_MOST_VALUES = 512
 # Ragged sizes to measure with, the first that the model takes.
 _LENGTHS = (128, 64, 32, 16, 8, 1)
 
@@ -97,6 +99,7 @@ class _Maker:
         return self._by_graph(traced)
 
     def _by_graph(self, traced: Traced) -> SplitPlan:
+        self._samples.end(FIRST_ROWS, 0, traced.returned(FIRST_ROWS, lambda like: made_up(like, self._device)))
         sizes = traced.planned_sizes()
         crossing = traced.crossing(sizes)
         tensors, seconds = self._measured(traced)
@@ -127,8 +130,10 @@ class _Maker:
 
     def _measured(self, traced: Traced) -> tuple[list[torch.Tensor], np.ndarray]:
         """For the largest batch that the model and the device take."""
-        rows = self._rows()
+        most = self._rows()
         for length in _LENGTHS:
+            ragged = traced.symbols and self._device.type == "cpu"
+            rows = min(most, max(3, _MOST_VALUES // length)) if ragged else most
             while True:
                 try:
                     tensors = traced.call.tensors(*self._samples.call(rows, length))
@@ -139,11 +144,11 @@ class _Maker:
                 except RuntimeError as error:
                     if not is_out_of_memory(error) or rows == 1:
                         raise StageLoadError(f"its traced model does not run: {error}") from error
-                rows = max(1, rows // 2)
+                rows = most = max(1, rows // 2)
         raise StageLoadError("its traced model takes no batch of any length that was tried")
 
     def _rows(self) -> int:
-        return max(3, min(self._spec.batch.max_rows, _MOST_ROWS.get(self._device.type, 31)))
+        return max(3, min(self._spec.batch.max_rows, _MOST_ROWS.get(self._device.type, _MOST_ROWS["cpu"])))
 
     def _by_modules(self, call: Call, why: str) -> SplitPlan:
         model, source, count = self._source.model, self._source, self._spec.count
@@ -161,6 +166,7 @@ class _Maker:
         rows, length = self._rows(), _LENGTHS[3]
         calls: list[ModelCall] = [(n, *self._samples.call(n, length)) for n in (rows, rows - 1)]
         tried = try_model(model, chain, calls, self._device)
+        self._samples.end(rows, length, tried.returned)
         # Middle parts need the call's own arguments too.
         own = state_bytes([t[:1].numel() * t.element_size() for t in call.tensors(*calls[0][1:])])
         nbytes = [float(size + own) for size in tried.row_bytes]

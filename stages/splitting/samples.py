@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,20 @@ import torch
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import StageLoadError
-from torchrelay.stages.batch import assemble
+from torchrelay.stages.batch import Batch, assemble
 from torchrelay.stages.splitting.calls import Reached, StandIn
 
 if TYPE_CHECKING:
     from torchrelay.stages.torch_stage import TorchStage
 
-__all__ = ["Samples"]
+__all__ = ["FIRST_ROWS", "Samples"]
 
+log = logging.getLogger("torchrelay.stages")
 # So long are ragged sizes in the two batches that show which of them vary: no two are alike, nor like a usual width.
 _FIRST = (7, 13, 19, 29, 37, 43)
 _SECOND = (11, 17, 23, 31, 41, 47)
-_ROWS = (5, 3)
+FIRST_ROWS = 5
+_ROWS = (FIRST_ROWS, 3)
 
 
 class Samples:
@@ -52,14 +55,8 @@ class Samples:
 
         Raises StageLoadError where forward raises before it calls the model.
         """
-        table, number = {}, 0
-        for name, kind in self._types.items():
-            shape = []
-            for size in kind.shape if kind.is_numeric else (None,):
-                shape.append(size if isinstance(size, int) else self._length(name, lengths, number))
-                number += not isinstance(size, int)
-            table[name] = _column(kind, rows, shape)
         stand_in: StandIn = self._stage.model
+        stage = f"stage {self._name!r}"
 
         def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if torch.is_autocast_enabled(self._stage.device.type):
@@ -70,19 +67,43 @@ class Samples:
             raise Reached((args, kwargs))
 
         try:
-            batch = assemble([table], [rows], self._types, self._rules.pad, [{}], self._rules.buckets)
-            batch = self._stage.tensors(batch, str(self._stage.device))
+            batch = self._batch(rows, lengths)
             _, call = stand_in.during(answer, lambda: self._stage.infer(batch))
         except StageLoadError as error:
-            raise StageLoadError(f"stage {self._name!r}: {error}") from error
+            raise StageLoadError(f"{stage}: {error}") from error
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             raise StageLoadError(
-                f"stage {self._name!r}: its forward raised {what:.200} for a made-up batch (zeros, of the declared "
+                f"{stage}: its forward raised {what:.200} for a made-up batch (zeros, of the declared "
                 "types), before it called the model; parts need a forward that takes any such batch"
             ) from error
         found: tuple[tuple[Any, ...], Mapping[str, Any]] = call
         return found
+
+    def end(self, rows: int, lengths: int, returned: Any) -> None:
+        """Has the forward of such a batch go on from the model's call, with a made-up `returned`.
+
+        Raises StageLoadError where it calls the model again. What else it raises may be due to what is made up.
+        """
+        stand_in: StandIn = self._stage.model
+        batch = self._batch(rows, lengths)
+        try:
+            stand_in.during(lambda args, kwargs: returned, lambda: self._stage.infer(batch))
+        except StageLoadError as error:
+            raise StageLoadError(f"stage {self._name!r}: {error}") from error
+        except Exception as error:
+            log.debug("forward of stage %r raised for a made-up result of its model", self._name, exc_info=error)
+
+    def _batch(self, rows: int, lengths: int) -> Batch:
+        table, number = {}, 0
+        for name, kind in self._types.items():
+            shape = []
+            for size in kind.shape if kind.is_numeric else (None,):
+                shape.append(size if isinstance(size, int) else self._length(name, lengths, number))
+                number += not isinstance(size, int)
+            table[name] = _column(kind, rows, shape)
+        batch = assemble([table], [rows], self._types, self._rules.pad, [{}], self._rules.buckets)
+        return self._stage.tensors(batch, str(self._stage.device))
 
     def _length(self, name: str, lengths: int, number: int) -> int:
         buckets = self._rules.buckets.get(name)

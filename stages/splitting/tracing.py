@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_unflatten
 
 from torchrelay.errors import InputError
 from torchrelay.stages.splitting.calls import Call
@@ -89,6 +90,7 @@ class Traced:
         self._find_symbols()
         self._per_row = self._depending()
         self._last_use = self._uses()
+        self._forbidden = self._in_place()
 
     def _take_inputs(self, program: ExportedProgram) -> None:
         placeholders = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
@@ -192,6 +194,21 @@ class Traced:
         """A size for so many rows and these values of `symbols`."""
         return int(expression.xreplace({self.rows: rows, **dict(zip(self.symbols, sizes, strict=True))}))
 
+    def returned(self, rows: int, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """What the model returns for so many rows of the sample's sizes; `make` gives a tensor like one on meta."""
+        sizes = self.planned_sizes()
+
+        def concrete(size: Any) -> Any:
+            return self.number(size.node.expr, rows, sizes) if isinstance(size, torch.SymInt) else size
+
+        def one(result: Any) -> Any:
+            value = result.meta["val"] if isinstance(result, fx.Node) else result
+            if not isinstance(value, torch.Tensor):
+                return concrete(value)
+            return make(torch.empty([concrete(s) for s in value.shape], dtype=value.dtype, device="meta"))
+
+        return tree_unflatten([one(result) for result in self.results], self.out_spec)
+
     def row_bytes(self, node: fx.Node, sizes: Sequence[int]) -> int:
         """How many bytes a row of it has."""
         value = node.meta["val"]
@@ -203,7 +220,6 @@ class Traced:
     def crossing(self, sizes: Sequence[int]) -> list[list[fx.Node] | None]:
         """For a cut before each operation: what crosses, in order; None where none can be. `sizes` of `symbols` say
         what is small."""
-        forbidden = self._forbidden()
         found: list[list[fx.Node] | None] = [None]
         live = [n for n in self.inputs if n in self._last_use]
         for place in range(1, len(self.nodes)):
@@ -212,7 +228,7 @@ class Traced:
                 live.append(made)
             live = [n for n in live if self._last_use[n] >= place]
             bases = list(dict.fromkeys(self._base(n, sizes) for n in live))
-            fit = bases and not forbidden[place] and all(map(self._fit, bases))
+            fit = bases and not self._forbidden[place] and all(map(self._fit, bases))
             found.append(sorted(bases, key=self._order) if fit else None)
         return found
 
@@ -247,7 +263,7 @@ class Traced:
             return False
         return not any(isinstance(s, torch.SymInt) and self.rows in s.node.expr.free_symbols for s in others)
 
-    def _forbidden(self) -> list[bool]:
+    def _in_place(self) -> list[bool]:
         """Before which operations a cut would come between a tensor and what changes it in place."""
         found = [False] * (len(self.nodes) + 1)
         for i, node in enumerate(self.nodes):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from torchrelay.errors import StageLoadError
 from torchrelay.stages.splitting.measuring import made_up
 from torchrelay.stages.splitting.modules import Chain, Form, cut_before
+from torchrelay.stages.splitting.source import own_tensors
 
 __all__ = ["ModelCall", "Tried", "keeps_nothing", "try_model"]
 
@@ -32,13 +33,14 @@ ModelCall = tuple[int, tuple[Any, ...], Mapping[str, Any]]
 @dataclass
 class Tried:
     """What was seen. `seconds` of each module of the chain, with what is before it in the first, and what is behind in
-    the last; `arguments` which of its arguments have the batch's rows first, and their bytes per row; the others as in
-    `Form`."""
+    the last; `arguments` which of its arguments have the batch's rows first, and their bytes per row; `returned` by the
+    model; the others as in `Form`."""
 
     seconds: list[float] = field(default_factory=list)
     arguments: list[dict[int, int]] = field(default_factory=list)
     tuples: list[int] = field(default_factory=list)
     behind: set[str] = field(default_factory=set)
+    returned: Any = None
 
     @property
     def row_bytes(self) -> list[int]:
@@ -81,7 +83,10 @@ def keeps_nothing(model: nn.Module, chain: Chain, form: Form, cut: int, call: Mo
         leaves = tree_flatten((args, kwargs))[0]
         came.extend(leaves[number].clone() for number in form.leaves[cut])
 
+    kept = [(tensor, tensor.clone()) for _, tensor in own_tensors(model) if not tensor.is_meta]
     whole = _called(model, call, device, {chain.names[cut]: note})
+    for tensor, before in kept:
+        tensor.copy_(before)  # the model may change its own buffers
     with cut_before(model, chain, cut, form, came):
         try:
             part = _called(model, call, device, {})
@@ -186,7 +191,7 @@ class _Trial:
         try:
             with torch.inference_mode():
                 began = self._now()
-                self._model(*args, **kwargs)
+                self._found.returned = self._model(*args, **kwargs)
                 ended = self._now()
         except StageLoadError:
             raise
