@@ -98,6 +98,11 @@ class _Entry(nn.Module):
         self._leaves = leaves
         self.came: Sequence[torch.Tensor] = ()
 
+    @property
+    def count(self) -> int:
+        """Of the tensors that come."""
+        return len(self._leaves)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         for number, tensor in zip(self._leaves, self.came, strict=True):
@@ -199,9 +204,9 @@ class ModulePiece:
 
     def middle(self, came: Crossing) -> Crossing:
         """What it makes of what came."""
+        self._enter(came)
         tensors = list(came.tensors[: self._arguments])
         args, kwargs = self._call.rebuilt(tensors)
-        self._enter(came)
         return self._to_exit(tensors, args, kwargs)
 
     def last(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], came: Crossing) -> Any:
@@ -211,6 +216,7 @@ class ModulePiece:
 
     def _enter(self, came: Crossing) -> None:
         assert self._entry is not None  # it is not the first part
+        came.check(self._arguments + self._entry.count, 0)
         self._entry.came = came.tensors[self._arguments :]
 
     def _to_exit(self, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Crossing:

@@ -1,4 +1,4 @@
-"""Stages whose models are cut into parts: each with a trait that parts must keep, or must refuse."""
+"""Stages whose models are cut into parts, each with a trait that parts must keep or refuse."""
 
 from __future__ import annotations
 
@@ -14,29 +14,25 @@ Tensor = torch.Tensor
 
 
 class Net(nn.Module):
-    """Linear layers one behind the other."""
+    """Linear layers one behind the other. One that looks at values does not trace, and is cut between them."""
 
-    def __init__(self, width: int = 4, layers: int = 4) -> None:
+    looks = False
+
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(-x if self.looks and float(x.sum()) == 1e30 else x)
+
+    def compute(self, x: Tensor) -> Any:
         for layer in self.layers:
             x = F.gelu(layer(x))
         return x
 
 
-class ByValues(Net):
-    """Does not trace, since it looks at values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if float(x.sum()) == 1e30:
-            return x
-        return super().forward(x)
-
-
-class Base(TorchStage):
-    """Random weights by one seed; `forward` returns what the model makes of x."""
+class Stage(TorchStage):
+    """Returns what the model makes of x. Random weights, the same ones each time."""
 
     model_type: type[nn.Module] = Net
 
@@ -48,187 +44,142 @@ class Base(TorchStage):
         return {"y": self.model(batch["x"])}
 
 
-class Plain(Base):
-    pass
-
-
-class Chain(Base):
-    model_type = ByValues
-
-
-class Tokens(Base):
-    """The mean over the tokens of a row, weighted by what forward makes of their number, and all of them."""
+class Tokens(Stage):
+    """The sum over a row's tokens, and what the model makes of each. Refuses rows that begin with 13, and returns
+    nothing where there are no others."""
 
     def build(self, context: StageContext) -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(50, 4), Net())
 
     def forward(self, batch: Batch) -> Any:
-        seen = batch.mask("tokens").unsqueeze(-1)
         y = self.model(batch["tokens"])
-        lengths = batch.lengths["tokens"]
-        return {
-            "mean": (y * seen).sum(1) / lengths[:, None],
-            "each": [r[:n] for r, n in zip(y, lengths.tolist(), strict=True)],
-        }
-
-
-class Opens(Base):
-    """As many rows as n says, `rows: expand`."""
-
-    def forward(self, batch: Batch) -> Any:
-        y, n = self.model(batch["x"]), batch["n"]
-        return Expand({"y": y.repeat_interleave(n, 0), "number": [i for k in n.tolist() for i in range(k)]}, n)
-
-
-class Rejects(Tokens):
-    """Rows whose first token is 13; of none but such it returns nothing."""
-
-    def forward(self, batch: Batch) -> Any:
-        first = batch["tokens"][:, 0].tolist()
-        made = super().forward(batch)
+        first, lengths = batch["tokens"][:, 0].tolist(), batch.lengths["tokens"].tolist()
         for row, token in enumerate(first):
             if token == 13:
-                batch.reject(row, f"row with {token}")
-        return made if set(first) != {13} else None
+                batch.reject(row, f"row of {lengths[row]}")
+        if set(first) == {13}:
+            return None
+        total = (y * batch.mask("tokens")[..., None]).sum(1)
+        return {"total": total, "each": [values[:n] for values, n in zip(y, lengths, strict=True)]}
 
 
-class Twice(Base):
+class Opens(Tokens):
+    """A row for each token."""
+
     def forward(self, batch: Batch) -> Any:
-        return {"y": self.model(self.model(batch["x"]))}
+        y, lengths = self.model(batch["tokens"]), batch.lengths["tokens"]
+        return Expand({"y": y[batch.mask("tokens")], "of": [i for n in lengths.tolist() for i in range(n)]}, lengths)
 
 
-class Never(Base):
+class AddsUp(Net):
+    """All layers take the same x."""
+
+    looks = True
+
+    def compute(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            total = total + layer(x)
+        return F.layer_norm(total, (4,))
+
+
+class Total(Stage):
+    model_type = AddsUp
+
+
+class ComesBack(Net):
+    """What the first layer made is added behind the second one."""
+
+    looks = True
+
+    def compute(self, x: Tensor) -> Tensor:
+        made = []
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            made.append(x)
+            if number == 1:
+                x = x + made[0]
+        return x
+
+
+class Skip(Stage):
+    model_type = ComesBack
+
+
+class Lists(Net):
+    """Returns what each layer made."""
+
+    looks = True
+
+    def compute(self, x: Tensor) -> Any:
+        return [x := layer(x) for layer in self.layers]
+
+
+class All(Stage):
+    model_type = Lists
+
     def forward(self, batch: Batch) -> Any:
-        return {"y": batch["x"]}
+        return {"y": sum(self.model(batch["x"]))}
 
 
-class Raises(Base):
-    def forward(self, batch: Batch) -> Any:
-        raise ValueError("x must not be zero")
+class Add(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        return self.linear(x) + places
 
 
-class Autocast(Base):
+class Places(Net):
+    """Layers are called with a tensor that has not the batch's rows; calls are counted, and weights are tied."""
+
+    looks = True
+    called: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(100, 4))
+        self.layers = nn.ModuleList(Add() for _ in range(4))
+        self.layers[3].linear.weight = self.layers[0].linear.weight
+        self.register_buffer("called", torch.zeros(1), persistent=False)
+
+    def compute(self, x: Tensor) -> Tensor:
+        self.called += 1
+        for layer in self.layers:
+            x = layer(x, self.places[: x.shape[1]])
+        return x + self.called.clamp(min=9)
+
+
+class Placed(Stage):
+    model_type = Places
+
+
+class Cast(Stage):
     def forward(self, batch: Batch) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return {"y": self.model(batch["x"]).float()}
 
 
-class Kept(ByValues):
-    """Adds up what its layers make of one and the same x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if float(x.sum()) == 1e30:
-            return x
-        total = torch.zeros_like(x)
-        for layer in self.layers:
-            total = total + layer(x)
-        return total
-
-
-class Sums(Base):
-    model_type = Kept
-
-
-class Skips(ByValues):
-    """Adds what the first layer made behind the last one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if float(x.sum()) == 1e30:
-            return x
-        made = []
-        for layer in self.layers:
-            x = F.gelu(layer(x))
-            made.append(x)
-        return x + made[0]
-
-
-class Skipping(Base):
-    model_type = Skips
-
-
-class Placed(nn.Module):
-    """A layer that adds a vector for each place: x float [N, L, 4], places [L, 4]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, places: Tensor) -> Tensor:
-        return self.layer(x) + places
-
-
-class PlacesNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.places = nn.Parameter(torch.randn(100, 4))
-        self.layers = nn.ModuleList(Placed() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if float(x.sum()) == 1e30:
-            return x
-        for layer in self.layers:
-            x = layer(x, self.places[: x.shape[1]])
-        return x
-
-
-class Places(Base):
-    model_type = PlacesNet
-
-
-class Inner(Net):
-    """Computes one layer in bfloat16, and one without gradients."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second, *rest = self.layers
+class CastsItself(Net):
+    def compute(self, x: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            x = first(x)
-        x = x.float()
+            x = self.layers[0](x)
         with torch.no_grad():
-            x = second(x)
-        for layer in rest:
-            x = layer(x)
-        return x
+            x = self.layers[1](x.float())
+        return {"y": self.layers[3](self.layers[2](x)), "rows": x.shape[0], "none": None}
 
 
-class Inside(Base):
-    model_type = Inner
-
-
-class BuildRaises(Base):
-    def build(self, context: StageContext) -> nn.Module:
-        raise ValueError("no such model")
-
-
-class TiedNet(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers[3].weight = self.layers[0].weight
-        self.register_buffer("seen", torch.full((4,), 3.0), persistent=False)
-        self.plain = torch.arange(4.0)
-
-    def forward(self, x: Tensor) -> Any:
-        n = x.shape[1]
-        for layer in self.layers:
-            x = layer(x) * self.seen + self.plain
-        return {"y": x, "n": x.shape[0], "input": n, "none": None}
-
-
-class Tied(Base):
-    model_type = TiedNet
+class Inner(Stage):
+    model_type = CastsItself
 
     def forward(self, batch: Batch) -> Any:
         made = self.model(batch["x"])
-        assert (made["n"], made["input"], made["none"]) == (len(batch), 4, None)
+        assert (made["rows"], made["none"]) == (len(batch), None)
         return {"y": made["y"]}
 
 
-class TiedChainNet(TiedNet):
-    def forward(self, x: Tensor) -> Any:
-        if float(x.sum()) == 1e30:
-            return x
-        return super().forward(x)
-
-
-class TiedChain(Tied):
-    model_type = TiedChainNet
+class Broken(Stage):
+    def build(self, context: StageContext) -> nn.Module:
+        raise ValueError("no such model")
