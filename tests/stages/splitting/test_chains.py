@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.stages.splitting.parts import Parts, assert_as_whole, cut
-from torchrelay.errors import StageLoadError
+from torchrelay.config.shards import SIZES
+from torchrelay.errors import DecodeError, StageLoadError
 
 X, Y = {"x": "float32[4]"}, {"y": "float32[4]"}
 BATCH = {"x": np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)}
@@ -23,10 +24,18 @@ def test_code_that_keeps_what_modules_returned_is_refused(tmp_path: Path, use: s
         Parts(cut(tmp_path, use, X, Y))
 
 
+def test_modules_that_return_nothing_are_no_chain(tmp_path: Path) -> None:
+    with pytest.raises(StageLoadError, match="a module of layers returns nothing"):
+        Parts(cut(tmp_path, "Halves", X, Y))
+
+
 def test_a_chain_is_cut_where_nothing_is_kept(tmp_path: Path) -> None:
-    """Behind a skip connection, though its parts are less even then."""
+    """Behind a skip connection, though its parts are less even then. Damaged rows say so."""
     parts = Parts(cut(tmp_path, "Skip", X, Y, parts=3))
     assert_as_whole(parts, BATCH)
+    damaged = {**parts.first(BATCH)[0], SIZES: np.zeros((3, 2), np.int64)}
+    with pytest.raises(DecodeError, match="damaged: 0 tensors with 0 sizes, and 2 with 0 cross here"):
+        parts.rest([damaged])
     with pytest.raises(StageLoadError, match="can it be cut for 4 parts"):
         Parts(cut(tmp_path, "Skip", X, Y, parts=4))
 
