@@ -76,7 +76,7 @@ def graph_cuts(traced: Traced, cuts: Sequence[int]) -> list[Cut]:
     """The parts of a traced model that is cut before these operations."""
     crossing = traced.crossing(traced.planned_sizes())
     bounds = [0, *cuts, len(traced.nodes)]
-    went: list[Sequence[fx.Node] | None] = [None, *(crossing[c] for c in cuts), None]
+    went = [None, *(crossing[c] if c < len(crossing) else None for c in cuts), None]
     if any(nodes is None for nodes in went[1:-1]):
         raise StageLoadError("its kept split plan cuts where this worker's torch cannot")
     return [Cut(bounds[i], bounds[i + 1], went[i], went[i + 1]) for i in range(len(bounds) - 1)]

@@ -100,6 +100,8 @@ class PartStage(TorchStage):
         chain = find_chain(source.model, self._split.count)
         if chain is None or chain.digest != self._split.digest or self._split.form is None:
             raise StageLoadError(_other("chain of modules"))
+        if self._split.cuts[-1] >= len(chain.names):
+            raise StageLoadError("its kept split plan cuts where its chain of modules has ended")
         bounds = [0, *self._split.cuts, len(chain.names)]
         start, stop = bounds[self._part.shard], bounds[self._part.shard + 1]
         return ModulePiece(source.model, chain, start, stop, self._split.call, self._split.form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from torchrelay import Pipeline
 from torchrelay.config.imports import import_use
 from torchrelay.config.shards import SIZES, STATE, PartConfig
+from torchrelay.queues.plans import SplitPlace
 from torchrelay.stages import Runner, StageContext, make_runner
 from torchrelay.stages.outputs import Made
 from torchrelay.workers.splitting import LocalPlans, split_stage
@@ -32,15 +33,19 @@ def cut(
 
 
 class Parts:
-    """All parts of a pipeline's only stage, loaded."""
+    """All parts of a pipeline's only stage, loaded; by `kept` instead of the plan that is made here."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, kept: Callable[[str], str] = str) -> None:
         self.pipeline = pipeline
         plans, self.runners = LocalPlans(), []
+
+        def agree(place: SplitPlace, make: Callable[[], str]) -> str:
+            return kept(plans.agree(place, make))
+
         for config in pipeline.spec.stages:
             assert isinstance(config, PartConfig)
             context, node = _context(pipeline), pipeline.graph.node(config.name)
-            stage = split_stage(config, pipeline, context, plans.agree)
+            stage = split_stage(config, pipeline, context, agree)
             self.runners.append(make_runner(stage, config, pipeline.graph.types_of(node), node.outputs))
             self.runners[-1].load(context)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,21 @@ def test_autocast_round_the_model_is_refused_and_within_it_is_kept(tmp_path: Pat
 def test_a_build_that_raises_is_told_with_the_stage(tmp_path: Path) -> None:
     with pytest.raises(StageLoadError, match="stage 'model' cannot be split: ValueError: no such model"):
         Parts(cut(tmp_path, "Broken", X, Y))
+
+
+@pytest.mark.parametrize(
+    ("use", "change", "says"),
+    [
+        ("Stage", {"digest": "0" * 16}, "stage 'model.0': the graph of its model is another than when it was split"),
+        ("Skip", {"digest": "0" * 16}, "the chain of modules of its model is another than when it was split"),
+        ("Stage", {"cuts": [10_000]}, "its kept split plan cuts where this worker's torch cannot"),
+        ("Skip", {"cuts": [10_000]}, "its kept split plan cuts where its chain of modules has ended"),
+        ("Stage", {"form": 9}, "stage 'model': its kept split plan cannot be read: .*of form 9"),
+    ],
+)
+def test_a_kept_plan_of_another_model_is_refused(
+    tmp_path: Path, use: str, change: dict[str, object], says: str
+) -> None:
+    """Workers with other code or another torch do not compute parts that do not fit together."""
+    with pytest.raises(StageLoadError, match=says):
+        Parts(cut(tmp_path, use, X, Y), lambda text: json.dumps({**json.loads(text), **change}))
