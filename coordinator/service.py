@@ -26,8 +26,7 @@ from torchrelay.coordinator.leader import LOOK_S, Leader
 from torchrelay.coordinator.loads import Loads, LoadTracker, Node
 from torchrelay.coordinator.observe import Observer, Snapshot
 from torchrelay.coordinator.scale import Limits, Plan, State, decide, limits_of
-from torchrelay.coordinator.sharing import Fits, slots
-from torchrelay.coordinator.units import need_of
+from torchrelay.coordinator.totals import room_for
 from torchrelay.coordinator.versions import Drains, Served, served_versions
 from torchrelay.errors import BrokerError
 from torchrelay.queues.fleet import Aside, FleetRecords, FleetView, Wishes, enqueue_reconcile
@@ -226,38 +225,6 @@ def units_for(pipelines: Mapping[str, Pipeline], plan: Plan) -> list[Unit]:
     for (ref, stage), count in plan.replicas.items():
         wanted.setdefault(ref, {})[stage] = count
     return [unit for ref in sorted(wanted) for unit in units_of(pipelines[ref], wanted[ref])]
-
-
-def room_for(
-    limits: Sequence[Limits],
-    pipelines: Mapping[str, Pipeline],
-    hosts: Sequence[HostReport],
-    most: Mapping[Node, int] | None = None,
-) -> Fits:
-    """Whether the hosts could have so many workers, by totals of processors and GPUs and by what has a place at `most`.
-    What the stages have at least counts as room, as workers that presume may make do with less; what of it has no place
-    takes none."""
-    living = [host for host in hosts if not host.draining]
-    gpus = sum(len(host.gpus) for host in living)
-    sizes = {"gpu": float(gpus), "cpu": sum(host.cpus for host in living)}
-    takes: dict[Node, tuple[str, float]] = {}
-    least = {"gpu": 0.0, "cpu": 0.0}
-    bounds = most or {}
-    for one in limits:
-        need, _ = need_of(pipelines[one.ref].group_of(one.stage))
-        on_gpu = one.device == "gpu" and gpus > 0
-        kind, amount = ("gpu", need.compute) if on_gpu else ("cpu", need.cpus or 1.0)
-        takes[one.key] = kind, amount
-        least[kind] += amount * min(one.least, bounds.get(one.key, one.least))
-    there = slots({kind: max(size, least[kind]) for kind, size in sizes.items()}, takes)
-    allowed = {one.key: max(bounds[one.key], one.least) for one in limits if one.key in bounds}
-
-    def fits(replicas: Mapping[Node, int]) -> bool:
-        if any(count > allowed.get(key, count) for key, count in replicas.items()):
-            return False
-        return there({key: min(count, bounds.get(key, count)) for key, count in replicas.items()})
-
-    return fits
 
 
 def told(plan: Plan, bounds: Bounds, limits: Sequence[Limits]) -> dict[Node, str]:

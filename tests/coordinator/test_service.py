@@ -13,7 +13,8 @@ from tests.conftest import wait_until
 from torchrelay.config import Pipeline
 from torchrelay.config.fleet import Assignment, Desired, Gpu, HostReport, SlotTrouble, set_aside_s
 from torchrelay.coordinator.leader import Leader
-from torchrelay.coordinator.service import Coordinator, placeable, room_for, set_aside, stage_limits, standing
+from torchrelay.coordinator.service import Coordinator, placeable, set_aside, stage_limits, standing
+from torchrelay.coordinator.totals import room_for
 from torchrelay.queues.fleet import Aside, FleetRecords, FleetView, Wishes
 from torchrelay.queues.registry import Registry
 
