@@ -36,7 +36,7 @@ ANSWERS_MS = 6_000
 _LEAVES_MS = 2_000
 _FULL_S = 5.0
 AGED_MS = 60_000
-_WAIT_S = 1.0
+_WAIT_S = 1.5
 _OVERDUE_MS = 2_500
 _SOON_S, _LOOK_S = 0.2, 0.004
 _AT_ONCE = 64
@@ -140,7 +140,7 @@ class Spiller:
             run(self._registry.client, lane.spilling(self._host, 1, ttl_ms))
 
     def _copy_asked(self, lane: Transitions, reader: ArenaReader) -> float:
-        """Does what is due; returns the seconds until more is, at most a second."""
+        """Does what is due; returns the seconds until more is, or to look again."""
         wait_ms, asked = run(self._registry.client, lane.spilling(self._host, _AT_ONCE, ANSWERS_MS))
         group: list[_Copy] = []
         size = 0
