@@ -118,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load_memory", description=__doc__)
     parser.add_argument("--parts", type=int, default=2, help="how many parts (default 2)")
     parser.add_argument("--modes", default=",".join(MODES), help=f"some of {','.join(MODES)}")
-    parser.add_argument("--layers", type=int, help="of the model (default 8): what a split costs beside them is the same")
+    parser.add_argument(
+        "--layers", type=int, help="of the model (default 8): what a split costs beside them is the same"
+    )
     parser.add_argument("--quick", action="store_true", help="a small model: a check, no result")
     options = parser.parse_args()
     if unknown := set(options.modes.split(",")) - set(MODES):

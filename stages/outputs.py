@@ -17,7 +17,18 @@ from torchrelay.config.ragged import RaggedRows, take_rows
 from torchrelay.config.types import ColumnType
 from torchrelay.errors import InputError
 
-__all__ = ["Expand", "Made", "ReadRows", "as_arrays", "as_mapping", "empty_outputs", "own", "pick", "split"]
+__all__ = [
+    "Expand",
+    "Made",
+    "ReadRows",
+    "as_arrays",
+    "as_mapping",
+    "counts_of",
+    "empty_outputs",
+    "own",
+    "pick",
+    "split",
+]
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 MAX_COUNT = 2**31 - 1
@@ -113,7 +124,7 @@ def _expanded(
             f"stage {stage!r} is declared `rows: expand` and returned a {type(outputs).__name__}; "
             "return Expand(columns, counts)"
         )
-    counts = _counts(outputs.counts, total, stage)
+    counts = counts_of(outputs.counts, total, stage)
     plain = as_arrays(outputs.columns, stage)
     made = int(counts.sum())
     if refused and counts[list(refused)].any():
@@ -124,7 +135,8 @@ def _expanded(
     return ({**table, **outputs.own} if isinstance(outputs, ReadRows) else table), counts
 
 
-def _counts(counts: object, total: int, stage: str) -> Counts:
+def counts_of(counts: object, total: int, stage: str) -> Counts:
+    """What Expand says of `total` rows; raises InputError for anything but a whole number, from 0, for each."""
     listed = counts.tolist() if hasattr(counts, "tolist") else counts
     if not isinstance(listed, list | tuple) or len(listed) != total or not all(map(_is_count, listed)):
         raise InputError(

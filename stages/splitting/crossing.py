@@ -35,6 +35,14 @@ class Crossing:
     tensors: Sequence[torch.Tensor]
     numbers: Sequence[int]
 
+    def check(self, tensors: int, numbers: int) -> None:
+        """Raises DecodeError for other than so many."""
+        if (len(self.tensors), len(self.numbers)) != (tensors, numbers):
+            raise DecodeError(
+                f"what came from the part before is damaged: {len(self.tensors)} tensors with {len(self.numbers)} "
+                f"sizes, and {tensors} with {numbers} cross here"
+            )
+
 
 def state_bytes(nbytes: Sequence[int]) -> int:
     """The bytes of a row's state whose tensors have so many each."""

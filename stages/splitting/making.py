@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import fx
 
 from torchrelay.config.shards import PartConfig
 from torchrelay.config.types import ColumnType
-from torchrelay.errors import InputError, StageLoadError
+from torchrelay.errors import InputError, StageLoadError, TorchrelayError
 from torchrelay.stages.faults import is_out_of_memory
 from torchrelay.stages.splitting.balance import cut_evenly
 from torchrelay.stages.splitting.calls import Call
@@ -26,7 +26,7 @@ from torchrelay.stages.splitting.samples import FIRST_ROWS, Samples
 from torchrelay.stages.splitting.source import Source
 from torchrelay.stages.splitting.standing import stand_in_for
 from torchrelay.stages.splitting.tracing import Traced, Untraceable, trace
-from torchrelay.stages.splitting.trying import try_model
+from torchrelay.stages.splitting.trying import ModelCall, keeps_nothing, try_model
 from torchrelay.stages.stage import StageContext
 from torchrelay.stages.weights import set_tensor
 
@@ -66,13 +66,17 @@ def make_plan(stage: TorchStage, context: StageContext, spec: PartConfig, types:
         if f"stage {spec.of!r}" in str(error):
             raise
         raise StageLoadError(f"stage {spec.of!r}: {error}") from error
+    except TorchrelayError:
+        raise
+    except Exception as error:
+        raise StageLoadError(f"stage {spec.of!r} cannot be split: {type(error).__name__}: {error}") from error
 
 
 def graph_cuts(traced: Traced, cuts: Sequence[int]) -> list[Cut]:
     """The parts of a traced model that is cut before these operations."""
     crossing = traced.crossing(traced.planned_sizes())
     bounds = [0, *cuts, len(traced.nodes)]
-    went: list[Sequence[fx.Node] | None] = [None, *(crossing[c] for c in cuts), None]
+    went = [None, *(crossing[c] if c < len(crossing) else None for c in cuts), None]
     if any(nodes is None for nodes in went[1:-1]):
         raise StageLoadError("its kept split plan cuts where this worker's torch cannot")
     return [Cut(bounds[i], bounds[i + 1], went[i], went[i + 1]) for i in range(len(bounds) - 1)]
@@ -159,17 +163,38 @@ class _Maker:
             raise StageLoadError(f"{what}, and is called with a tensor that has not the batch's rows first")
         for name in source.others():
             set_tensor(model, name, source.read(name, self._device))
-        length = _LENGTHS[3]
-        args, kwargs = self._samples.call(self._rows(), length)
-        tried = try_model(model, chain, args, kwargs, self._rows(), self._device)
-        self._samples.end(self._rows(), length, tried.returned)
+        rows, length = self._rows(), _LENGTHS[3]
+        calls: list[ModelCall] = [(n, *self._samples.call(n, length)) for n in (rows, rows - 1)]
+        tried = try_model(model, chain, calls, self._device)
+        self._samples.end(rows, length, tried.returned)
         # Middle parts need the call's own arguments too.
-        own = state_bytes([t[:1].numel() * t.element_size() for t in call.tensors(args, kwargs)])
+        own = state_bytes([t[:1].numel() * t.element_size() for t in call.tensors(*calls[0][1:])])
         nbytes = [float(size + own) for size in tried.row_bytes]
         costs = self._module_bytes(chain) if self._by_memory else tried.seconds
-        cuts = cut_evenly(costs, nbytes, count)
-        assert cuts is not None  # there are as many modules
+        cuts = self._module_cuts(
+            costs, nbytes, lambda cut: keeps_nothing(model, chain, tried.form, cut, calls[1], self._device)
+        )
+        if cuts is None:
+            raise StageLoadError(
+                f"{what}, and between too few modules of {chain.path or 'the model'} can it be cut for {count} parts: "
+                "code around them takes what one of them returned to more than the next one's call. Write this in a "
+                "module of the chain, or split the stage by hand"
+            )
         return self._parts_of(chain, call, why, tried.seconds, nbytes, cuts, tried.form)
+
+    def _module_cuts(
+        self, costs: Sequence[float], nbytes: Sequence[float], fits: Callable[[int], bool]
+    ) -> list[int] | None:
+        """The best cuts that fit; a cut is looked at only where it would be made."""
+        left, known = list(nbytes), set[int]()
+        while (cuts := cut_evenly(costs, left, self._spec.count)) is not None:
+            for cut in set(cuts) - known:
+                known.add(cut)
+                if not fits(cut):
+                    left[cut] = np.inf
+            if all(np.isfinite(left[cut]) for cut in cuts):
+                return cuts
+        return None
 
     def _parts_of(
         self, chain: Chain, call: Call, why: str, seconds: list[float], nbytes: list[float], cuts: list[int], form: Any

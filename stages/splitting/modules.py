@@ -9,7 +9,8 @@ own arguments, and its weights are in each; what comes behind it only in the las
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torchrelay.stages.splitting.crossing import Crossing
 from torchrelay.stages.splitting.source import own_tensors
 from torchrelay.stages.weights import set_tensor
 
-__all__ = ["Chain", "Form", "ModulePiece", "find_chain"]
+__all__ = ["Chain", "Form", "ModulePiece", "cut_before", "find_chain"]
 
 
 class Chain:
@@ -97,6 +98,11 @@ class _Entry(nn.Module):
         self._leaves = leaves
         self.came: Sequence[torch.Tensor] = ()
 
+    @property
+    def count(self) -> int:
+        """Of the tensors that come."""
+        return len(self._leaves)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         for number, tensor in zip(self._leaves, self.came, strict=True):
@@ -115,6 +121,34 @@ class _Exit(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = tree_flatten((args, kwargs))[0]
         raise Reached([leaves[number] for number in self._leaves])
+
+
+class _Unknown(_Skipped):
+    """A skipped module that returns values which say nothing of what it would have returned."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        returned = super().forward(*args, **kwargs)
+        first = returned[0] if isinstance(returned, tuple) else returned
+        # No two values alike, since a norm takes what all have in common away.
+        values = torch.linspace(-7, 7, first.numel(), device=first.device).reshape(first.shape).to(first.dtype)
+        return (values, *returned[1:]) if isinstance(returned, tuple) else values
+
+
+@contextmanager
+def cut_before(model: nn.Module, chain: Chain, cut: int, form: Form, came: Sequence[torch.Tensor]) -> Iterator[None]:
+    """For a while the model is what a part is that begins with module `cut`, which takes `came`; what the modules
+    before it return is made up."""
+    modules = [model.get_submodule(name) for name in chain.names[: cut + 1]]
+    entry = _Entry(modules[-1], form.leaves[cut])
+    entry.came = came
+    try:
+        for i, name in enumerate(chain.names[:cut]):
+            _put(model, name, _Unknown(form.tuples[i]))
+        _put(model, chain.names[cut], entry)
+        yield
+    finally:
+        for name, module in zip(chain.names, modules, strict=False):
+            _put(model, name, module)
 
 
 class ModulePiece:
@@ -170,9 +204,9 @@ class ModulePiece:
 
     def middle(self, came: Crossing) -> Crossing:
         """What it makes of what came."""
+        self._enter(came)
         tensors = list(came.tensors[: self._arguments])
         args, kwargs = self._call.rebuilt(tensors)
-        self._enter(came)
         return self._to_exit(tensors, args, kwargs)
 
     def last(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], came: Crossing) -> Any:
@@ -182,6 +216,7 @@ class ModulePiece:
 
     def _enter(self, came: Crossing) -> None:
         assert self._entry is not None  # it is not the first part
+        came.check(self._arguments + self._entry.count, 0)
         self._entry.came = came.tensors[self._arguments :]
 
     def _to_exit(self, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Crossing:

@@ -100,6 +100,8 @@ class PartStage(TorchStage):
         chain = find_chain(source.model, self._split.count)
         if chain is None or chain.digest != self._split.digest or self._split.form is None:
             raise StageLoadError(_other("chain of modules"))
+        if self._split.cuts[-1] >= len(chain.names):
+            raise StageLoadError("its kept split plan cuts where its chain of modules has ended")
         bounds = [0, *self._split.cuts, len(chain.names)]
         start, stop = bounds[self._part.shard], bounds[self._part.shard + 1]
         return ModulePiece(source.model, chain, start, stop, self._split.call, self._split.form)
@@ -142,14 +144,14 @@ class PartStage(TorchStage):
         for rows in groups:
             with self._of(len(rows)):
                 made.append(pack(self._loaded.middle(self._came(batch, rows, sizes)), len(rows)))
-        together: dict[str, Any] = joined(made, groups, len(batch))
+        together: dict[str, Any] = joined(made, groups, len(batch), self._part.name)
         return together
 
     def _last(self, batch: Batch, sizes: np.ndarray) -> Mapping[str, Any] | Expand:
         padded = np.asarray(batch.columns[PADDED])
         groups = groups_of(sizes, padded)
         made = [self._end(batch, rows, sizes, padded[rows[0]].tolist()) for rows in groups]
-        together: Mapping[str, Any] | Expand = joined(made, groups, len(batch))
+        together: Mapping[str, Any] | Expand = joined(made, groups, len(batch), self._part.name, batch.rejected)
         return together
 
     def _end(self, batch: Batch, rows: np.ndarray, sizes: np.ndarray, padded: Sequence[int]) -> Any:

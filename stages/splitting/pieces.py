@@ -48,6 +48,7 @@ class GraphPiece:
         self._graph_module = module
         self._owned = owned
         self.expressions = expressions
+        self._takes = sum(n.op == "placeholder" for n in module.graph.nodes) - len(expressions)
 
     @property
     def names(self) -> set[str]:
@@ -80,6 +81,7 @@ class GraphPiece:
         return tree_unflatten(self._run(came), self._traced.out_spec)
 
     def _run(self, came: Crossing) -> list[Any]:
+        came.check(self._takes, len(self._traced.symbols))
         rows = len(came.tensors[0])
         numbers = [self._traced.number(e, rows, came.numbers) for e in self.expressions]
         return list(self.module(*came.tensors, *numbers))

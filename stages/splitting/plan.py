@@ -80,12 +80,12 @@ class SplitPlan:
             cuts, parts = tuple(map(int, plain["cuts"])), tuple(Part(**p) for p in plain["parts"])
             call, form = Call.from_plain(plain["call"]), _form(plain.get("form_of_chain"))
             plan = cls(plain["how"], plain["why"], call, plain["digest"], cuts, parts, form)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DecodeError(f"no split plan: {type(error).__name__}: {error}", length=len(text)) from error
         if (plan.how == "graph") != (form is None):
             raise DecodeError("a split plan without the form of its chain", length=len(text))
-        if len(parts) < 2 or len(cuts) != len(parts) - 1 or any(a >= b for a, b in pairwise(cuts)):
-            raise DecodeError(f"a split plan of {len(parts)} parts with {len(cuts)} cuts", length=len(text))
+        if len(parts) < 2 or len(cuts) != len(parts) - 1 or any(a >= b for a, b in pairwise((0, *cuts))):
+            raise DecodeError(f"a split plan of {len(parts)} parts with cuts at {cuts!r:.80}", length=len(text))
         return plan
 
 

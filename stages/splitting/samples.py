@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from torchrelay.config.spec import BatchSpec
 from torchrelay.config.types import ColumnType
@@ -58,6 +59,11 @@ class Samples:
         stage = f"stage {self._name!r}"
 
         def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if torch.is_autocast_enabled(self._stage.device.type):
+                raise StageLoadError(
+                    "its forward calls the model under torch.autocast, of which parts know nothing; call it outside, "
+                    "with torch: {dtype}, or use autocast in the model's own forward"
+                )
             raise Reached((args, kwargs))
 
         try:

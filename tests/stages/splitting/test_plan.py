@@ -33,8 +33,11 @@ def test_a_plan_comes_back(plan: SplitPlan) -> None:
     [
         ({"form": 2}, "of form 2, which this version does not know"),
         ({"how": "guess"}, "which this version does not know"),
-        ({"cuts": [3]}, "of 3 parts with 1 cuts"),
-        ({"cuts": [8, 3]}, "of 3 parts with 2 cuts"),
+        ({"cuts": [3]}, r"of 3 parts with cuts at \(3,\)"),
+        ({"cuts": [8, 3]}, r"of 3 parts with cuts at \(8, 3\)"),
+        ({"cuts": [0, 3]}, r"of 3 parts with cuts at \(0, 3\)"),
+        ({"cuts": [-1, 3]}, r"of 3 parts with cuts at \(-1, 3\)"),
+        ({"cuts": [3, float("inf")]}, "no split plan: OverflowError"),
         ({"cuts": [3, "x"]}, "no split plan"),
         ({"parts": [{"first": "a"}]}, "no split plan"),
         ({"how": "modules"}, "without the form of its chain"),
@@ -47,7 +50,7 @@ def test_another_text_is_no_plan(change: dict[str, Any], says: str) -> None:
         SplitPlan.decode(json.dumps({**json.loads(GRAPH.encode()), **change}))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", GRAPH.encode()[:-9]])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100_000, GRAPH.encode()[:-9]])
 def test_what_is_no_json_object_is_no_plan(text: str) -> None:
     with pytest.raises(DecodeError, match="no split plan"):
         SplitPlan.decode(text)
