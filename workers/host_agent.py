@@ -176,7 +176,12 @@ class HostAgent:
             log.info("%s drains", self._workers[worker_id].supervisor.name)
             self._workers[worker_id].supervisor.stop()
         for one in turn.start:
-            self._start(one)
+            try:
+                self._start(one)
+            except Exception as error:
+                log.exception("%s on %s could not be started", one.stage, one.slot)
+                self._reconciler.ended(one.id, f"{type(error).__name__}: {error}", time.monotonic())
+                self._heard_at = _NEVER
         if turn.news:
             self._heard_at = _NEVER
 
