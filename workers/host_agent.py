@@ -13,14 +13,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
 import redis
 
-from torchrelay.config.fleet import CPU, Assignment, Desired, HostReport, SlotTrouble, set_aside_s
-from torchrelay.config.pipeline import Pipeline
+from torchrelay.config.fleet import Assignment, Desired, HostReport
 from torchrelay.config.settings import Settings
 from torchrelay.errors import BrokerError, ConfigError, TorchrelayError
 from torchrelay.queues.connection import connect
@@ -30,10 +29,11 @@ from torchrelay.queues.job import host_text
 from torchrelay.queues.keys import new_token
 from torchrelay.queues.placement import open_home
 from torchrelay.queues.registry import Registry
+from torchrelay.workers.reconcile import Reconciler, Servable
 from torchrelay.workers.slots import ORDER, Offer, SlotReader
 from torchrelay.workers.supervisor import Supervisor, WorkerPlan
 
-__all__ = ["EVERY_S", "Host", "HostAgent", "Servable"]
+__all__ = ["EVERY_S", "Host", "HostAgent"]
 
 log = logging.getLogger("torchrelay.agent")
 EVERY_S = 2.0
@@ -41,16 +41,6 @@ _STANDBY_S = 0.5
 _PATIENCE_S = 3.0
 _LOOK_S = 0.25
 _NEVER = -math.inf
-_FORGOTTEN_S = 3600.0
-_MOST_REASON = 500
-
-
-@dataclass(frozen=True)
-class Servable:
-    """A version that this host can run: its pipeline as it was loaded from a file, and what `--set` said of it."""
-
-    pipeline: Pipeline
-    overrides: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,25 +57,9 @@ class Host:
 class _Worker:
     """One supervisor and its thread; `status` is None while it runs."""
 
-    assignment: Assignment
     supervisor: Supervisor
     thread: threading.Thread
     status: int | None = None
-    leaving: bool = False
-    began: float = field(default_factory=time.monotonic)
-
-
-@dataclass
-class _Failures:
-    """How often a stage failed on a slot, when last (by Redis's clock, and by ours), and why."""
-
-    count: int = 0
-    since: float = 0.0
-    at: float = -math.inf
-    reason: str = ""
-
-    def may_start(self) -> bool:
-        return not self.count or time.monotonic() >= self.at + set_aside_s(self.count)
 
 
 class HostAgent:
@@ -127,9 +101,8 @@ class HostAgent:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._workers: dict[str, _Worker] = {}
-        self._failures: dict[tuple[str, str, str], _Failures] = {}
+        self._reconciler = Reconciler(self._servable, self._redis_time)
         self._desired: Desired | None = None
-        self._applied = 0
         self._heard_at = _NEVER
         self._offer = Offer(0.0, 0, 0)
         self._standby = False
@@ -143,13 +116,6 @@ class HostAgent:
     def supervisors(self) -> list[Supervisor]:
         """Of the workers that run now."""
         return [worker.supervisor for worker in list(self._workers.values())]
-
-    def trouble(self) -> tuple[SlotTrouble, ...]:
-        """What failed here lately."""
-        return tuple(
-            SlotTrouble(slot, ref, stage, failed.count, failed.since, failed.reason)
-            for (slot, ref, stage), failed in sorted(self._failures.items())
-        )
 
     def start(self) -> None:
         """Raises ConfigError for slots that are not there."""
@@ -174,7 +140,7 @@ class HostAgent:
             self._wake.set()
             # The pass that is under way may have read before this was asked.
             self._passed.wait_for(lambda: self._passes >= before + 2 or self._stopping, wait_s)
-        return self._applied
+        return self._reconciler.applied
 
     def stop(self) -> None:
         """Asks every worker to drain, and tells the leader to place nothing here; any thread may call it."""
@@ -205,23 +171,19 @@ class HostAgent:
         if time.monotonic() >= self._heard_at + (_STANDBY_S if self._standby else EVERY_S):
             self._hear()
         self._gather()
-        wanted = {} if self._stopping else self._wanted()
-        for worker_id, worker in self._workers.items():
-            now = wanted.get(worker_id)
-            if now is not None and worker.assignment.is_worker(now):
-                worker.assignment = now
-            elif not worker.leaving:
-                log.info("%s on %s drains", worker.supervisor.name, worker.assignment.slot)
-                worker.leaving = True
-                worker.supervisor.stop()
-        started = [self._start(one) for one in wanted.values() if one.id not in self._workers]
-        done = self._desired is not None and all(started) and not any(w.leaving for w in self._workers.values())
-        if self._desired is not None and done and self._applied != self._desired.number:
-            self._applied = self._desired.number
-            self._heard_at = _NEVER  # others may wait for it
-
-    def _wanted(self) -> dict[str, Assignment]:
-        return {} if self._desired is None else {one.id: one for one in self._desired.workers}
+        turn = self._reconciler.turn(None if self._stopping else self._desired, self._offer, time.monotonic())
+        for worker_id in turn.drain:
+            log.info("%s drains", self._workers[worker_id].supervisor.name)
+            self._workers[worker_id].supervisor.stop()
+        for one in turn.start:
+            try:
+                self._start(one)
+            except Exception as error:
+                log.exception("%s on %s could not be started", one.stage, one.slot)
+                self._reconciler.ended(one.id, f"{type(error).__name__}: {error}", time.monotonic())
+                self._heard_at = _NEVER
+        if turn.news:
+            self._heard_at = _NEVER
 
     def _hear(self) -> None:
         """Reports, and hears the desired state."""
@@ -244,8 +206,8 @@ class HostAgent:
             labels=self._host.labels,
             refs=tuple(sorted(self._servable)),
             draining=self._stopping,
-            applied=self._applied,
-            trouble=self.trouble(),
+            applied=self._reconciler.applied,
+            trouble=self._reconciler.trouble(),
             allow_cpu=self._host.allow_cpu,
         )
         try:
@@ -264,83 +226,33 @@ class HostAgent:
             self.on_report()
 
     def _gather(self) -> None:
-        """Takes note of workers that ended, and of stages that run again."""
+        """Takes note of workers that ended, and of those that are ready."""
         for worker_id, worker in list(self._workers.items()):
             if worker.status is None:
                 if worker.supervisor.state == "ready":
-                    self._failures.pop(_key(worker.assignment), None)
+                    self._reconciler.ready(worker_id, time.monotonic())
                 continue
             worker.thread.join()
             del self._workers[worker_id]
-            if worker.status and not worker.leaving:
-                reason = str(worker.supervisor.error or "its supervisor failed; see the log")
-                self._fail(worker.assignment, reason, worker.began)
-        now = time.monotonic()
-        for key, failed in list(self._failures.items()):
-            if now > failed.at + _FORGOTTEN_S:
-                del self._failures[key]
+            failure = str(worker.supervisor.error or "its supervisor failed; see the log") if worker.status else ""
+            if self._reconciler.ended(worker_id, failure, time.monotonic()):
+                self._heard_at = _NEVER
 
-    def _fail(self, one: Assignment, reason: str, began: float = math.inf) -> None:
-        failed = self._failures.setdefault(_key(one), _Failures())
-        failed.count += began > failed.at  # of several that were started together, the first one counts
-        failed.at = time.monotonic()
-        failed.reason = reason[:_MOST_REASON]
-        failed.since = time.time()
+    def _redis_time(self) -> float:
         with contextlib.suppress(redis.RedisError, OSError):
             seconds, micros = self._registry.client.time()
-            failed.since = seconds + micros / 1e6
-        self._heard_at = _NEVER  # the leader is to hear of it now
-        log.error(
-            "%s of %s is not started on %s for %g s: %s",
-            one.stage,
-            one.ref,
-            one.slot,
-            set_aside_s(failed.count),
-            reason,
-        )
+            return seconds + micros / 1e6
+        return time.time()
 
-    def _start(self, one: Assignment) -> bool:
-        """Whether it runs now, or is not to for a reason that the leader knows."""
-        failed = self._failures.get(_key(one))
-        if failed is not None and not failed.may_start():
-            return True
-        why = self._unfit(one)
-        if why:
-            self._fail(one, why)
-            return True
-        if not self._room(one):
-            return False
+    def _start(self, one: Assignment) -> None:
         servable = self._servable[one.ref]
         member = Member(one.group, one.shard, one.shards, f"{one.ref}/{one.stage}") if one.shards > 1 else None
         plan = WorkerPlan(servable.pipeline, one.stage, one.slot, servable.overrides, one.id, member)
         supervisor = Supervisor(plan, self._registry, self._url, self._settings, self._output)
         thread = threading.Thread(target=self._run, args=(one.id, supervisor), name=supervisor.name)
-        self._workers[one.id] = _Worker(one, supervisor, thread)
+        self._workers[one.id] = _Worker(supervisor, thread)
         log.info("%s on %s: %s", supervisor.name, one.slot, one.why or "as the leader decided")
         thread.start()
-        return True
-
-    def _unfit(self, one: Assignment) -> str:
-        servable = self._servable.get(one.ref)
-        if servable is None:
-            mine = ", ".join(sorted(self._servable)) or "nothing"
-            return f"this agent has {mine} and not {one.ref}: its files differ; start it with the files of that version"
-        if one.stage not in servable.pipeline.stage_names:
-            return f"{one.ref} has no stage {one.stage!r:.80}"
-        if one.slot != CPU and one.slot not in {gpu.slot for gpu in self._offer.gpus}:
-            return f"this host has no slot {one.slot!r:.80}"
-        return ""
-
-    def _room(self, one: Assignment) -> bool:
-        """Whether what still drains leaves room; without any that drains, the leader knows what fits."""
-        beside = [w for w in self._workers.values() if w.assignment.slot == one.slot]
-        if not any(worker.leaving for worker in beside):
-            return True
-        needs = [one.need, *(worker.assignment.need for worker in beside)]
-        gpu = next((gpu for gpu in self._offer.gpus if gpu.slot == one.slot), None)
-        if gpu is None:
-            return sum(need.cpus for need in needs) <= self._offer.cpus + 1e-6
-        return sum(need.compute for need in needs) <= 1 + 1e-6 and sum(need.memory for need in needs) <= gpu.memory
 
     def _run(self, worker_id: str, supervisor: Supervisor) -> None:
         status = 1
@@ -352,12 +264,3 @@ class HostAgent:
             log.exception("the supervisor of %s failed", supervisor.name)
         self._workers[worker_id].status = status
         self._wake.set()
-
-
-def servable_of(pipelines: Sequence[tuple[Pipeline, dict[str, str]]]) -> dict[str, Servable]:
-    """What an agent can run, of the files that it was given."""
-    return {pipeline.ref: Servable(pipeline, overrides) for pipeline, overrides in pipelines}
-
-
-def _key(one: Assignment) -> tuple[str, str, str]:
-    return one.slot, one.ref, one.stage

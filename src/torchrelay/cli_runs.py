@@ -37,8 +37,9 @@ from torchrelay.queues.connection import open_broker
 from torchrelay.queues.fleet import check_host_name
 from torchrelay.queues.registry import Registry
 from torchrelay.up import Fleet
-from torchrelay.workers.host_agent import Host, HostAgent, Servable
+from torchrelay.workers.host_agent import Host, HostAgent
 from torchrelay.workers.logs import set_up_logs
+from torchrelay.workers.reconcile import Servable
 from torchrelay.workers.slots import SlotReader, open_nvml
 
 __all__ = ["When", "agent_app", "detach", "runs_app"]

@@ -19,7 +19,8 @@ from torchrelay.errors import BrokerError
 from torchrelay.host_service import HostService
 from torchrelay.queues.fleet import FleetRecords
 from torchrelay.up import Fleet
-from torchrelay.workers.host_agent import Host, HostAgent, Servable
+from torchrelay.workers.host_agent import Host, HostAgent
+from torchrelay.workers.reconcile import Servable
 from torchrelay.workers.slots import SlotReader, open_nvml
 
 __all__ = ["System"]
