@@ -185,17 +185,17 @@ class TorchStage(Stage):
             model = self.built(context)
         # Of layers that were cut for shards, only this shard's parts.
         state = read_weights(context.path(weights), self.device, pieces_of(model))
-        left = fill_model(model, state, weights)
+        left = fill_model(model, state, weights, self.dtype)
         if left:
             # Buffers that are not saved (persistent=False) get their values only from a real build.
             with parameters_on_meta():
                 model = self.built(context)
-            left = fill_model(model, state, weights)
+            left = fill_model(model, state, weights, self.dtype)
         if left:
             # They are computed of parameters.
             log.info("%s is built on the CPU for its unsaved buffers %s", type(self).__qualname__, ", ".join(left))
             model = self.built(context)
-            fill_model(model, state, weights)
+            fill_model(model, state, weights, self.dtype)
         return model
 
 

@@ -80,10 +80,13 @@ def _read_several(index: Path, device: torch.device) -> dict[str, torch.Tensor]:
     return found
 
 
-def fill_model(model: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> list[str]:
-    """Put the tensors into the module in place of its own, in the dtypes that it was built with.
+def fill_model(
+    model: nn.Module, state: dict[str, torch.Tensor], source: str, dtype: torch.dtype | None = None
+) -> list[str]:
+    """Put the tensors into the module in place of its own, floating ones in `dtype`, else as it was built.
 
-    Parameters that share memory stay shared, and one name of them suffices in the file.
+    Parameters that share memory stay shared, and one name of them suffices in the file. What is of another dtype in
+    `state` is replaced there by what the module gets, so that no more than one tensor is in memory twice.
 
     Returns: the names of tensors that are still on the meta device, since they are never saved.
 
@@ -94,7 +97,10 @@ def fill_model(model: nn.Module, state: Mapping[str, torch.Tensor], source: str)
     groups = tied_names(own)
     sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = check_names({name: tuple(tensor.shape) for name, tensor in own.items()}, groups, sizes, source)
-    full = {name: state[names[name]].to(ours.dtype) for name, ours in own.items()}
+    for name, ours in own.items():
+        wanted = dtype if dtype is not None and ours.is_floating_point() else ours.dtype
+        state[names[name]] = state[names[name]].to(wanted)
+    full = {name: state[names[name]] for name in own}
     try:
         model.load_state_dict(full, strict=True, assign=True)
     except RuntimeError as error:

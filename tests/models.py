@@ -226,14 +226,18 @@ class LlamaBlocks(nn.Module):
 
 
 class LlamaModel(LlamaBlocks):
-    """tokens int64 [N, L] -> [N, L, width]."""
+    """tokens int64 [N, L] -> [N, L, width]; its layers are run `passes` times, one after the other."""
 
-    def __init__(self, vocabulary: int, width: int, **sizes: Any) -> None:
+    def __init__(self, vocabulary: int, width: int, passes: int = 1, **sizes: Any) -> None:
         super().__init__(width, **sizes)
         self.embed_tokens = nn.Embedding(vocabulary, width)
+        self.passes = passes
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(self.embed_tokens(tokens))
+        x = self.embed_tokens(tokens)
+        for _ in range(self.passes):
+            x = super().forward(x)
+        return x
 
 
 class LlamaLike(nn.Module):

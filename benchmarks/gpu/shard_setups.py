@@ -71,11 +71,12 @@ TINY = Sizes(
 )
 
 
-def sizes_of(quick: bool, layers: int | None, rows: int | None) -> Sizes:
-    """The sizes; `layers` changes how many blocks there are, `rows` how many rows an encoder's job and batch have."""
+def sizes_of(quick: bool, layers: int | None, passes: int, rows: int | None) -> Sizes:
+    """The sizes; `layers` is how many blocks there are and `passes` how often they are run, `rows` how many rows an
+    encoder's job and batch have."""
     sizes = TINY if quick else FULL
-    sizes = replace(sizes, rows=rows or sizes.rows)
-    return replace(sizes, blocks={**sizes.blocks, "layers": layers}) if layers else sizes
+    blocks = {**sizes.blocks, "layers": layers or sizes.blocks["layers"], "passes": passes}
+    return replace(sizes, rows=rows or sizes.rows, blocks=blocks)
 
 
 def dtype_of(device: str) -> str:
@@ -184,8 +185,8 @@ def experts(sizes: Sizes, folder: Path, devices: Sequence[str]) -> dict[str, Set
     }
 
 
-def replicas(folder: Path, devices: Sequence[str], quick: bool) -> dict[str, Setup]:
-    """`one`: one worker and one feeder; else a worker on each device, and as many feeders."""
+def replicas(folder: Path, devices: Sequence[str], quick: bool, feeders: int) -> dict[str, Setup]:
+    """`one`: one worker and its feeders; else a worker on each device, and so many feeders for each."""
     load = workload("tinycnn" if quick else "resnet50", quick)
     count = len(devices)
     stage = {
@@ -200,9 +201,13 @@ def replicas(folder: Path, devices: Sequence[str], quick: bool) -> dict[str, Set
     }
     many = replace(load, in_flight=load.in_flight * count)
     return {
-        "one": Setup(_pipeline("replicas-one", load, [stage]), [("classify", devices[0])], folder, load),
+        "one": Setup(_pipeline("replicas-one", load, [stage]), [("classify", devices[0])], folder, load, feeders),
         f"{count}": Setup(
-            _pipeline(f"replicas-{count}", load, [stage]), [("classify", d) for d in devices], folder, many, count
+            _pipeline(f"replicas-{count}", load, [stage]),
+            [("classify", d) for d in devices],
+            folder,
+            many,
+            count * feeders,
         ),
     }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrelay.config.ragged import RaggedRows
 from torchrelay.config.spec import StageConfig, TorchSpec
@@ -22,6 +23,7 @@ from torchrelay.stages import Batch, Runner, StageContext, TorchStage, make_runn
 from torchrelay.stages.batch import assemble
 from torchrelay.stages.outputs import split
 from torchrelay.stages.torch_stage import TorchOptions
+from torchrelay.stages.weights import fill_model
 
 SEEN: list[Any] = []
 
@@ -173,6 +175,38 @@ def test_weights_take_the_dtype_of_the_model(tmp_path: Path) -> None:
     runner = runner_of(Linear(), "w.safetensors")
     runner.load(StageContext(base_dir=tmp_path))
     assert runner.stage.model.weight.dtype == torch.float32  # type: ignore[attr-defined]
+
+
+class Made(TorchDispatchMode):
+    """The types of all tensors with memory of their own that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self.dtypes.add(made.dtype)
+        return made
+
+
+def test_weights_in_half_precision_are_never_held_in_full(tmp_path: Path) -> None:
+    """A model of 40 GB in bfloat16 needs no 80 GB more to load, though modules are built in float32."""
+    save_file({"weight": torch.ones(2, 3).bfloat16(), "bias": torch.zeros(2).bfloat16()}, tmp_path / "w.safetensors")
+    runner = runner_of(Linear(), "w.safetensors", dtype="bfloat16")
+    with Made() as made:
+        runner.load(StageContext(base_dir=tmp_path))
+    assert runner.stage.model.weight.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert torch.float32 not in made.dtypes
+
+
+def test_converted_weights_do_not_stay_beside_what_they_were() -> None:
+    state = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    assert fill_model(model, state, "w", torch.float16) == []
+    assert {name: t.data_ptr() for name, t in state.items()} == {n: p.data_ptr() for n, p in model.named_parameters()}
 
 
 class Evil:
