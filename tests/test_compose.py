@@ -62,10 +62,20 @@ def test_units_of_systemd_start_a_command_that_there_is(name: str) -> None:
     assert int(told["TimeoutStopSec"]) > 30
 
 
+COMPOSE = (("docker", "compose"), ("docker-compose",))
+
+
 def test_docker_compose_accepts_the_file() -> None:
-    """Where the client is installed, `docker compose config` reads the file without complaint."""
-    docker = shutil.which("docker")
-    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+    """Where a client is installed, as docker's plug-in or on its own, its `config` reads the file without complaint."""
+    there = (client for client in COMPOSE if _runs(*client, "version"))
+    if (client := next(there, None)) is None:
         pytest.skip("docker compose is not installed; the tests above parse the file")
-    done = subprocess.run([docker, "compose", "config", "-q"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*client, "config", "-q"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _runs(*command: str) -> bool:
+    return (
+        shutil.which(command[0]) is not None
+        and not subprocess.run(command, capture_output=True, check=False).returncode
+    )
