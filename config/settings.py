@@ -44,8 +44,9 @@ class Settings:
     """How far ahead of its arrival each point of priority places a job; a point of 100 is `high`."""
     results_max_bytes: int = 1 << 30
     """Unread results beyond this make `submit` raise QueueFull."""
-    arena_bytes: int = 1 << 30
-    """Shared memory that one process may take to hand large columns to others of its host; 0 turns that off."""
+    arena_bytes: int | None = None
+    """Shared memory that one process may take to hand large columns to others of its host; 0 turns that off. None
+    means 1 GiB, or a 32nd of the tmpfs where that is more."""
     arena_dir: str = "/dev/shm"
     """The tmpfs that holds it."""
     device_arena_bytes: int = 2 << 30
@@ -81,7 +82,7 @@ class Settings:
         need("lease_ms", _whole(self.lease_ms, 500, 3_600_000), "a whole number from 500 to 3600000")
         need("priority_boost_ms_per_point", _whole(self.priority_boost_ms_per_point, 0, 10**8), "a whole number from 0")
         need("results_max_bytes", _whole(self.results_max_bytes, 1, 2**50), "a number of bytes from 1")
-        need("arena_bytes", _whole(self.arena_bytes, 0, 2**50), "a number of bytes from 0")
+        need("arena_bytes", self.arena_bytes is None or _whole(self.arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("arena_dir", isinstance(self.arena_dir, str) and self.arena_dir.startswith("/"), "an absolute path")
         need("device_arena_bytes", _whole(self.device_arena_bytes, 0, 2**50), "a number of bytes from 0")
         need("run_writer", isinstance(self.run_writer, str), "file.py:Writer, or empty")

@@ -61,7 +61,10 @@ def open_home(registry: Registry, settings: Settings) -> ArenaHome | None:
 def open_writer(registry: Registry, settings: Settings) -> ArenaWriter | None:
     """This process's arena; it takes no memory before something is put there."""
     home = open_home(registry, settings)
-    return None if home is None else ArenaWriter(home, ArenaLimits(settings.arena_bytes), wanted_by(registry))
+    if home is None:
+        return None
+    most = home.usual_bytes() if settings.arena_bytes is None else settings.arena_bytes
+    return ArenaWriter(home, ArenaLimits(most), wanted_by(registry))
 
 
 def wanted_by(registry: Registry) -> Wanted:

@@ -79,7 +79,7 @@ class Orders:
     worker: str
     page: str
     log: Literal["text", "json"]
-    arena_bytes: int
+    arena_bytes: int | None
     arena_dir: str
     device_arena_bytes: int
     run_writer: str = ""

@@ -185,8 +185,8 @@ def experts(sizes: Sizes, folder: Path, devices: Sequence[str]) -> dict[str, Set
     }
 
 
-def replicas(folder: Path, devices: Sequence[str], quick: bool, feeders: int) -> dict[str, Setup]:
-    """`one`: one worker and its feeders; else a worker on each device, and so many feeders for each."""
+def replicas(folder: Path, devices: Sequence[str], quick: bool) -> dict[str, Setup]:
+    """`one`: one worker and one feeder; else a worker on each device, and as many feeders."""
     load = workload("tinycnn" if quick else "resnet50", quick)
     count = len(devices)
     stage = {
@@ -201,13 +201,9 @@ def replicas(folder: Path, devices: Sequence[str], quick: bool, feeders: int) ->
     }
     many = replace(load, in_flight=load.in_flight * count)
     return {
-        "one": Setup(_pipeline("replicas-one", load, [stage]), [("classify", devices[0])], folder, load, feeders),
+        "one": Setup(_pipeline("replicas-one", load, [stage]), [("classify", devices[0])], folder, load),
         f"{count}": Setup(
-            _pipeline(f"replicas-{count}", load, [stage]),
-            [("classify", d) for d in devices],
-            folder,
-            many,
-            count * feeders,
+            _pipeline(f"replicas-{count}", load, [stage]), [("classify", d) for d in devices], folder, many, count
         ),
     }
 

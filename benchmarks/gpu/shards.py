@@ -42,7 +42,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="the encoder whole and in parts with CUDA graphs")
     parser.add_argument("--layers", type=int, help="of the Llama-like stack (default 6)")
     parser.add_argument("--passes", type=int, default=1, help="so often the stack's blocks are run (default 1)")
-    parser.add_argument("--feeders", type=int, default=1, help="producers for each replica (default 1)")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     options = parser.parse_args(argv)
     options.cases = options.cases.split(",")
@@ -99,9 +98,7 @@ def gather(folder: Path, url: str, options: argparse.Namespace) -> Figures:
 
 def replicas(folder: Path, url: str, options: argparse.Namespace) -> Figures:
     """Whole models, one a device, as many feeders, against one of each."""
-    return rates(
-        "replicas", setups.replicas(folder, options.places, options.quick, options.feeders), url, options, atol=0.05
-    )
+    return rates("replicas", setups.replicas(folder, options.places, options.quick), url, options, atol=0.05)
 
 
 def tensor(folder: Path, url: str, options: argparse.Namespace) -> Figures:

@@ -27,6 +27,7 @@ EXPORTER_SUFFIX = ".gpu"
 _TOKEN_BYTES = 32
 ARENA_FREE_PART = 0.1
 """This part of the file system stays free, whatever is asked for."""
+_USUAL_BYTES, _USUAL_PARTS = 1 << 30, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,15 @@ class ArenaHome:
             return self.folder.is_dir() and _host_id(self.folder.parent) == self.host
         except (OSError, ConfigError):
             return False
+
+    def usual_bytes(self) -> int:
+        """What one process may take where nobody said so. Of a machine with GPUs 1 GiB is little: less than half a
+        second of the images that one of them classifies."""
+        try:
+            found = os.statvfs(self.folder)
+        except OSError:
+            return _USUAL_BYTES
+        return max(_USUAL_BYTES, found.f_blocks * found.f_frsize // _USUAL_PARTS)
 
     def free_bytes(self) -> int:
         """How much more shared memory may be taken now: by the file system, and by the limit of this control group."""

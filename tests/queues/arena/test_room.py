@@ -48,6 +48,17 @@ def test_a_part_of_the_file_system_stays_free(small_tmpfs: Path, server_of_block
     assert not list(home.folder.iterdir())
 
 
+@pytest.mark.parametrize(("size", "most"), [(64 << 20, 1 << 30), (32 << 30, 1 << 30), (256 << 30, 8 << 30)])
+def test_a_large_host_gives_a_process_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, most: int
+) -> None:
+    """Where nobody says how much, it is a 32nd of the tmpfs, and 1 GiB at least; `free_bytes` bounds it everywhere."""
+    home = ArenaHome.open(str(tmp_path), "ns")
+    found = os.statvfs_result((4096, 4096, size // 4096, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: found)
+    assert home.usual_bytes() == most
+
+
 def test_a_full_file_system_kills_nobody(
     small_tmpfs: Path, server_of_blocks: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
