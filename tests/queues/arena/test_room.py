@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.queues.arena.conftest import MIB, Server
+from torchrelay.config.settings import Settings
 from torchrelay.errors import ConfigError
 from torchrelay.queues.arena import holds as holds_module
 from torchrelay.queues.arena import home as home_module
@@ -15,6 +16,8 @@ from torchrelay.queues.arena.home import ArenaHome
 from torchrelay.queues.arena.keeper import ArenaKeeper
 from torchrelay.queues.arena.reader import ArenaReader
 from torchrelay.queues.arena.writer import ArenaLimits, ArenaWriter
+from torchrelay.queues.placement import open_writer
+from torchrelay.queues.registry import Registry
 
 LIMITS = ArenaLimits(16 * MIB, MIB, 2 * MIB)
 
@@ -57,6 +60,17 @@ def test_a_large_host_gives_a_process_more(
     found = os.statvfs_result((4096, 4096, size // 4096, 0, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: found)
     assert home.usual_bytes() == most
+
+
+@pytest.mark.parametrize(("told", "most"), [(None, 3 * MIB), (2 * MIB, 2 * MIB)])
+def test_a_process_takes_the_usual_part_unless_it_is_told(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int | None, most: int
+) -> None:
+    monkeypatch.setattr(ArenaHome, "usual_bytes", lambda home: 3 * MIB)
+    writer = open_writer(registry, Settings(arena_dir=str(tmp_path), arena_bytes=told))
+    assert writer is not None
+    assert writer.max_bytes == most - 4096
+    writer.close()
 
 
 def test_a_full_file_system_kills_nobody(
